@@ -1,0 +1,188 @@
+"""Train the language model that the package embeds (src/blockspin/demo), from raw text to released weights.
+
+    python scripts/train_demo_model.py prepare --text DATA/text --work WORK      # tokenizer and token stream
+    python scripts/train_demo_model.py train   --work WORK --tokens 20e6         # checkpoints as it goes; resumes
+    python scripts/train_demo_model.py export  --text DATA/text --work WORK      # weights, texts and card
+
+DATA/text holds train.jsonl.xz and valid.jsonl.xz with the fields `text` and `source`. The learning rate is constant
+until the last part of the run, where it falls to zero, so that a resumed run may change --tokens freely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
+VOCABULARY = 4096
+LENGTH = 256
+END = "<|end|>"
+# The calibration text of the package must not have been trained on: Mrs Humphry Ward, The Story of Bessie Costrell (1895).
+HELD_OUT = "THE STORY OF BESSIE COSTRELL"
+CONFIG = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def read_documents(path: Path) -> Iterator[dict[str, str]]:
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def prepare(text: Path, work: Path) -> None:
+    """Train the tokenizer on a tenth of the text and write all of it, shuffled by document, as one token stream."""
+    documents = [d["text"] for d in read_documents(text / "train.jsonl.xz") if not d["text"].startswith(HELD_OUT)]
+    # Novels are long: cut into passages so that shuffling mixes the sources.
+    passages = [d[i : i + 8192] for d in documents for i in range(0, len(d), 8192)]
+    np.random.default_rng(0).shuffle(passages)
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(passages[::10], VOCABULARY, min_frequency=2, special_tokens=[END])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trainer._tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=LENGTH
+    )
+    tokenizer.save_pretrained(work / "model")
+    encoded = trainer.encode_batch(passages[: len(passages) // 2])
+    stream = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
+    np.save(work / "tokens.npy", stream)
+    print(f"{len(stream):,} tokens from {len(documents):,} documents")
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrices, roughly: five Newton-Schulz steps (Muon, Jordan et al. 2024). (k, rows, columns)
+
+    torch.optim.Muon does this in bfloat16, which is about a hundred times slower than float32 on many CPUs.
+    """
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = x.shape[1] > x.shape[2]
+    x = x.mT if wide else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if wide else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised; all matrices of one shape are done together."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, same in shapes.items():
+                updates = []
+                for p in same:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]))
+                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(same, orthogonalise(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * 0.01).add_(update, alpha=-scale)
+
+
+def learning_rate(tokens: float, total: float, decay: float = 0.35) -> float:
+    """Warm-up over 300k tokens, constant, then a linear fall to zero over the last part; a factor in [0, 1]."""
+    return min(1.0, (tokens + 1) / 3e5, max(0.0, (total - tokens) / (decay * total)))
+
+
+def train(work: Path, tokens: float, batch: int, minutes: float, compiled: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    peaks = [o.param_groups[0]["lr"] for o in optimizers]
+    done, seconds, history = 0, 0.0, []
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        done, seconds, history = state["tokens"], state["seconds"], state["history"]
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    step_loss = torch.compile(loss_of) if compiled else loss_of
+    stream = np.load(work / "tokens.npy", mmap_mode="r")
+    windows = len(stream) // LENGTH
+    started, last_save, losses = time.monotonic(), time.monotonic(), []
+    while done < tokens and time.monotonic() - started < 60 * minutes:
+        first = done // LENGTH
+        rows = [stream[(r % windows) * LENGTH : (r % windows + 1) * LENGTH] for r in range(first, first + batch)]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+        loss = step_loss(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(done, tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        done += ids.numel()
+        if len(losses) == 50:
+            spent = seconds + time.monotonic() - started
+            history.append((done, sum(losses) / len(losses)))
+            print(f"{done / 1e6:.2f}M tokens  loss {history[-1][1]:.4f}  {done / spent:,.0f} tokens/s", flush=True)
+            losses = []
+        if time.monotonic() - last_save > 120 or done >= tokens:
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "tokens": done,
+                "seconds": seconds + time.monotonic() - started,
+                "history": history,
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            last_save = time.monotonic()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["prepare", "train", "export"])
+    parser.add_argument("--text", type=Path, help="folder with train.jsonl.xz and valid.jsonl.xz")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the token stream and the checkpoint")
+    parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on in all")
+    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {LENGTH} tokens in a step")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop (resumably) after this long")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    arguments = parser.parse_args()
+    if arguments.stage == "prepare":
+        prepare(arguments.text, arguments.work)
+    elif arguments.stage == "train":
+        train(arguments.work, arguments.tokens, arguments.batch, arguments.minutes, arguments.compile)
+
+
+if __name__ == "__main__":
+    main()

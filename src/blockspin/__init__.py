@@ -1,0 +1,61 @@
+"""Compress language models by removing whole transformer blocks, chosen by constrained binary optimisation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .blocks import Block, find_blocks
+    from .calibration import load_calibration
+    from .candidates import Candidate, select
+    from .evaluation import perplexity
+    from .hessian import Gradients, estimate_gradients
+    from .problem import RemovalProblem
+    from .solvers import Spectrum, solve
+    from .surgery import prune_checkpoint, remove_blocks
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported on first use, so that `import blockspin` does not wait for torch.
+_HOME = {
+    "Block": "blocks",
+    "find_blocks": "blocks",
+    "load_calibration": "calibration",
+    "Candidate": "candidates",
+    "select": "candidates",
+    "perplexity": "evaluation",
+    "Gradients": "hessian",
+    "estimate_gradients": "hessian",
+    "RemovalProblem": "problem",
+    "Spectrum": "solvers",
+    "solve": "solvers",
+    "prune_checkpoint": "surgery",
+    "remove_blocks": "surgery",
+}
+
+__all__ = [
+    "Block",
+    "Candidate",
+    "Gradients",
+    "RemovalProblem",
+    "Spectrum",
+    "estimate_gradients",
+    "find_blocks",
+    "load_calibration",
+    "perplexity",
+    "prune_checkpoint",
+    "remove_blocks",
+    "select",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'blockspin' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
