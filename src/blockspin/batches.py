@@ -1,0 +1,117 @@
+"""Runs a model over token samples: padded batches, and the loss of each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to one length.
+
+    indices: (batch,) position of each row in the list of samples; token_ids: (batch, length) int64;
+    lengths: (batch,) int64, tokens of each row that are not padding.
+    """
+
+    indices: tuple[int, ...]
+    token_ids: Tensor
+    lengths: Tensor
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster."""
+        device = input_device(model)
+        positions = torch.arange(self.token_ids.shape[1])
+        mask = (positions < self.lengths[:, None]).long()
+        padded = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
+        logits: Tensor = model(self.token_ids.to(device), use_cache=False, **padded).logits
+        return logits
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the token ids must be: with the embedding, also when device_map spreads the model over several devices."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    return device
+
+
+def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
+    """Group samples of similar length, so that little is padding. Longest first: memory runs out early or never.
+
+    samples: 1-D int64 tensors of token ids.
+
+    Raises:
+        ValueError: there is no sample, one is shorter than two tokens, or batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if len(samples) == 0:
+        raise ValueError("there are no samples; give at least one")
+    for i, sample in enumerate(samples):
+        if sample.ndim != 1 or len(sample) < 2:
+            raise ValueError(f"sample {i} has shape {tuple(sample.shape)}; a sample is 1-D with at least two tokens")
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        indices = tuple(order[start : start + batch_size])
+        rows = [samples[i] for i in indices]
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+        batches.append(Batch(indices, token_ids, torch.tensor([len(row) for row in rows])))
+    return batches
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without parameter gradients; as it was afterwards, also after an exception."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Token-mean cross-entropy of each sample, (batch,) float32 or wider, in nats; every token but the first is a label."""
+    labels = batch.token_ids[:, 1:].to(logits.device)
+    lengths = batch.lengths.to(logits.device)
+    labels = labels.masked_fill(torch.arange(1, labels.shape[1] + 1, device=logits.device) >= lengths[:, None], -100)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = nn.functional.cross_entropy(logits[:, :-1].mT.to(wide), labels, reduction="none")
+    return losses.sum(dim=1) / (lengths - 1)
+
+
+def check_finite(losses: Tensor, batch: Batch) -> None:
+    """Raise ValueError, naming the first sample, where a loss is NaN or infinite."""
+    for index, loss in zip(batch.indices, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of sample {index} is {loss}; check the weights, or load the model in a wider dtype "
+                "(--dtype float32)"
+            )
+
+
+def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> float:
+    """Cross-entropy of `model`, the mean over all predicted tokens of all samples, in nats.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    total, tokens = 0.0, 0
+    with frozen(model), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            losses = sample_losses(batch.forward(model), batch).double().cpu()
+            check_finite(losses, batch)
+            total += float((losses * (batch.lengths - 1)).sum())
+            tokens += int((batch.lengths - 1).sum())
+    return total / tokens

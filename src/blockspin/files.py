@@ -1,0 +1,55 @@
+"""Outputs that appear under their final name only when they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` when the body succeeds.
+
+    Raises:
+        ValueError: the output cannot be written (disk full, read-only folder, ...); nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _synchronise(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place (--out)") from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _synchronise(path: Path) -> None:
+    """Ask the system to put the bytes on disk before the rename makes them visible."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,196 @@
+"""Multiplies the residual branches of blocks by gates alpha, and skips blocks; leaves the model as it was.
+
+A block adds its branches to the residual stream: h <- h + branch(h), once or twice. Which additions those are is not
+listed per architecture but observed: while a block runs, every addition to the very tensor that entered it is a
+residual addition, its result is the stream from there on, and what was added is a branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from .batches import frozen, input_device
+from .blocks import check_removal, find_stack
+
+_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What a block did when it ran: its number of residual branches (0: they could not be told apart, so the gate acts
+    on the whole block) and the length of the tuple that it returns (0: a bare tensor)."""
+
+    branches: int
+    outputs: int
+
+
+class _Residual(TorchFunctionMode):
+    """Follows the residual stream through one block and passes each branch through `gate` before it is added."""
+
+    def __init__(self, stream: Tensor, gate: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.stream, self.gate, self.branches = stream, gate, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _ADDITIONS and len(args) == 2 and any(a is self.stream for a in args):
+            if self.gate is not None:
+                args = tuple(a if a is self.stream else self.gate(a) for a in args)
+            self.stream = func(*args, **(kwargs or {}))
+            self.branches += 1
+            return self.stream
+        result = func(*args, **(kwargs or {}))
+        # accelerate moves the stream between devices; it stays the stream.
+        if name == "to" and args[0] is self.stream and result.dtype == self.stream.dtype:
+            self.stream = result
+        return result
+
+
+class _Gate(torch.autograd.Function):
+    """alpha * branch; the gradient of alpha is summed in float32 or wider whatever the dtype of the branch."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(branch, alpha)
+        return branch * _broadcast(alpha, branch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        branch, alpha = ctx.saved_tensors
+        wide = torch.promote_types(branch.dtype, torch.float32)
+        products = torch.linalg.vecdot(grad.to(wide).flatten(1), branch.to(wide).flatten(1))  # (batch,)
+        grad_branch = grad * _broadcast(alpha, branch) if ctx.needs_input_grad[0] else None
+        return grad_branch, products.to(alpha.dtype)
+
+
+def _broadcast(alpha: Tensor, branch: Tensor) -> Tensor:
+    return alpha.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+
+
+def _gate_branch(branch: Tensor, alpha: Tensor) -> Tensor:
+    """branch: (batch, ...); alpha: (batch,)."""
+    assert branch.shape[0] == alpha.shape[0], f"{alpha.shape[0]} gates for a branch of shape {tuple(branch.shape)}"
+    gated: Tensor = _Gate.apply(branch, alpha.to(branch.device))  # type: ignore[no-untyped-call]
+    return gated
+
+
+@contextmanager
+def _patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = layer.__dict__.get("forward")  # set where accelerate hooks the layer
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+def trace_blocks(model: nn.Module) -> list[BlockTrace]:
+    """Run a few tokens through the model and note what each block does. Returns one trace a block.
+
+    Raises:
+        ValueError: a block did not run exactly once, or the model is not causal (an encoder).
+    """
+    _, stack = find_stack(model)
+    traces: list[list[BlockTrace]] = [[] for _ in stack]
+
+    def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Residual(_stream_of(args, kwargs), None) as residual:
+                output = run(*args, **kwargs)
+            is_tuple = isinstance(output, tuple)
+            ends = (output[0] if is_tuple else output) is residual.stream
+            traces[i].append(BlockTrace(residual.branches if ends else 0, len(output) if is_tuple else 0))
+            return output
+
+        return forward
+
+    token_ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=input_device(model))
+    with ExitStack() as patches, torch.no_grad():
+        patches.enter_context(frozen(model))
+        for i, layer in enumerate(stack):
+            patches.enter_context(_patched_forward(layer, tracing(i, layer.forward)))
+        logits = model(token_ids, use_cache=False).logits[:, :3].float()
+    scale = logits.abs().max()
+    if (logits[0] - logits[1]).abs().max() > 1e-2 * scale:
+        raise ValueError(
+            f"{type(model).__name__} is not causal: a token changes the predictions before it. "
+            "blockspin shortens decoder-only language models, not encoders"
+        )
+    for i, trace in enumerate(traces):
+        if len(trace) != 1:
+            raise ValueError(f"block {i} of {type(model).__name__} ran {len(trace)} times in one pass, not once")
+    return [trace[0] for trace in traces]
+
+
+@contextmanager
+def gated(
+    model: nn.Module, alphas: Tensor, traces: Sequence[BlockTrace], gradient_checkpointing: bool = False
+) -> Iterator[None]:
+    """Inside, block i of `model` computes h <- h + alpha_i * branch(h) for each of its branches.
+
+    alphas: (batch, num_blocks), a gate for every sample and block; all ones leaves the logits bit-identical.
+    traces: from `trace_blocks`. Where a block's branches cannot be told apart, the gate acts on the whole block:
+    h <- h + alpha_i * (block(h) - h).
+    gradient_checkpointing: keep only the input of each block and compute it again in the backward pass.
+    """
+    _, stack = find_stack(model)
+
+    def gating(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def gate(branch: Tensor) -> Tensor:
+            return _gate_branch(branch, alphas[:, i])
+
+        def by_branch(*args: Any, **kwargs: Any) -> Any:
+            with _Residual(_stream_of(args, kwargs), gate):
+                return run(*args, **kwargs)
+
+        def by_block(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            whole = output[0] if isinstance(output, tuple) else output
+            delta = whole - _stream_of(args, kwargs).to(whole.device)
+            whole = whole + (gate(delta) - delta)  # in this order it is exactly the block's output at alpha = 1
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+        forward = by_branch if traces[i].branches else by_block
+        if not gradient_checkpointing:
+            return forward
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    with ExitStack() as patches:
+        for i, layer in enumerate(stack):
+            patches.enter_context(_patched_forward(layer, gating(i, layer.forward)))
+        yield
+
+
+@contextmanager
+def skipped(model: nn.Module, removed: Sequence[int], traces: Sequence[BlockTrace]) -> Iterator[None]:
+    """Inside, the removed blocks pass their input on at no cost: the shortened model without building it."""
+    _, stack = find_stack(model)
+
+    def passing(outputs: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = _stream_of(args, kwargs)
+            return (stream, *[None] * (outputs - 1)) if outputs else stream
+
+        return forward
+
+    with ExitStack() as patches:
+        for i in check_removal(removed, len(stack)):
+            patches.enter_context(_patched_forward(stack[i], passing(traces[i].outputs)))
+        yield
+
+
+def _stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that enter a block, (batch, length, width)."""
+    stream: Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream

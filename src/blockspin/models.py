@@ -1,0 +1,87 @@
+"""Opens a model and its tokenizer from a hub id or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model, checked to be one that can be shortened.
+
+    Raises:
+        ValueError: there is no such model, or it is not a decoder-only language model.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json; give a folder made by save_pretrained, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {str(source)!r}: {_first_line(error)}") from error
+    architectures = getattr(config, "architectures", None) or []
+    encoder = config.is_encoder_decoder or any("MaskedLM" in name for name in architectures)
+    if encoder or (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code):
+        described = ", ".join(architectures) or config.model_type
+        raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
+    return config
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, in evaluation mode.
+
+    dtype: "auto" takes the checkpoint's, but float32 on a CPU, where narrow types are slow.
+    device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU.
+
+    Raises:
+        ValueError: the model cannot be opened, its dtype is unknown, or it is not a causal language model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
+    load_config(source, trust_remote_code=trust_remote_code)
+    on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+    arguments: dict[str, Any] = {"dtype": torch.float32 if dtype == "auto" and on_cpu else DTYPES[dtype]}
+    arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,38 @@
+"""Progress bars with the time left, and the messages a user sees; both on standard error, so that tables can be piped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+
+
+def bar() -> Progress:
+    """A progress display: what, how far, time spent and time left. Use as a context manager."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def track(items: Iterable[T], description: str, total: int, done: int = 0, show: bool = True) -> Iterable[T]:
+    """Yield the items under a bar of `total` steps, of which `done` were made by an earlier run."""
+    if not show:
+        yield from items
+        return
+    with bar() as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.advance(task)
