@@ -1,0 +1,256 @@
+"""The removal problem: which blocks may go, how many must, and what a removal costs.
+
+A removal is a binary vector x over the N blocks, 1 = removed. Its energy is
+
+    E(x) = x^T H x + 2 beta g^T x
+
+with H the Hessian of the loss with respect to the block gates and g its gradient (the method uses beta = 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from .blocks import Block
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Reduced(NamedTuple):
+    """What a solver sees: only the n blocks whose fate is open, those of one group next to each other.
+
+    The energy of a removal is constant + y^T quadratic y + linear^T y over binary y (n,). It is allowed when, for
+    every group, the sum of weight * y equals need (equality) or reaches it (a parameter budget: one group), and at
+    most max_removed entries are 1.
+    """
+
+    index: Ints  # (n,) the block each variable stands for
+    always: tuple[int, ...]  # blocks that every allowed removal contains
+    quadratic: Floats  # (n, n) symmetric
+    linear: Floats  # (n,)
+    constant: float
+    group: Ints  # (n,) ascending from 0
+    weight: Floats  # (n,) ones, or numbers of parameters; whole numbers
+    need: Floats  # (number of groups,) whole numbers
+    equality: bool
+    max_removed: int
+
+
+class RemovalProblem:
+    """Minimise E(x) over the removals of an exact number of blocks, or of a share of the parameters.
+
+    hessian: (N, N), symmetric to rounding, finite, in any scale; indefinite is allowed.
+    remove: how many blocks to remove in all, or of each kind: {"moe": 2} removes two blocks of that kind and none of
+        any other (needs blocks).
+    blocks: the N blocks in order, with .kind and .num_parameters.
+    protect: indices of blocks that must stay.
+    beta: weight of the first-order term; needs gradient, (N,).
+    remove_parameters: instead of remove: remove at least this share (between 0 and 1) of the parameters that all the
+        blocks hold together (needs blocks). At least one block always stays.
+
+    Raises ValueError saying what is wrong and what is allowed.
+    """
+
+    def __init__(
+        self,
+        hessian: ArrayLike,
+        remove: int | Mapping[str, int] | None = None,
+        *,
+        blocks: Sequence[Block] | None = None,
+        protect: Iterable[int] = (),
+        beta: float = 0.0,
+        gradient: ArrayLike | None = None,
+        remove_parameters: float | None = None,
+    ) -> None:
+        self.hessian = _checked_hessian(hessian)
+        self.num_blocks = len(self.hessian)
+        self.blocks = None if blocks is None else tuple(blocks)
+        self.protect = _checked_protect(protect, self.num_blocks)
+        self.beta, self.gradient = _checked_first_order(beta, gradient, self.num_blocks)
+        self.linear: Floats = 2.0 * self.beta * self.gradient
+        if self.blocks is not None and len(self.blocks) != self.num_blocks:
+            raise ValueError(f"blocks has {len(self.blocks)} entries but the Hessian is for {self.num_blocks} blocks")
+        if (remove is None) == (remove_parameters is None):
+            raise ValueError("give exactly one of remove (a number of blocks) and remove_parameters (a share)")
+        self.remove, self.remove_parameters = remove, remove_parameters
+        self.reduced = self._reduce_to_budget() if remove is None else self._reduce_to_counts()
+
+    def __repr__(self) -> str:
+        goal = f"remove={self.remove}" if self.remove is not None else f"remove_parameters={self.remove_parameters}"
+        extra = "".join(
+            f", {name}={value}" for name, value in (("protect", self.protect), ("beta", self.beta)) if value
+        )
+        return f"RemovalProblem({self.num_blocks} blocks, {goal}{extra})"
+
+    def energy(self, removed: Iterable[int]) -> float:
+        """E of the removal of these blocks, correctly rounded, so that it depends on no order of summation."""
+        chosen = np.fromiter(removed, dtype=np.int64)
+        terms = self.hessian[np.ix_(chosen, chosen)].ravel().tolist()
+        return math.fsum(terms + self.linear[chosen].tolist())
+
+    def energies(self, removals: ArrayLike) -> Floats:
+        """E of many removals given as a (K, N) array of zeros and ones, or True and False; returns (K,)."""
+        rows = np.asarray(removals, dtype=bool)
+        if rows.ndim != 2 or rows.shape[1] != self.num_blocks:
+            raise ValueError(f"removals must be (K, {self.num_blocks}), not {rows.shape}")
+        return np.array([self.energy(np.flatnonzero(row)) for row in rows])
+
+    def allows(self, removed: Iterable[int]) -> bool:
+        """Whether removing these blocks meets every constraint."""
+        chosen = set(removed)
+        r = self.reduced
+        picked = np.array([int(i) in chosen for i in r.index], dtype=bool)
+        if len(chosen) != picked.sum() + len(r.always) or not chosen.issuperset(r.always):
+            return False
+        total = np.bincount(r.group[picked], r.weight[picked], minlength=len(r.need))
+        met = np.array_equal(total, r.need) if r.equality else bool(np.all(total >= r.need))
+        return met and picked.sum() <= r.max_removed
+
+    @property
+    def num_candidates(self) -> int:
+        """How many subsets an enumeration looks at: the allowed ones, or every subset if there is a budget."""
+        r = self.reduced
+        if not r.equality:
+            return 2 ** len(r.index)
+        sizes = np.bincount(r.group, minlength=len(r.need))
+        return math.prod(math.comb(int(n), int(m)) for n, m in zip(sizes, r.need, strict=True))
+
+    @property
+    def resolution(self) -> float:
+        """Energies closer than this count as equal: a bound on the rounding of a float64 evaluation of E."""
+        r = self.reduced
+        largest = np.abs(r.quadratic).sum(axis=1) + np.abs(r.linear)
+        return 32 * float(np.finfo(np.float64).eps) * (float(largest.sum()) + abs(r.constant))
+
+    def blocks_of(self, rows: NDArray[np.bool_]) -> list[tuple[int, ...]]:
+        """The removals, as sorted tuples of block indices, of rows (K, n) over the reduced problem's variables."""
+        r = self.reduced
+        return [tuple(sorted([*r.always, *r.index[row].tolist()])) for row in rows]
+
+    def _reduce_to_counts(self) -> Reduced:
+        open_to = [i for i in range(self.num_blocks) if i not in self.protect]
+        wanted, kind_of = self._checked_counts(open_to)
+        index, group, need, always = [], [], [], []
+        for kind, count in wanted.items():
+            members = [i for i in open_to if kind_of[i] == kind]
+            if count == len(members):
+                always += members
+            else:
+                index += members
+                group += [len(need)] * len(members)
+                need.append(count)
+        return self._reduced(index, always, group, np.ones(len(index)), need, equality=True)
+
+    def _checked_counts(self, open_to: list[int]) -> tuple[dict[str, int], list[str]]:
+        """The number to remove of each kind, and the kind of every block; one kind, "", if the count is for all."""
+        n, remove = self.num_blocks, self.remove
+        if not isinstance(remove, Mapping):
+            count = _whole(remove, "remove")
+            if not 1 <= count < n:
+                raise ValueError(f"remove={count}: must be at least 1 and fewer than the {n} blocks")
+            if count > len(open_to):
+                raise ValueError(f"remove={count}: only {len(open_to)} of {n} blocks are not protected")
+            return {"": count}, [""] * n
+        if self.blocks is None:
+            raise ValueError("remove by kind needs blocks=, which says the kind of every block")
+        kind_of = [block.kind for block in self.blocks]
+        have, free = Counter(kind_of), Counter(kind_of[i] for i in open_to)
+        wanted = {kind: _whole(count, f"remove[{kind!r}]") for kind, count in remove.items()}
+        for kind, count in wanted.items():
+            if kind not in have:
+                raise ValueError(f"remove: no block is of kind {kind!r}; the kinds are {', '.join(sorted(have))}")
+            if not 1 <= count <= free[kind]:
+                raise ValueError(
+                    f"remove: {count} of kind {kind!r}: must be 1 to {free[kind]}, the unprotected blocks of it"
+                )
+        if not 1 <= sum(wanted.values()) < n:
+            raise ValueError(f"remove: {sum(wanted.values())} in all: must be at least 1 and fewer than the {n} blocks")
+        return wanted, kind_of
+
+    def _reduce_to_budget(self) -> Reduced:
+        share = self.remove_parameters
+        if self.blocks is None:
+            raise ValueError("remove_parameters needs blocks=, which says the number of parameters of every block")
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError(f"remove_parameters={share}: must be a share between 0 and 1")
+        sizes = [_whole(block.num_parameters, "num_parameters") for block in self.blocks]
+        if min(sizes) < 1:
+            raise ValueError("remove_parameters needs blocks that each hold at least one parameter")
+        index = [i for i in range(self.num_blocks) if i not in self.protect]
+        most = sum(sizes[i] for i in index) - (min(sizes) if len(index) == self.num_blocks else 0)
+        need = math.ceil(share * sum(sizes))
+        if need > most:
+            at_most = f"at most {most / sum(sizes):.6g} can go"
+            raise ValueError(f"remove_parameters={share}: {at_most}: protected blocks, or the smallest one, stay")
+        weight = np.array([sizes[i] for i in index], dtype=np.float64)
+        return self._reduced(index, [], [0] * len(index), weight, [need], equality=False)
+
+    def _reduced(
+        self, index: list[int], always: list[int], group: list[int], weight: Floats, need: list[int], equality: bool
+    ) -> Reduced:
+        fate, fixed = np.array(index, dtype=np.int64), np.array(always, dtype=np.int64)
+        return Reduced(
+            index=fate,
+            always=tuple(sorted(always)),
+            quadratic=np.ascontiguousarray(self.hessian[np.ix_(fate, fate)]),
+            linear=self.linear[fate] + 2.0 * self.hessian[np.ix_(fate, fixed)].sum(axis=1),
+            constant=self.energy(always),
+            group=np.array(group, dtype=np.int64),
+            weight=weight,
+            need=np.array(need, dtype=np.float64),
+            equality=equality,
+            max_removed=min(len(index), self.num_blocks - 1 - len(always)),
+        )
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r}: must be a whole number")
+    return int(value)
+
+
+def _checked_hessian(hessian: ArrayLike) -> Floats:
+    h = np.array(hessian, dtype=np.float64)
+    if h.ndim != 2 or h.shape[0] != h.shape[1] or not len(h):
+        raise ValueError(f"hessian must be a square matrix (N, N), not of shape {h.shape}")
+    if not np.isfinite(h).all():
+        row, column = np.argwhere(~np.isfinite(h))[0]
+        raise ValueError(f"hessian must be finite: entry ({row}, {column}) is {h[row, column]}")
+    apart = np.abs(h - h.T)
+    if apart.max() > 1e-6 * np.abs(h).max():
+        row, column = np.unravel_index(apart.argmax(), h.shape)
+        raise ValueError(
+            f"hessian must be symmetric: entries ({row}, {column}) and its mirror differ by {apart.max():.3g}; "
+            "for the energy x^T H x, (H + H.T) / 2 is the same problem"
+        )
+    h = (h + h.T) / 2
+    h.flags.writeable = False
+    return h
+
+
+def _checked_protect(protect: Iterable[int], num_blocks: int) -> tuple[int, ...]:
+    indices = sorted({_whole(i, "protect") for i in protect})
+    if indices and not 0 <= indices[0] <= indices[-1] < num_blocks:
+        raise ValueError(f"protect={indices}: block indices are 0 to {num_blocks - 1}")
+    return tuple(indices)
+
+
+def _checked_first_order(beta: float, gradient: ArrayLike | None, num_blocks: int) -> tuple[float, Floats]:
+    if not math.isfinite(beta) or beta < 0:
+        raise ValueError(f"beta={beta}: must be a finite number, 0 or more")
+    if gradient is None:
+        if beta > 0:
+            raise ValueError(f"beta={beta} needs gradient=, the mean gradient of the loss with respect to every gate")
+        return 0.0, np.zeros(num_blocks)
+    g = np.array(gradient, dtype=np.float64)
+    if g.shape != (num_blocks,) or not np.isfinite(g).all():
+        raise ValueError(f"gradient must be {num_blocks} finite numbers; its shape is {g.shape}")
+    return float(beta), g

@@ -1,0 +1,50 @@
+"""Finds the lowest-energy removals of a problem, and says what it has proven about them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ..problem import RemovalProblem
+from .enumerate import enumerate_all
+from .spectrum import Found, Spectrum, State, spectrum_of
+from .tabu import tabu
+
+__all__ = ["SOLVERS", "Spectrum", "State", "solve"]
+
+SOLVERS: dict[str, Callable[[RemovalProblem, int, float | None, int], Found]] = {
+    "enumerate": enumerate_all,
+    "tabu": tabu,
+}
+
+
+def solve(
+    problem: RemovalProblem, states: int = 20, solver: str = "auto", time_limit: float | None = None, seed: int = 0
+) -> Spectrum:
+    """The lowest-energy removals of a problem, in order: as many as asked for, or all if there are fewer.
+
+    solver: a name in SOLVERS, or "auto", which certifies its answer if given the time.
+    time_limit: seconds; the best found by then is returned, with what is proven about it.
+
+    Raises ValueError for an unknown solver, and where a solver cannot take the problem.
+    """
+    if isinstance(states, bool) or not isinstance(states, (int, np.integer)) or states < 1:
+        raise ValueError(f"states={states!r}: must be a whole number, at least 1")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise ValueError(f"time_limit={time_limit}: must be a positive number of seconds, or None")
+    if solver != "auto" and solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: must be auto or one of {', '.join(SOLVERS)}")
+    name = _choose(problem) if solver == "auto" else solver
+    started = time.perf_counter()
+    if len(problem.reduced.index):
+        found = SOLVERS[name](problem, min(int(states), problem.num_candidates), time_limit, seed)
+    else:
+        found = Found(np.zeros((1, 0), dtype=bool), math.inf, {})
+    return spectrum_of(problem, found, states, name, time.perf_counter() - started)
+
+
+def _choose(problem: RemovalProblem) -> str:
+    return "enumerate" if problem.num_candidates <= 10**6 else "tabu"

@@ -1,0 +1,15 @@
+"""How the search kernels are compiled: once, kept on disk between runs, and free of the interpreter's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call, or load what an earlier process compiled; runs in threads side by side."""
+    return cast(Function, njit(cache=True, nogil=True)(function))

@@ -1,0 +1,138 @@
+"""What every solver returns: the lowest removals in order, and what is proven about them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import RemovalProblem
+
+
+Statistics = dict[str, float | int | str]
+
+
+class Found(NamedTuple):
+    """A solver's raw outcome. Every allowed removal outside rows has at least energy bound (-inf: nothing proven)."""
+
+    rows: NDArray[np.bool_]  # (K, n) over the reduced problem's variables, in any order, distinct
+    bound: float
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class State:
+    removed: tuple[int, ...]
+    energy: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The lowest-energy distinct removals, ascending in energy; equal energies in order of their block indices.
+
+    num_proven: so many leading states are certified: no other removal lies below them (by more than resolution).
+    lower_bound: no allowed removal has less energy than this; -inf where the solver proves nothing.
+    resolution: energies closer than this are equal as far as float64 can tell.
+    statistics: the search in numbers; "stopped" is there only if it ended early.
+    """
+
+    states: tuple[State, ...]
+    num_proven: int
+    lower_bound: float
+    solver: str
+    seconds: float
+    resolution: float
+    statistics: Statistics = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """Best energy minus lower bound: 0 for a certified ground state."""
+        return self.states[0].energy - self.lower_bound
+
+    def summary(self) -> str:
+        """One or two sentences: who searched, for how long, what is proven."""
+        took = f"{self.solver} took {self.seconds:.2f} s"
+        if "stopped" in self.statistics:
+            took += f" (stopped early: {self.statistics['stopped']})"
+        if self.num_proven == len(self.states):
+            proven = f"all {self.num_proven} states are proven to be the lowest"
+        elif self.num_proven:
+            proven = f"the first {self.num_proven} of {len(self.states)} states are proven to be the lowest"
+        elif math.isfinite(self.lower_bound):
+            proven = f"best found {self.states[0].energy:.6g}, no removal is below {self.lower_bound:.6g}"
+        else:
+            proven = "nothing is proven: solver='exact' would"
+        return f"{took}; {proven}."
+
+    def render(self, limit: int | None = 20) -> str:
+        """The spectrum as a plain-text table, followed by the summary; limit=None prints every state."""
+        shown = self.states[:limit]
+        lines = [f"{'state':>6}  {'energy':>14}  {'above 0':>9}  proven  removed blocks"]
+        for k, state in enumerate(shown):
+            above = state.energy - self.states[0].energy
+            blocks = " ".join(map(str, state.removed))
+            proven = "yes" if k < self.num_proven else "no"
+            lines.append(f"{f'CBO:{k}':>6}  {state.energy:14.6g}  {above:9.3g}  {proven:>6}  {blocks}")
+        if len(shown) < len(self.states):
+            lines.append(f"... and {len(self.states) - len(shown)} more states")
+        return "\n".join([*lines, self.summary()])
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Spectrum:
+        """Read what save wrote. Raises ValueError if the file is no spectrum."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self) -> str:
+        """As JSON text; an infinite lower bound is written as null."""
+        values = asdict(self) | {"lower_bound": self.lower_bound if math.isfinite(self.lower_bound) else None}
+        values["states"] = [{"removed": list(s.removed), "energy": s.energy} for s in self.states]
+        return json.dumps(values, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spectrum:
+        """The inverse of to_json. Raises ValueError if the text is no spectrum."""
+        try:
+            values = json.loads(text)
+            states = tuple(State(tuple(s["removed"]), s["energy"]) for s in values.pop("states"))
+            bound = values.pop("lower_bound")
+            return cls(states=states, lower_bound=-math.inf if bound is None else bound, **values)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a spectrum file ({error})") from None
+
+
+def spectrum_of(problem: RemovalProblem, found: Found, states: int, solver: str, seconds: float) -> Spectrum:
+    """The spectrum of a solver's outcome: energies recomputed, sorted, cut to so many states, proofs counted."""
+    removals = problem.blocks_of(found.rows)
+    assert len(set(removals)) == len(removals), "a solver returned a removal twice"
+    ranked = sorted((problem.energy(removed), removed) for removed in removals)
+    kept = tuple(State(removed, energy) for energy, removed in ranked[:states])
+    bound = min(found.bound, ranked[states][0]) if len(ranked) > states else found.bound
+    proven = sum(state.energy <= bound + problem.resolution for state in kept)
+    return Spectrum(
+        states=kept,
+        num_proven=proven,
+        lower_bound=min(kept[0].energy, bound),
+        solver=solver,
+        seconds=seconds,
+        resolution=problem.resolution,
+        statistics=found.statistics,
+    )

@@ -1,0 +1,118 @@
+"""Tabu search: always the best swap that was not just undone, from many random starts.
+
+Every removal it evaluates, not only those it visits, is offered to the pool of the lowest, which makes it a good
+finder of whole spectra. It proves nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import RemovalProblem
+from .compiled import compiled
+from .moves import (
+    Pool,
+    Terms,
+    empty_pool,
+    energy_and_field,
+    keep_neighbour,
+    make_move,
+    move_allowed,
+    move_energy,
+    pool_rows,
+    random_start,
+    terms_of,
+    worst,
+)
+from .spectrum import Found, Statistics
+from .stopping import Stop
+
+RESTARTS = 60
+STEPS_PER_VARIABLE = 8
+
+
+def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+    """The lowest removals seen in a fixed number of seeded restarts, or until the time limit."""
+    with Stop(time_limit) as stop:
+        pool, restarts = search(problem, states, seed, RESTARTS, stop)
+    statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * len(problem.reduced.index)}
+    return Found(pool_rows(pool, len(problem.reduced.index)), -np.inf, statistics | stop.reason())
+
+
+def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop: Stop) -> tuple[Pool, int]:
+    """Tabu searches from random starts; returns the pool of the lowest removals and the number of starts made."""
+    n = len(problem.reduced.index)
+    terms = terms_of(problem.reduced, problem.resolution)
+    pool = empty_pool(states, n)
+    rng = np.random.default_rng(seed)
+    for done in range(restarts):
+        if done and stop.expired():
+            return pool, done
+        walk(terms, random_start(problem.reduced, rng), STEPS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
+    return pool, restarts
+
+
+@compiled
+def walk(terms: Terms, chosen: NDArray[np.uint8], steps: int, seed: int, pool: Pool) -> None:
+    """One tabu search from a removal (n,), which it changes; offers every evaluated removal to the pool."""
+    n = len(chosen)
+    np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
+    field, bits = np.empty(n), np.empty(pool.bits.shape[1], np.uint64)
+    energy = energy_and_field(terms, chosen, field, bits)
+    keep_neighbour(pool, energy, bits, -1, -1, terms.resolution)
+    free_again = np.zeros(n + 1, np.int64)  # the step from which a variable may change; the last is that of "none"
+    lowest = energy
+    for step in range(steps):
+        change, out, into = best_move(terms, chosen, field, bits, energy, free_again, step, lowest, pool)
+        if out < 0 and into < 0:
+            continue
+        make_move(terms, chosen, field, bits, out, into)
+        energy += change
+        lowest = min(lowest, energy)
+        tenure = 3 + n // 16
+        if out >= 0:
+            free_again[out] = step + tenure + np.random.randint(0, tenure)  # noqa: NPY002
+        if into >= 0:
+            free_again[into] = step + tenure // 2 + np.random.randint(0, tenure)  # noqa: NPY002
+
+
+@compiled
+def best_move(
+    terms: Terms,
+    chosen: NDArray[np.uint8],
+    field: NDArray[np.float64],
+    bits: NDArray[np.uint64],
+    energy: float,
+    free_again: NDArray[np.int64],
+    step: int,
+    lowest: float,
+    pool: Pool,
+) -> tuple[float, int, int]:
+    """The best allowed move that is not tabu, or leads below the lowest energy; offers all to the pool."""
+    ins, outs = members(chosen, 1, terms.equality), members(chosen, 0, terms.equality)
+    total = np.sum(terms.weight * chosen)
+    count = np.sum(chosen)
+    best, best_out, best_into = np.inf, -1, -1
+    cut = worst(pool)
+    for out in ins:
+        for into in outs:
+            change = move_energy(terms.quadratic, field, out, into) if out >= 0 or into >= 0 else np.inf
+            if change >= best and energy + change >= cut:
+                continue
+            if not move_allowed(terms, total, count, out, into):
+                continue
+            if energy + change < cut:
+                keep_neighbour(pool, energy + change, bits, out, into, terms.resolution)
+                cut = worst(pool)
+            free = free_again[out] <= step and free_again[into] <= step
+            if change < best and (free or energy + change < lowest - terms.resolution):
+                best, best_out, best_into = change, out, into
+    return best, best_out, best_into
+
+
+@compiled
+def members(chosen: NDArray[np.uint8], value: int, equality: bool) -> NDArray[np.int64]:
+    """The variables of this value; with a budget, where a move may be one-sided, also -1."""
+    listed = np.flatnonzero(chosen == value)
+    return listed if equality else np.append(listed, -1)
