@@ -32,7 +32,7 @@ class Reduced(NamedTuple):
     most max_removed entries are 1.
     """
 
-    index: Ints  # (n,) the block each variable stands for
+    block: Ints  # (n,) the block each variable stands for
     always: tuple[int, ...]  # blocks that every allowed removal contains
     quadratic: Floats  # (n, n) symmetric
     linear: Floats  # (n,)
@@ -107,7 +107,7 @@ class RemovalProblem:
         """Whether removing these blocks meets every constraint."""
         chosen = set(removed)
         r = self.reduced
-        picked = np.array([int(i) in chosen for i in r.index], dtype=bool)
+        picked = np.array([int(i) in chosen for i in r.block], dtype=bool)
         if len(chosen) != picked.sum() + len(r.always) or not chosen.issuperset(r.always):
             return False
         total = np.bincount(r.group[picked], r.weight[picked], minlength=len(r.need))
@@ -119,9 +119,9 @@ class RemovalProblem:
         """How many subsets an enumeration looks at: the allowed ones, or every subset if there is a budget."""
         r = self.reduced
         if not r.equality:
-            return 2 ** len(r.index)
+            return 1 << len(r.block)
         sizes = np.bincount(r.group, minlength=len(r.need))
-        return math.prod(math.comb(int(n), int(m)) for n, m in zip(sizes, r.need, strict=True))
+        return math.prod(math.comb(n, int(m)) for n, m in zip(sizes.tolist(), r.need.tolist(), strict=True))
 
     @property
     def resolution(self) -> float:
@@ -133,12 +133,15 @@ class RemovalProblem:
     def blocks_of(self, rows: NDArray[np.bool_]) -> list[tuple[int, ...]]:
         """The removals, as sorted tuples of block indices, of rows (K, n) over the reduced problem's variables."""
         r = self.reduced
-        return [tuple(sorted([*r.always, *r.index[row].tolist()])) for row in rows]
+        return [tuple(sorted([*r.always, *r.block[row].tolist()])) for row in rows]
 
     def _reduce_to_counts(self) -> Reduced:
         open_to = [i for i in range(self.num_blocks) if i not in self.protect]
         wanted, kind_of = self._checked_counts(open_to)
-        index, group, need, always = [], [], [], []
+        index: list[int] = []
+        group: list[int] = []
+        need: list[int] = []
+        always: list[int] = []
         for kind, count in wanted.items():
             members = [i for i in open_to if kind_of[i] == kind]
             if count == len(members):
@@ -198,7 +201,7 @@ class RemovalProblem:
     ) -> Reduced:
         fate, fixed = np.array(index, dtype=np.int64), np.array(always, dtype=np.int64)
         return Reduced(
-            index=fate,
+            block=fate,
             always=tuple(sorted(always)),
             quadratic=np.ascontiguousarray(self.hessian[np.ix_(fate, fate)]),
             linear=self.linear[fate] + 2.0 * self.hessian[np.ix_(fate, fixed)].sum(axis=1),

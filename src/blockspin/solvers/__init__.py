@@ -39,7 +39,7 @@ def solve(
         raise ValueError(f"solver={solver!r}: must be auto or one of {', '.join(SOLVERS)}")
     name = _choose(problem) if solver == "auto" else solver
     started = time.perf_counter()
-    if len(problem.reduced.index):
+    if len(problem.reduced.block):
         found = SOLVERS[name](problem, min(int(states), problem.num_candidates), time_limit, seed)
     else:
         found = Found(np.zeros((1, 0), dtype=bool), math.inf, {})

@@ -17,7 +17,7 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
     count = problem.num_candidates
     if count > LIMIT:
         raise ValueError(f"enumerate would have to look at {count:.3g} removals; use solver='exact'")
-    n = len(problem.reduced.index)
+    n = len(problem.reduced.block)
     pool = empty_pool(states, n)
     every_subset(terms_of(problem.reduced, problem.resolution), pool)
     bound = pool.energy[-1] + problem.reduced.constant if pool.size[0] == states else np.inf

@@ -59,7 +59,7 @@ def pool_rows(pool: Pool, num_variables: int) -> NDArray[np.bool_]:
 
 def random_start(reduced: Reduced, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A random allowed removal (n,)."""
-    order = rng.permutation(len(reduced.index))
+    order = rng.permutation(len(reduced.block))
     chosen = _fill(reduced, order)
     if np.any(np.bincount(reduced.group, reduced.weight * chosen, len(reduced.need)) < reduced.need):
         chosen = _fill(reduced, np.argsort(-reduced.weight, kind="stable"))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ..problem import RemovalProblem
 
-
 Statistics = dict[str, float | int | str]
 
 

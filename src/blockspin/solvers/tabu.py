@@ -36,13 +36,13 @@ def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: i
     """The lowest removals seen in a fixed number of seeded restarts, or until the time limit."""
     with Stop(time_limit) as stop:
         pool, restarts = search(problem, states, seed, RESTARTS, stop)
-    statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * len(problem.reduced.index)}
-    return Found(pool_rows(pool, len(problem.reduced.index)), -np.inf, statistics | stop.reason())
+    statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * len(problem.reduced.block)}
+    return Found(pool_rows(pool, len(problem.reduced.block)), -np.inf, statistics | stop.reason())
 
 
 def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop: Stop) -> tuple[Pool, int]:
     """Tabu searches from random starts; returns the pool of the lowest removals and the number of starts made."""
-    n = len(problem.reduced.index)
+    n = len(problem.reduced.block)
     terms = terms_of(problem.reduced, problem.resolution)
     pool = empty_pool(states, n)
     rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def best_move(
     """The best allowed move that is not tabu, or leads below the lowest energy; offers all to the pool."""
     ins, outs = members(chosen, 1, terms.equality), members(chosen, 0, terms.equality)
     total = np.sum(terms.weight * chosen)
-    count = np.sum(chosen)
+    count = int(np.sum(chosen))
     best, best_out, best_into = np.inf, -1, -1
     cut = worst(pool)
     for out in ins:
