@@ -125,10 +125,12 @@ class RemovalProblem:
 
     @property
     def resolution(self) -> float:
-        """Energies closer than this count as equal: a bound on the rounding of a float64 evaluation of E."""
+        """Energies closer than this count as equal: the rounding of float64 searches stays below it."""
         r = self.reduced
-        largest = np.abs(r.quadratic).sum(axis=1) + np.abs(r.linear)
-        return 32 * float(np.finfo(np.float64).eps) * (float(largest.sum()) + abs(r.constant))
+        if not len(r.block):
+            return 0.0
+        slopes = np.abs(r.quadratic).sum(axis=1) + np.abs(r.linear)
+        return 1e-12 * len(r.block) * float(slopes.max()) + 1e-15 * abs(r.constant)
 
     def blocks_of(self, rows: NDArray[np.bool_]) -> list[tuple[int, ...]]:
         """The removals, as sorted tuples of block indices, of rows (K, n) over the reduced problem's variables."""

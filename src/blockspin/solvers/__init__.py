@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..problem import RemovalProblem
+from .exact import exact
 from .enumerate import enumerate_all
 from .spectrum import Found, Spectrum, State, spectrum_of
 from .tabu import tabu
@@ -16,6 +17,7 @@ from .tabu import tabu
 __all__ = ["SOLVERS", "Spectrum", "State", "solve"]
 
 SOLVERS: dict[str, Callable[[RemovalProblem, int, float | None, int], Found]] = {
+    "exact": exact,
     "enumerate": enumerate_all,
     "tabu": tabu,
 }

@@ -125,7 +125,7 @@ def spectrum_of(problem: RemovalProblem, found: Found, states: int, solver: str,
     ranked = sorted((problem.energy(removed), removed) for removed in removals)
     kept = tuple(State(removed, energy) for energy, removed in ranked[:states])
     bound = min(found.bound, ranked[states][0]) if len(ranked) > states else found.bound
-    proven = sum(state.energy <= bound + problem.resolution for state in kept)
+    proven = sum(1 for state in kept if state.energy <= bound + problem.resolution)
     return Spectrum(
         states=kept,
         num_proven=proven,

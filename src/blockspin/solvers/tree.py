@@ -1,0 +1,343 @@
+"""The compiled part of branch and bound: bounding one node, fixing variables, and a depth-first walk below a node.
+
+On binary x the energy is q(x) = x^T A x + b^T x with A = Q - Diag(d) convex where the group sums are constant. In the
+scaled variables z = weight * x every group's constraint reads sum z = need, with 0 <= z <= top, so that moving z
+between two variables of a group keeps it. Because q is convex, q(z) + min over allowed y of grad q(z)^T (y - z) bounds
+the energy of everything below a node, from any z; the minimum is had by filling up the smallest gradients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Floats, Ints
+from .compiled import compiled
+from .moves import Bits, Pool, Terms, insert, toggle, worst
+
+Fates = NDArray[np.int8]  # per variable: 0 stays, 1 is removed, FREE
+FREE = -1
+ROUNDS = 12  # of descent and bounding, at most, per node
+STEPS = 6  # descent steps per group and round
+REFRESH = 100  # steps after which the gradient is computed afresh, to keep rounding small
+
+
+class Relaxed(NamedTuple):
+    """The convex form of a problem, in scaled variables; with a budget the last variable is its continuous slack."""
+
+    a: Floats  # (v, v)
+    b: Floats  # (v,)
+    top: Floats  # (v,) largest value of each variable
+    need: Floats  # (groups,)
+    weight: Floats  # (v,) top and need before scaling: whole numbers
+    whole_need: Floats  # (groups,)
+    group: Ints  # (v,)
+    num_binary: int  # v, or v - 1 with a slack
+    guard: float  # more than the rounding error of a bound
+
+
+class Node(NamedTuple):
+    """Working place for one node; stacks of nodes are rows of such arrays."""
+
+    fate: Fates  # (v,)
+    z: Floats  # (v,)
+    gradient: Floats  # (v,)
+    order: Ints  # (v,) variables by group, then about ascending in gradient
+    steps: Ints  # (1,) descent steps since the gradient was computed afresh
+
+
+@compiled
+def refresh(relaxed: Relaxed, node: Node) -> None:
+    """The gradient 2 A z + b, from scratch."""
+    node.gradient[:] = relaxed.b
+    node.steps[0] = 0
+    for i in range(len(node.z)):
+        if node.z[i] != 0.0:
+            add_to(relaxed, node.gradient, i, 2.0 * node.z[i])
+
+
+@compiled
+def add_to(relaxed: Relaxed, gradient: Floats, variable: int, amount: float) -> None:
+    row = relaxed.a[variable]
+    for j in range(len(gradient)):
+        gradient[j] += amount * row[j]
+
+
+@compiled
+def shift(relaxed: Relaxed, node: Node, variable: int, amount: float) -> None:
+    """Change one variable, within its limits, and the gradient with it."""
+    before = node.z[variable]
+    node.z[variable] = min(max(before + amount, 0.0), relaxed.top[variable])
+    add_to(relaxed, node.gradient, variable, 2.0 * (node.z[variable] - before))
+    node.steps[0] += 1
+
+
+@compiled
+def propagate(relaxed: Relaxed, node: Node) -> int:
+    """Fix what the constraints force. Returns the number of free binary variables, -1 if nothing is allowed."""
+    while True:
+        missing, room = relaxed.whole_need.copy(), np.zeros(len(relaxed.need))
+        for i in range(len(node.fate)):
+            if node.fate[i] == 1:
+                missing[relaxed.group[i]] -= relaxed.weight[i]
+            elif node.fate[i] == FREE:
+                room[relaxed.group[i]] += relaxed.weight[i]
+        if np.any(missing < 0.0) or np.any(missing > room):
+            return -1
+        free, changed = 0, False
+        for i in range(relaxed.num_binary):
+            if node.fate[i] != FREE:
+                continue
+            g = relaxed.group[i]
+            if relaxed.weight[i] > missing[g]:
+                node.fate[i], changed = 0, True
+            elif relaxed.weight[i] > room[g] - missing[g]:
+                node.fate[i], changed = 1, True
+            else:
+                free += 1
+        if not changed:
+            return free
+
+
+@compiled
+def repair(relaxed: Relaxed, node: Node) -> None:
+    """Move z to the fixed values, and restore the group sums at the least first-order cost."""
+    lacking = relaxed.need.copy()
+    for i in range(len(node.z)):
+        if node.fate[i] != FREE:
+            wanted = relaxed.top[i] * node.fate[i]
+            if node.z[i] != wanted:
+                shift(relaxed, node, i, wanted - node.z[i])
+        lacking[relaxed.group[i]] -= node.z[i]
+    for g in range(len(lacking)):
+        for _ in range(len(node.z)):
+            if abs(lacking[g]) <= 1e-15 * relaxed.need[g]:
+                break
+            up = lacking[g] > 0.0
+            best = -1
+            for i in range(len(node.z)):
+                if node.fate[i] != FREE or relaxed.group[i] != g:
+                    continue
+                if node.z[i] >= relaxed.top[i] if up else node.z[i] <= 0.0:
+                    continue
+                if best < 0 or (node.gradient[i] < node.gradient[best]) == up:
+                    best = i
+            if best < 0:
+                break
+            before = node.z[best]
+            shift(relaxed, node, best, lacking[g])
+            lacking[g] -= node.z[best] - before
+
+
+@compiled
+def descend(relaxed: Relaxed, node: Node, g: int) -> bool:
+    """One step of the convex minimisation: move z from one variable of a group to another, as far as it pays."""
+    into = -1
+    for i in range(len(node.z)):
+        if node.fate[i] == FREE and relaxed.group[i] == g and node.z[i] < relaxed.top[i]:
+            if into < 0 or node.gradient[i] < node.gradient[into]:
+                into = i
+    if into < 0:
+        return False
+    out, best, length = -1, 0.0, 0.0
+    row = relaxed.a[into]
+    for j in range(len(node.z)):
+        slope = node.gradient[j] - node.gradient[into]
+        if node.fate[j] == FREE and relaxed.group[j] == g and node.z[j] > 0.0 and slope > 0.0:
+            curvature = max(row[into] + relaxed.a[j, j] - 2.0 * row[j], 1e-300)
+            step = min(slope / (2.0 * curvature), node.z[j], relaxed.top[into] - node.z[into])
+            gain = step * (slope - step * curvature)
+            if gain > best:
+                out, best, length = j, gain, step
+    if out < 0:
+        return False
+    shift(relaxed, node, into, length)
+    shift(relaxed, node, out, -length)
+    return True
+
+
+@compiled
+def value(relaxed: Relaxed, node: Node) -> float:
+    """q(z), from the gradient."""
+    total = 0.0
+    for i in range(len(node.z)):
+        total += node.z[i] * (node.gradient[i] + relaxed.b[i])
+    return 0.5 * total
+
+
+@compiled
+def sort_order(relaxed: Relaxed, node: Node) -> None:
+    """Bring order into place by insertion: it is nearly sorted from the node before."""
+    order, gradient = node.order, node.gradient
+    for place in range(1, len(order)):
+        i, at = order[place], place
+        while at > 0 and relaxed.group[order[at - 1]] == relaxed.group[i] and gradient[order[at - 1]] > gradient[i]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = i
+
+
+@compiled
+def bound(relaxed: Relaxed, node: Node, low: Floats, high: Floats, filled: Floats) -> float:
+    """Lower bound on the energy below the node, by linearisation at z.
+
+    Writes the minimising vertex to filled (v,), and to low and high (groups,) the ends of the multipliers for which it
+    stays the minimum.
+    """
+    sort_order(relaxed, node)
+    missing = relaxed.need.copy()
+    low[:] = -np.inf
+    high[:] = np.inf
+    change = 0.0
+    for i in range(len(node.z)):
+        if node.fate[i] == 1:
+            missing[relaxed.group[i]] -= relaxed.top[i]
+    for i in node.order:
+        if node.fate[i] != FREE:
+            continue
+        g = relaxed.group[i]
+        filled[i] = min(relaxed.top[i], max(missing[g], 0.0))
+        missing[g] -= filled[i]
+        change += node.gradient[i] * (filled[i] - node.z[i])
+        if filled[i] > 0.0:
+            low[g] = node.gradient[i]
+        if filled[i] < relaxed.top[i]:
+            high[g] = min(high[g], node.gradient[i])
+    return value(relaxed, node) + change
+
+
+@compiled
+def fix_by_cost(
+    relaxed: Relaxed, node: Node, level: float, at: float, low: Floats, high: Floats, filled: Floats
+) -> bool:
+    """Fix every variable whose other value would lift the bound, which is at, to the level."""
+    changed = False
+    for i in range(relaxed.num_binary):
+        if node.fate[i] != FREE:
+            continue
+        g = relaxed.group[i]
+        if filled[i] == 0.0 and at + (node.gradient[i] - low[g]) * relaxed.top[i] >= level:
+            node.fate[i], changed = 0, True
+        elif filled[i] == relaxed.top[i] and at + (high[g] - node.gradient[i]) * relaxed.top[i] >= level:
+            node.fate[i], changed = 1, True
+    return changed
+
+
+@compiled
+def tighten(relaxed: Relaxed, node: Node, level: float, lower: float) -> tuple[float, int]:
+    """Bound a node and fix variables until it is cut off, decided, or not worth more work.
+
+    Returns the bound (infinite when cut off) and the number of free binary variables.
+    """
+    groups = len(relaxed.need)
+    low, high, filled = np.empty(groups), np.empty(groups), np.zeros(len(node.z))
+    free = propagate(relaxed, node)
+    if free <= 0:
+        return (np.inf if free < 0 else lower), free
+    repair(relaxed, node)
+    for attempt in range(ROUNDS):
+        moved = False
+        for _ in range(STEPS):
+            for g in range(groups):
+                moved |= descend(relaxed, node, g)
+        if node.steps[0] > REFRESH:
+            refresh(relaxed, node)
+        at = bound(relaxed, node, low, high, filled) - relaxed.guard
+        lower = max(lower, at)
+        if lower >= level:
+            return np.inf, free
+        if fix_by_cost(relaxed, node, level, at, low, high, filled):
+            free = propagate(relaxed, node)
+            if free <= 0:
+                return (np.inf if free < 0 else lower), free
+            repair(relaxed, node)
+            continue
+        now = value(relaxed, node)
+        if not moved or now - at < 0.05 * (level - at) or (attempt >= 1 and now < level):
+            break
+    return lower, free
+
+
+@compiled
+def branching_variable(relaxed: Relaxed, node: Node) -> int:
+    """The free variable furthest from both its limits."""
+    best, score = -1, -1.0
+    for i in range(relaxed.num_binary):
+        if node.fate[i] == FREE:
+            share = node.z[i] / relaxed.top[i]
+            far = min(share, 1.0 - share)
+            if far > score:
+                best, score = i, far
+    return best
+
+
+@compiled
+def keep_leaf(terms: Terms, node: Node, pool: Pool) -> None:
+    """Offer a fully decided node to the pool, with its energy computed from the original matrix."""
+    n = len(terms.linear)
+    bits = np.zeros(pool.bits.shape[1], np.uint64)
+    energy, count = 0.0, 0
+    for i in range(n):
+        if node.fate[i] == 1:
+            toggle(bits, i)
+            count += 1
+            energy += terms.linear[i]
+            for j in range(n):
+                if node.fate[j] == 1:
+                    energy += terms.quadratic[i, j]
+    if count <= terms.max_removed:
+        insert(pool, energy, bits, terms.resolution)
+
+
+@compiled
+def explore(
+    terms: Terms, relaxed: Relaxed, start: Node, stack: Node, lower: Floats, pool: Pool, cut: Floats, flag: Ints, limit: int
+) -> tuple[int, int]:
+    """Depth-first below a node, until done, or limit nodes are seen, or flag is raised.
+
+    stack's arrays have one row per waiting node and lower its bound; what is left of them is still to do. cut (1,) is
+    the lowest known energy to beat, shared with other threads. Returns how many nodes wait, and how many were seen.
+    """
+    height, seen = 1, 0
+    while height > 0 and seen < limit and flag[0] == 0:
+        height -= 1
+        seen += 1
+        cut[0] = min(cut[0], worst(pool))
+        level = cut[0] - 2.0 * relaxed.guard
+        if lower[height] >= level:
+            continue
+        copy_node(stack, height, start)
+        at, free = tighten(relaxed, start, level, lower[height])
+        if at == np.inf:
+            continue
+        if free == 0:
+            keep_leaf(terms, start, pool)
+            continue
+        variable = branching_variable(relaxed, start)
+        first = 1 if start.z[variable] > 0.5 * relaxed.top[variable] else 0
+        for fate in (1 - first, first):
+            start.fate[variable] = fate
+            put_node(start, stack, height)
+            lower[height] = at
+            height += 1
+    return height, seen
+
+
+@compiled
+def copy_node(stack: Node, row: int, node: Node) -> None:
+    node.fate[:] = stack.fate[row]
+    node.z[:] = stack.z[row]
+    node.gradient[:] = stack.gradient[row]
+    node.order[:] = stack.order[row]
+    node.steps[0] = stack.steps[row]
+
+
+@compiled
+def put_node(node: Node, stack: Node, row: int) -> None:
+    stack.fate[row] = node.fate
+    stack.z[row] = node.z
+    stack.gradient[row] = node.gradient
+    stack.order[row] = node.order
+    stack.steps[row] = node.steps[0]
