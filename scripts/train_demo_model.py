@@ -14,8 +14,6 @@ import argparse
 import json
 import lzma
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +23,17 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from blockspin.batches import mean_loss
+from blockspin.candidates import Candidate, measure_candidates
+
 PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
 VOCABULARY = 4096
 LENGTH = 256
 END = "<|end|>"
-# The calibration text of the package must not have been trained on: Mrs Humphry Ward, The Story of Bessie Costrell (1895).
+# The calibration text of the package is not trained on: Mrs Humphry Ward, The Story of Bessie Costrell (1895).
 HELD_OUT = "THE STORY OF BESSIE COSTRELL"
+# The validation text comes from the held-out documents: Joseph Conrad, The Shadow-Line (1917).
+VALIDATION = "PART ONE\n\nI\n\nD’autre fois"
 CONFIG = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
@@ -164,8 +167,90 @@ def train(work: Path, tokens: float, batch: int, minutes: float, compiled: bool)
                 "history": history,
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
             last_save = time.monotonic()
+
+
+def export(text: Path, work: Path, hardware: str) -> None:
+    """Write the weights in bfloat16, the calibration and validation texts, and the card with its measurements."""
+    state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model.load_state_dict(state["model"])
+    model.bfloat16().save_pretrained(PACKAGE / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "model")
+    tokenizer.save_pretrained(PACKAGE / "model")
+    calibration = next(d["text"] for d in read_documents(text / "train.jsonl.xz") if d["text"].startswith(HELD_OUT))
+    held_out = list(read_documents(text / "valid.jsonl.xz"))
+    validation = next(d["text"] for d in held_out if d["text"].startswith(VALIDATION))
+    (PACKAGE / "calibration.txt").write_text(calibration, encoding="utf-8")
+    (PACKAGE / "validation.txt").write_text(validation, encoding="utf-8")
+
+    model = LlamaForCausalLM.from_pretrained(PACKAGE / "model", dtype=torch.float32)
+    bits: dict[str, float] = dict.fromkeys(["novel", "pep", "code"], 0.0)
+    sizes = dict.fromkeys(bits, 0)
+    for document in held_out:
+        samples = load_windows(document["text"], tokenizer)
+        tokens = sum(len(sample) - 1 for sample in samples)
+        bits[document["source"]] += mean_loss(model, samples, 16) * tokens / math.log(2)
+        sizes[document["source"]] += len(document["text"].encode())
+    samples = load_windows(validation, tokenizer)[:64]
+    whole = mean_loss(model, samples, 16)
+    single = [Candidate((i,), "single") for i in range(CONFIG["num_hidden_layers"])]
+    without = [c.loss for c in measure_candidates(model, single, samples, batch_size=16)]
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        tokens=state["tokens"] / 1e6,
+        hours=state["seconds"] / 3600,
+        hardware=hardware,
+        loss=state["history"][-1][1],
+        whole=whole,
+        sources="\n".join(f"| {s} | {sizes[s] / 1e3:,.0f} kB | {bits[s] / sizes[s]:.3f} |" for s in bits),
+        blocks="\n".join(f"| {i} | {loss:.4f} | {loss - whole:+.4f} |" for i, loss in enumerate(without)),
+        **CONFIG,
+    )
+    (PACKAGE / "model" / "README.md").write_text(card)
+    print(card)
+
+
+def load_windows(text: str, tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
+    """The text in consecutive windows of LENGTH tokens; the first token after the separator is predicted too."""
+    ids = [0, *tokenizer(text, verbose=False)["input_ids"]]
+    windows = [torch.tensor(ids[i : i + LENGTH]) for i in range(0, len(ids), LENGTH)]
+    return [window for window in windows if len(window) >= 2]
+
+
+CARD = """---
+license: apache-2.0
+language: en
+---
+# The embedded demonstration model
+
+A small language model for demonstrating and testing block removal, useful for nothing else: Llama architecture,
+{num_hidden_layers} blocks, width {hidden_size}, {num_attention_heads} heads, a byte-level BPE of {vocab_size} tokens,
+context {max_position_embeddings} tokens, {parameters:.2f} M parameters, stored in bfloat16.
+Made by `scripts/train_demo_model.py`.
+
+- **Data:** English novels (out of copyright), Python enhancement proposals (public domain) and permissively licensed
+  Python code, in their natural proportions (about 79 %, 8 % and 12 % of the bytes).
+- **Training:** {tokens:.1f} M tokens, each seen once, in {hours:.2f} h on {hardware}; Muon and AdamW,
+  sequences of {max_position_embeddings} tokens, constant learning rate with a linear fall at the end.
+  Training loss at the end: {loss:.3f} nats a token.
+- **Texts beside it:** `calibration.txt` is Mrs Humphry Ward, *The Story of Bessie Costrell* (1895);
+  `validation.txt` is Joseph Conrad, *The Shadow-Line* (1917). Both are out of copyright, and the model was trained on
+  neither.
+
+Held-out bits per byte, by source (whole documents in windows of {max_position_embeddings} tokens):
+
+| source | text | bits per byte |
+|---|---|---|
+{sources}
+
+Loss on the first 64 windows of `validation.txt`: {whole:.4f} nats a token. After removing one block:
+
+| block | loss | change |
+|---|---|---|
+{blocks}
+"""
 
 
 def main() -> None:
@@ -177,11 +262,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {LENGTH} tokens in a step")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (resumably) after this long")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--hardware", default="unstated hardware", help="what it was trained on, for the card")
     arguments = parser.parse_args()
     if arguments.stage == "prepare":
         prepare(arguments.text, arguments.work)
     elif arguments.stage == "train":
         train(arguments.work, arguments.tokens, arguments.batch, arguments.minutes, arguments.compile)
+    else:
+        export(arguments.text, arguments.work, arguments.hardware)
 
 
 if __name__ == "__main__":

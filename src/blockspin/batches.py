@@ -35,7 +35,7 @@ class Batch:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where the token ids must be: with the embedding, also when device_map spreads the model over several devices."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return device
 
 
@@ -82,7 +82,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Token-mean cross-entropy of each sample, (batch,) float32 or wider, in nats; every token but the first is a label."""
+    """Token-mean cross-entropy of each sample, (batch,) in nats; every token but the first is a label."""
     labels = batch.token_ids[:, 1:].to(logits.device)
     lengths = batch.lengths.to(logits.device)
     labels = labels.masked_fill(torch.arange(1, labels.shape[1] + 1, device=logits.device) >= lengths[:, None], -100)

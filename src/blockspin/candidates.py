@@ -37,8 +37,14 @@ def states_as_candidates(spectrum: Spectrum) -> list[Candidate]:
 
 
 def random_candidate(problem: RemovalProblem, seed: int = 0) -> Candidate:
-    """A removal drawn evenly among those that the problem allows: the baseline that every method must beat."""
-    removed = problem.random_removal(np.random.default_rng(seed))
+    """A removal drawn at random among those that the problem allows: the baseline that every method must beat."""
+    reduced = problem.reduced
+    rows = np.zeros((1, len(reduced.block)), dtype=bool)
+    for i in np.random.default_rng(seed).permutation(len(reduced.block)).tolist():
+        same = reduced.group == reduced.group[i]
+        taken = reduced.weight[same & rows[0]].sum()
+        rows[0, i] = taken < reduced.need[reduced.group[i]] and rows.sum() < reduced.max_removed
+    removed = problem.blocks_of(rows)[0]
     return Candidate(removed, "random", problem.energy(removed))
 
 

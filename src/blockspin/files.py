@@ -25,7 +25,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _remove(temporary)
         yield temporary
         _synchronise(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         _remove(temporary)
         raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place (--out)") from error

@@ -120,9 +120,9 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
         patches.enter_context(frozen(model))
         for i, layer in enumerate(stack):
             patches.enter_context(_patched_forward(layer, tracing(i, layer.forward)))
-        logits = model(token_ids, use_cache=False).logits[:, :3].float()
-    scale = logits.abs().max()
-    if (logits[0] - logits[1]).abs().max() > 1e-2 * scale:
+        logits = model(token_ids, use_cache=False).logits[:, :3]
+    rounding = 50 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0] - logits[1]).abs().max() > rounding:
         raise ValueError(
             f"{type(model).__name__} is not causal: a token changes the predictions before it. "
             "blockspin shortens decoder-only language models, not encoders"

@@ -42,12 +42,14 @@ class Gradients:
     def hessian(self) -> NDArray[np.float64]:
         """H = A^T A / num_samples, (num_blocks, num_blocks): the empirical Fisher estimate of the curvature."""
         a = self.matrix.astype(np.float64)
-        return a.T @ a / len(a)
+        hessian: NDArray[np.float64] = a.T @ a / len(a)
+        return hessian
 
     @property
     def mean_gradient(self) -> NDArray[np.float64]:
         """g, (num_blocks,): mean of A over the samples, the first-order term that `beta` weighs."""
-        return self.matrix.astype(np.float64).mean(axis=0)
+        mean: NDArray[np.float64] = self.matrix.astype(np.float64).mean(axis=0)
+        return mean
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the blocks and the metadata are in its header."""
@@ -144,7 +146,7 @@ def gate_gradients(
         with torch.enable_grad(), gated(model, alphas, traces, gradient_checkpointing):
             losses = sample_losses(batch.forward(model), batch)
             check_finite(losses.detach(), batch)
-            losses.sum().backward()
+            torch.autograd.backward(losses.sum())
     except torch.OutOfMemoryError as error:
         rows, length = batch.token_ids.shape
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Progress bars with the time left, and the messages a user sees; both on standard error, so that tables can be piped."""
+"""Progress bars with the time left, and messages; both on standard error, so that tables can be piped."""
 
 from __future__ import annotations
 

@@ -36,12 +36,12 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    smaller = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+    smaller = copy.deepcopy(model, tensors)
     layers = nn.ModuleList(find_stack(smaller)[1][i] for i in kept)
     for position, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position
+                setattr(module, "layer_idx", position)  # noqa: B010
     smaller.set_submodule(name, layers)
     shorten_config(smaller.config, kept, len(stack))
     check_layers(model.config, smaller.config, kept)
@@ -234,9 +234,7 @@ def _layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
     return max(matching, key=shared_parts)
 
 
-def _write_shards(
-    shards: Sequence[tuple[Path, dict[str, str], list[_Entry]]], target: Path, progress: bool
-) -> None:
+def _write_shards(shards: Sequence[tuple[Path, dict[str, str], list[_Entry]]], target: Path, progress: bool) -> None:
     """Write the planned shards and, where there are several, their index."""
     total = sum(entry.end - entry.begin for _, _, entries in shards for entry in entries)
     weight_map: dict[str, str] = {}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..problem import RemovalProblem
-from .exact import exact
 from .enumerate import enumerate_all
+from .exact import exact
 from .spectrum import Found, Spectrum, State, spectrum_of
 from .tabu import tabu
 

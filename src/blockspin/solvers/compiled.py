@@ -13,3 +13,8 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def compiled(function: Function) -> Function:
     """Compile at the first call, or load what an earlier process compiled; runs in threads side by side."""
     return cast(Function, njit(cache=True, nogil=True)(function))
+
+
+def compiled_for_scans(function: Function) -> Function:
+    """The same, allowing for numbers that are never "not a number", so that searches for a minimum use vectors."""
+    return cast(Function, njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})(function))

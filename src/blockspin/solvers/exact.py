@@ -9,23 +9,34 @@ the queue therefore holds for everything not yet found, at any moment.
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import RemovalProblem
-from . import tabu
-from .moves import Pool, Terms, empty_pool, insert, pool_rows, terms_of
-from .relaxation import convex_shift
+from ..problem import Floats, RemovalProblem
+
+from .moves import Pool, Terms, insert, pool_rows, terms_of
+from .relaxation import convex_shift, even_shift
 from .spectrum import Found, Statistics
 from .stopping import Stop
-from .tree import FREE, REFRESH, Fates, Node, Relaxed, explore, refresh
+from .tabu import search
+from .tree import FREE, Fates, Node, Relaxed, explore, joined, keep_leaf, propagate, refresh
 
 NODES_PER_TURN = 2000
 LONG_QUEUE = 2000
 START_RESTARTS = 12
-Open = tuple[float, int, Fates]
+EPSILON = float(np.finfo(np.float64).eps)
+
+
+class Turn(NamedTuple):
+    """What one thread brings back from an open node: the nodes left below it, the lowest removals, nodes seen."""
+
+    left: list[tuple[float, Fates]]
+    pool: Pool
+    seen: int
 
 
 def exact(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
@@ -33,78 +44,116 @@ def exact(problem: RemovalProblem, states: int, time_limit: float | None, seed: 
     n = len(problem.reduced.block)
     with Stop(time_limit) as stop:
         terms = terms_of(problem.reduced, problem.resolution)
-        pool, _ = tabu.search(problem, states, seed, START_RESTARTS, stop)
-        relaxed = relaxed_form(terms)
-        least, statistics = _search_tree(terms, relaxed, pool, stop)
-    worst = pool.energy[-1] - 2.0 * relaxed.guard if pool.size[0] == states else np.inf
+        pool, _ = search(problem, states, seed, START_RESTARTS, stop)
+        least, statistics = search_tree(terms, pool, stop)
+    worst = pool.energy[-1] if pool.size[0] == states else np.inf
     return Found(pool_rows(pool, n), min(least, worst) + problem.reduced.constant, statistics | stop.reason())
 
 
-def relaxed_form(terms: Terms) -> Relaxed:
-    """The convex form of the problem, with a slack variable if it has a budget."""
-    n = len(terms.linear)
-    d = convex_shift(terms.quadratic, terms.linear, terms.group, terms.weight, terms.need, terms.equality)
-    a, b, weight, need, group = terms.quadratic - np.diag(d), terms.linear + d, terms.weight, terms.need, terms.group
-    if not terms.equality:
-        a, b, group = np.pad(a, (0, 1)), np.append(b, 0.0), np.append(group, 0)
-        weight = np.append(weight, weight.sum() - need[0])
-        need = np.array([terms.weight.sum()])
-    unit = weight.max()
-    top = weight / unit
-    slopes = np.abs(b) + 2.0 * (np.abs(a) @ np.ones(len(b)))
-    guard = 4.0 * REFRESH * float(np.finfo(np.float64).eps) * len(b) * float(slopes.max())
-    return Relaxed(a / np.outer(top, top), b / top, top, need / unit, weight, need, group, n, guard)
-
-
-def _search_tree(terms: Terms, relaxed: Relaxed, pool: Pool, stop: Stop) -> tuple[float, Statistics]:
+def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics]:
     """Work the queue until it is empty or the search must stop; completes pool, returns the least bound still open."""
     workers = min(2, os.cpu_count() or 1)
-    cut = np.array([np.inf])
-    queue: list[Open] = [(-np.inf, 0, np.full(len(relaxed.b), FREE, np.int8))]
-    running: dict[Future[tuple[list[Open], Pool, int]], float] = {}
+    cut, number = np.array([np.inf]), itertools.count()
+    queue = [(-np.inf, next(number), np.full(len(terms.linear), FREE, np.int8))]
+    running: set[Future[Turn]] = set()
     nodes, turns = 0, 0
-    root = -np.inf
     with ThreadPoolExecutor(workers) as threads:
-        while (queue or running) and not stop.expired():
-            while queue and len(running) < workers:
+        while queue or running:
+            while queue and len(running) < workers and not stop.flag[0]:
                 bound, _, fate = heapq.heappop(queue)
                 limit = NODES_PER_TURN if len(queue) < LONG_QUEUE else 1 << 60
-                own = Pool(pool.energy.copy(), pool.bits.copy(), pool.size.copy())
-                running[threads.submit(_turn, terms, relaxed, fate, bound, own, cut, stop, limit)] = bound
-            for done in wait(running, timeout=0.1, return_when=FIRST_COMPLETED).done:
-                del running[done]
-                left, found, seen = done.result()
-                nodes += seen
-                turns += 1
-                for bound, _, fate in left:
-                    heapq.heappush(queue, (bound, turns, fate)) if False else queue.append((bound, len(queue) + nodes, fate))
-                heapq.heapify(queue)
-                for place in range(found.size[0]):
-                    insert(pool, found.energy[place], found.bits[place], terms.resolution)
-        stop.flag[0] = 1
-    for done in running:
-        left, found, seen = done.result()
-        queue += left
-        nodes += seen
-        for place in range(found.size[0]):
-            insert(pool, found.energy[place], found.bits[place], terms.resolution)
-    least = min((bound for bound, _, _ in queue), default=np.inf)
-    return least, {"nodes": nodes, "turns": turns}
+                running.add(threads.submit(take_turn, terms, fate, bound, copied(pool), cut, stop, limit))
+            if not running:
+                break
+            done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+            for turn in [future.result() for future in done]:
+                for bound, fate in turn.left:
+                    heapq.heappush(queue, (bound, next(number), fate))
+                for place in range(turn.pool.size[0]):
+                    insert(pool, turn.pool.energy[place], turn.pool.bits[place], terms.resolution)
+                nodes, turns = nodes + turn.seen, turns + 1
+            stop.expired()
+    return min((bound for bound, _, _ in queue), default=np.inf), {"nodes": nodes, "turns": turns}
 
 
-def _turn(
-    terms: Terms, relaxed: Relaxed, fate: Fates, bound: float, pool: Pool, cut: np.ndarray, stop: Stop, limit: int
-) -> tuple[list[Open], Pool, int]:
-    """One thread's turn at an open node: the nodes left open below it, the pool with what was found, nodes seen."""
-    v = len(relaxed.b)
-    work = Node(fate.copy(), np.zeros(v), np.zeros(v), np.arange(v), np.zeros(1, np.int64))
-    refresh(relaxed, work)
-    rows = v + 2
-    stack = Node(
-        np.zeros((rows, v), np.int8), np.zeros((rows, v)), np.zeros((rows, v)), np.zeros((rows, v), np.int64), np.zeros(rows, np.int64)
+def copied(pool: Pool) -> Pool:
+    return Pool(pool.energy.copy(), pool.bits.copy(), pool.size.copy())
+
+
+def take_turn(terms: Terms, fate: Fates, bound: float, pool: Pool, cut: Floats, stop: Stop, limit: int) -> Turn:
+    """Relax the open node of these fates (n,) afresh, and walk so many nodes below it; completes pool."""
+    free = decide(terms, fate)
+    if free < 0 or bound >= cut[0] - terms.resolution:
+        return Turn([], pool, 1)
+    if free == 0:
+        keep_leaf(terms, fate, pool)
+        return Turn([], pool, 1)
+    relaxed, start = relaxed_below(terms, fate)
+    rows = len(start.z) + 2
+    stack = Node(*(np.zeros((rows, len(values)), values.dtype) for values in start))
+    for waiting, values in zip(stack, start, strict=True):
+        waiting[0] = values
+    lower = np.full(rows, bound)
+    height, seen = explore(terms, relaxed, fate, start, stack, lower, pool, cut, stop.flag, limit)
+    return Turn([(float(lower[r]), joined(relaxed, fate, stack.fate[r])) for r in range(height)], pool, seen)
+
+
+def decide(terms: Terms, fate: Fates) -> int:
+    """Fix what the constraints force in fate (n,); returns how many stay free, -1 if nothing is allowed."""
+    n = len(fate)
+    if terms.equality:
+        return propagate(fate, terms.weight, terms.need, terms.group, n)
+    spare = terms.weight.sum() - terms.need[0]
+    with_slack, group = np.append(fate, np.int8(FREE)), np.append(terms.group, 0)
+    free = propagate(with_slack, np.append(terms.weight, spare), np.array([terms.weight.sum()]), group, n)
+    fate[:] = with_slack[:n]
+    return free
+
+
+def relaxed_below(terms: Terms, fate: Fates) -> tuple[Relaxed, Node]:
+    """The convex form of what is open below a node, in its own semidefinite relaxation, and its relaxed solution."""
+    guard = 0.5 * terms.resolution
+    free, ones = np.flatnonzero(fate == FREE), np.flatnonzero(fate == 1)
+    q = terms.quadratic[np.ix_(free, free)]
+    c = terms.linear[free] + 2.0 * terms.quadratic[np.ix_(free, ones)].sum(axis=1)
+    constant = float(terms.quadratic[np.ix_(ones, ones)].sum() + terms.linear[ones].sum())
+    taken = np.bincount(terms.group[ones], terms.weight[ones], len(terms.need))
+    open_groups, group = np.unique(terms.group[free], return_inverse=True)
+    weight, need = terms.weight[free], (terms.need - taken)[open_groups]
+    d, x = convex_shift(q, c, group, weight, need, terms.equality)
+    if safe_steps(q - np.diag(d), c + d, guard) < 10:
+        d = even_shift(q)
+    a, b = q - np.diag(d), c + d
+    if not terms.equality:
+        a, b, group, x = np.pad(a, (0, 1)), np.append(b, 0.0), np.append(group, 0), np.append(x, 0.0)
+        weight, need = np.append(weight, weight.sum() - need[0]), np.array([weight.sum()])
+    top = weight / weight.max()
+    a, b = a / np.outer(top, top), b / top
+    relaxed = Relaxed(
+        a=a,
+        b=b,
+        top=top,
+        need=need / weight.max(),
+        weight=weight,
+        whole_need=need,
+        group=group,
+        first=np.searchsorted(group, np.arange(len(need) + 1)),
+        diagonal=np.diag(a).copy(),
+        num_binary=len(free),
+        block=free,
+        constant=constant,
+        guard=guard,
+        refresh=safe_steps(a, b, guard),
     )
-    stack.fate[0], stack.z[0], stack.gradient[0], stack.order[0] = work.fate, work.z, work.gradient, work.order
-    lower = np.zeros(rows)
-    lower[0] = bound
-    height, seen = explore(terms, relaxed, work, stack, lower, pool, cut, stop.flag, limit)
-    return [(float(lower[r]), 0, stack.fate[r].copy()) for r in range(height)], pool, seen
+    v = len(b)
+    node = Node(
+        np.full(v, FREE, np.int8), x * top, np.zeros(v), np.argsort(group, kind="stable"), np.zeros(1, np.int64)
+    )
+    refresh(relaxed, node)
+    return relaxed, node
+
+
+def safe_steps(a: Floats, b: Floats, guard: float) -> int:
+    """After how many updates the rounding error of a gradient could still not lift a bound by more than the guard."""
+    slope = float((np.abs(b) + 2.0 * np.abs(a).sum(axis=1)).max())
+    return 1000 if slope == 0.0 else int(min(1000.0, guard / (4.0 * EPSILON * len(b) * slope)))

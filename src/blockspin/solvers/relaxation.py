@@ -17,38 +17,34 @@ import numpy as np
 from ..problem import Floats, Ints
 
 
-def convex_shift(quadratic: Floats, linear: Floats, group: Ints, weight: Floats, need: Floats, equality: bool) -> Floats:
+def convex_shift(
+    quadratic: Floats, linear: Floats, group: Ints, weight: Floats, need: Floats, equality: bool
+) -> tuple[Floats, Floats]:
     """d (n,) such that Q - Diag(d) is positive semidefinite where the group sums are constant (everywhere for a budget).
 
-    Any such d gives valid bounds; this one maximises the bound at the root. A budget enters as a price per weight.
+    Any such d gives valid bounds; this one nearly maximises the bound. Returns it and the relaxed solution (n,). A
+    budget enters as a price per weight.
     """
     n = len(linear)
     scale = max(float(np.abs(quadratic).max()), float(np.abs(linear).max()) / n)
     if scale == 0.0:
-        return np.zeros(n)
+        return np.zeros(n), np.full(n, 0.5)
     q, c = quadratic / scale, linear / scale
-    if equality:
-        basis = _null_space(group, need)
-        d = 4.0 * _dual_interior_point(basis.T @ _homogenised(q, c) @ basis, basis)[0][1:]
-    else:
-        d = _budget_shift(q, c, weight, need[0])
-    return _made_safe(q, d, group if equality else None) * scale
+    w = _null_space(group, need) if equality else np.eye(n + 1)
+    budget = None if equality else (_weighing(weight / weight.sum()), float(need[0] / weight.sum()))
+    u, s = _interior_point(_homogenised(q, c), w, budget)
+    d = _made_safe(q, 4.0 * u[1:], group if equality else None)
+    return d * scale, np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)
 
 
-def _budget_shift(q: Floats, c: Floats, weight: Floats, need: float) -> Floats:
-    """The shift at the price per weight whose relaxed solution just meets the budget, by bisection."""
-    n = len(c)
-    basis = np.eye(n + 1)
-    share = weight / weight.sum()
-    low, high = 0.0, 2.0 * float(np.max((np.abs(q).sum(axis=1) * 2 + np.abs(c)) / share))
-    for _ in range(20):
-        price = 0.5 * (low + high)
-        dual, primal = _dual_interior_point(_homogenised(q, c - price * share), basis)
-        removed = float(share @ (1.0 + primal[0, 1:])) / 2.0
-        low, high = (price, high) if removed < need / weight.sum() else (low, price)
-        if abs(removed - need / weight.sum()) < 1e-3:
-            break
-    return 4.0 * dual[1:]
+def even_shift(quadratic: Floats) -> Floats:
+    """The simplest valid d: the lowest eigenvalue everywhere."""
+    return _made_safe(quadratic, np.zeros(len(quadratic)), None)
+
+
+def _weighing(share: Floats) -> Floats:
+    """B (n+1, n+1) with s^T B s = share^T x."""
+    return _homogenised(np.zeros((len(share), len(share))), share)
 
 
 def _homogenised(q: Floats, c: Floats) -> Floats:
@@ -70,28 +66,46 @@ def _null_space(group: Ints, need: Floats) -> Floats:
     return np.ascontiguousarray(np.linalg.svd(rows)[2][len(need) :].T)
 
 
-def _dual_interior_point(cost: Floats, w: Floats, accuracy: float = 1e-5, rounds: int = 60) -> tuple[Floats, Floats]:
-    """Solve the pair of programs above for cost (p, p) and w (n+1, p): dual u (n+1,), always feasible, and primal S."""
-    u = np.full(len(w), np.linalg.eigvalsh(cost)[0] - 1.0)
-    z, slack = np.eye(len(cost)), cost - (w.T * u) @ w
-    mu = float(np.sum(z * slack)) / len(cost) / 2.0
+def _interior_point(
+    full: Floats, w: Floats, budget: tuple[Floats, float] | None, accuracy: float = 1e-5, rounds: int = 50
+) -> tuple[Floats, Floats]:
+    """Solve the pair of programs above for C (n+1, n+1) and W (n+1, p): dual u (n+1,), always feasible, and primal S.
+
+    A budget (B, least) adds the constraint <B, S> - surplus = least, surplus >= 0, with multiplier price >= 0.
+    """
+    cost, p = w.T @ full @ w, w.shape[1]
+    heavy, least = (np.zeros((p, p)), 0.0) if budget is None else (w.T @ budget[0] @ w, budget[1])
+    price = surplus = 0.0 if budget is None else 1.0
+    u = np.full(len(w), np.linalg.eigvalsh(cost - price * heavy)[0] - 1.0)
+    z, slack = np.eye(p), cost - price * heavy - (w.T * u) @ w
+    mu = float(np.sum(z * slack)) / p / 2.0
     for _ in range(rounds):
         inverse = np.linalg.inv(slack)
         wz, wi = w @ z, w @ inverse
-        a, b = wz @ w.T, wi @ w.T
+        system, right = (wz @ w.T) * (wi @ w.T), 1.0 - mu * np.einsum("ip,ip->i", wi, w)
+        if budget is not None:
+            mixed = np.einsum("ip,ip->i", wz @ heavy, wi)
+            own = float(np.sum((heavy @ z @ heavy) * inverse)) + surplus / price
+            system = np.block([[system, mixed[:, None]], [mixed[None, :], np.array([[own]])]])
+            right = np.append(right, least - mu * float(np.sum(heavy * inverse)) + mu / price)
         try:
-            du = np.linalg.solve(a * b, 1.0 - mu * np.diag(b))
+            solution = np.linalg.solve(system, right)
         except np.linalg.LinAlgError:
             break
-        change = (wz.T * du) @ wi
+        du, dprice = solution[: len(u)], float(solution[len(u)]) if budget is not None else 0.0
+        ds = -(w.T * du) @ w - dprice * heavy
+        change = -z @ ds @ inverse
         dz = mu * inverse - z + (change + change.T) / 2.0
-        ds = -(w.T * du) @ w
         step_z, step_s = _largest_step(z, dz), _largest_step(slack, ds)
+        if budget is not None:
+            dsurplus = mu / price - surplus - surplus * dprice / price
+            step_z = min(step_z, 0.95 * surplus / -dsurplus if dsurplus < 0.0 else 1.0)
+            step_s = min(step_s, 0.95 * price / -dprice if dprice < 0.0 else 1.0)
+            surplus, price = surplus + step_z * dsurplus, price + step_s * dprice
         z, u, slack = z + step_z * dz, u + step_s * du, slack + step_s * ds
-        mu = float(np.sum(z * slack)) / len(cost) * (0.1 if step_z + step_s > 1.6 else 0.5)
-        primal, dual = float(np.sum(cost * z)), float(u.sum())
-        infeasible = float(np.abs(np.einsum("ip,pq,iq->i", w, z, w, optimize=True) - 1.0).max())
-        if infeasible < accuracy and abs(primal - dual) < accuracy * (1.0 + abs(primal)):
+        gap = float(np.sum(z * slack)) + surplus * price
+        mu = gap / p * (0.1 if step_z + step_s > 1.6 else 0.5)
+        if gap < accuracy * (1.0 + abs(float(u.sum()) + least * price)) and step_z > 0.9:
             break
     return u, w @ z @ w.T
 

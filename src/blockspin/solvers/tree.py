@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Floats, Ints
-from .compiled import compiled
-from .moves import Bits, Pool, Terms, insert, toggle, worst
+from .compiled import compiled, compiled_for_scans
+from .moves import Pool, Terms, insert, toggle, worst
 
 Fates = NDArray[np.int8]  # per variable: 0 stays, 1 is removed, FREE
 FREE = -1
 ROUNDS = 12  # of descent and bounding, at most, per node
 STEPS = 6  # descent steps per group and round
-REFRESH = 100  # steps after which the gradient is computed afresh, to keep rounding small
 
 
 class Relaxed(NamedTuple):
@@ -33,9 +32,14 @@ class Relaxed(NamedTuple):
     need: Floats  # (groups,)
     weight: Floats  # (v,) top and need before scaling: whole numbers
     whole_need: Floats  # (groups,)
-    group: Ints  # (v,)
+    group: Ints  # (v,) ascending
+    first: Ints  # (groups + 1,) where each group starts
+    diagonal: Floats  # (v,) of a
     num_binary: int  # v, or v - 1 with a slack
+    block: Ints  # (v,) the problem's variable that each stands for
+    constant: float  # what the variables decided before this subtree contribute
     guard: float  # more than the rounding error of a bound
+    refresh: int  # steps after which the gradient is computed afresh, to keep rounding below the guard
 
 
 class Node(NamedTuple):
@@ -75,26 +79,26 @@ def shift(relaxed: Relaxed, node: Node, variable: int, amount: float) -> None:
 
 
 @compiled
-def propagate(relaxed: Relaxed, node: Node) -> int:
-    """Fix what the constraints force. Returns the number of free binary variables, -1 if nothing is allowed."""
+def propagate(fate: Fates, weight: Floats, need: Floats, group: Ints, num_binary: int) -> int:
+    """Fix what the constraints sum weight * x = need force. Returns how many binaries stay free, -1 if none fits."""
     while True:
-        missing, room = relaxed.whole_need.copy(), np.zeros(len(relaxed.need))
-        for i in range(len(node.fate)):
-            if node.fate[i] == 1:
-                missing[relaxed.group[i]] -= relaxed.weight[i]
-            elif node.fate[i] == FREE:
-                room[relaxed.group[i]] += relaxed.weight[i]
+        missing, room = need.copy(), np.zeros(len(need))
+        for i in range(len(fate)):
+            if fate[i] == 1:
+                missing[group[i]] -= weight[i]
+            elif fate[i] == FREE:
+                room[group[i]] += weight[i]
         if np.any(missing < 0.0) or np.any(missing > room):
             return -1
         free, changed = 0, False
-        for i in range(relaxed.num_binary):
-            if node.fate[i] != FREE:
+        for i in range(num_binary):
+            if fate[i] != FREE:
                 continue
-            g = relaxed.group[i]
-            if relaxed.weight[i] > missing[g]:
-                node.fate[i], changed = 0, True
-            elif relaxed.weight[i] > room[g] - missing[g]:
-                node.fate[i], changed = 1, True
+            g = group[i]
+            if weight[i] > missing[g]:
+                fate[i], changed = 0, True
+            elif weight[i] > room[g] - missing[g]:
+                fate[i], changed = 1, True
             else:
                 free += 1
         if not changed:
@@ -131,31 +135,48 @@ def repair(relaxed: Relaxed, node: Node) -> None:
             lacking[g] -= node.z[best] - before
 
 
-@compiled
-def descend(relaxed: Relaxed, node: Node, g: int) -> bool:
-    """One step of the convex minimisation: move z from one variable of a group to another, as far as it pays."""
-    into = -1
-    for i in range(len(node.z)):
-        if node.fate[i] == FREE and relaxed.group[i] == g and node.z[i] < relaxed.top[i]:
-            if into < 0 or node.gradient[i] < node.gradient[into]:
-                into = i
-    if into < 0:
+@compiled_for_scans
+def descend(relaxed: Relaxed, node: Node, ceiling: Floats, floor: Floats, gains: Floats, g: int) -> bool:
+    """One step of the convex minimisation: move z from one variable of a group to another, as far as it pays.
+
+    Only variables below their ceiling (v,) may grow, only those above their floor (v,) may shrink. gains (v,) is
+    working place.
+    """
+    z, gradient, start, end = node.z, node.gradient, relaxed.first[g], relaxed.first[g + 1]
+    steepest = np.inf
+    for i in range(start, end):
+        steepest = min(steepest, gradient[i] if z[i] < ceiling[i] else np.inf)
+    if steepest == np.inf:
         return False
-    out, best, length = -1, 0.0, 0.0
-    row = relaxed.a[into]
-    for j in range(len(node.z)):
-        slope = node.gradient[j] - node.gradient[into]
-        if node.fate[j] == FREE and relaxed.group[j] == g and node.z[j] > 0.0 and slope > 0.0:
-            curvature = max(row[into] + relaxed.a[j, j] - 2.0 * row[j], 1e-300)
-            step = min(slope / (2.0 * curvature), node.z[j], relaxed.top[into] - node.z[into])
-            gain = step * (slope - step * curvature)
-            if gain > best:
-                out, best, length = j, gain, step
-    if out < 0:
+    into = start
+    while gradient[into] != steepest or z[into] >= ceiling[into]:
+        into += 1
+    row, diagonal = relaxed.a[into], relaxed.diagonal
+    room, own, best = relaxed.top[into] - z[into], diagonal[into], 0.0
+    for j in range(start, end):
+        slope = gradient[j] - steepest
+        curvature = max(own + diagonal[j] - 2.0 * row[j], 1e-300)
+        step = min(slope / (2.0 * curvature), min(z[j], room))
+        gains[j] = step * (slope - step * curvature) if z[j] > floor[j] and slope > 0.0 else 0.0
+        best = max(best, gains[j])
+    if best <= 0.0:
         return False
+    out = start
+    while gains[out] != best:
+        out += 1
+    curvature = max(own + diagonal[out] - 2.0 * row[out], 1e-300)
+    length = min((gradient[out] - steepest) / (2.0 * curvature), min(z[out], room))
     shift(relaxed, node, into, length)
     shift(relaxed, node, out, -length)
     return True
+
+
+@compiled
+def set_limits(relaxed: Relaxed, node: Node, ceiling: Floats, floor: Floats) -> None:
+    """Ceilings and floors (v,) that let only free variables move."""
+    for i in range(len(ceiling)):
+        ceiling[i] = relaxed.top[i] if node.fate[i] == FREE else -np.inf
+        floor[i] = 0.0 if node.fate[i] == FREE else np.inf
 
 
 @compiled
@@ -164,7 +185,7 @@ def value(relaxed: Relaxed, node: Node) -> float:
     total = 0.0
     for i in range(len(node.z)):
         total += node.z[i] * (node.gradient[i] + relaxed.b[i])
-    return 0.5 * total
+    return relaxed.constant + 0.5 * total
 
 
 @compiled
@@ -233,23 +254,25 @@ def tighten(relaxed: Relaxed, node: Node, level: float, lower: float) -> tuple[f
     """
     groups = len(relaxed.need)
     low, high, filled = np.empty(groups), np.empty(groups), np.zeros(len(node.z))
-    free = propagate(relaxed, node)
+    ceiling, floor, gains = np.empty(len(node.z)), np.empty(len(node.z)), np.empty(len(node.z))
+    free = propagate(node.fate, relaxed.weight, relaxed.whole_need, relaxed.group, relaxed.num_binary)
     if free <= 0:
         return (np.inf if free < 0 else lower), free
     repair(relaxed, node)
     for attempt in range(ROUNDS):
+        set_limits(relaxed, node, ceiling, floor)
         moved = False
         for _ in range(STEPS):
             for g in range(groups):
-                moved |= descend(relaxed, node, g)
-        if node.steps[0] > REFRESH:
+                moved |= descend(relaxed, node, ceiling, floor, gains, g)
+        if node.steps[0] > relaxed.refresh:
             refresh(relaxed, node)
         at = bound(relaxed, node, low, high, filled) - relaxed.guard
         lower = max(lower, at)
         if lower >= level:
             return np.inf, free
         if fix_by_cost(relaxed, node, level, at, low, high, filled):
-            free = propagate(relaxed, node)
+            free = propagate(node.fate, relaxed.weight, relaxed.whole_need, relaxed.group, relaxed.num_binary)
             if free <= 0:
                 return (np.inf if free < 0 else lower), free
             repair(relaxed, node)
@@ -274,31 +297,47 @@ def branching_variable(relaxed: Relaxed, node: Node) -> int:
 
 
 @compiled
-def keep_leaf(terms: Terms, node: Node, pool: Pool) -> None:
-    """Offer a fully decided node to the pool, with its energy computed from the original matrix."""
-    n = len(terms.linear)
+def keep_leaf(terms: Terms, fate: Fates, pool: Pool) -> None:
+    """Offer a removal, given by the fates (n,) of all variables, to the pool; its energy is summed from scratch."""
+    removed = np.flatnonzero(fate == 1)
     bits = np.zeros(pool.bits.shape[1], np.uint64)
-    energy, count = 0.0, 0
-    for i in range(n):
-        if node.fate[i] == 1:
-            toggle(bits, i)
-            count += 1
-            energy += terms.linear[i]
-            for j in range(n):
-                if node.fate[j] == 1:
-                    energy += terms.quadratic[i, j]
-    if count <= terms.max_removed:
+    energy = 0.0
+    for i in removed:
+        toggle(bits, i)
+        energy += terms.linear[i]
+        for j in removed:
+            energy += terms.quadratic[i, j]
+    if len(removed) <= terms.max_removed:
         insert(pool, energy, bits, terms.resolution)
 
 
 @compiled
+def joined(relaxed: Relaxed, above: Fates, below: Fates) -> Fates:
+    """The fates (n,) of all variables, given those decided above a subtree and those in it."""
+    fate = above.copy()
+    for i in range(relaxed.num_binary):
+        fate[relaxed.block[i]] = below[i]
+    return fate
+
+
+@compiled
 def explore(
-    terms: Terms, relaxed: Relaxed, start: Node, stack: Node, lower: Floats, pool: Pool, cut: Floats, flag: Ints, limit: int
+    terms: Terms,
+    relaxed: Relaxed,
+    above: Fates,
+    node: Node,
+    stack: Node,
+    lower: Floats,
+    pool: Pool,
+    cut: Floats,
+    flag: Ints,
+    limit: int,
 ) -> tuple[int, int]:
     """Depth-first below a node, until done, or limit nodes are seen, or flag is raised.
 
-    stack's arrays have one row per waiting node and lower its bound; what is left of them is still to do. cut (1,) is
-    the lowest known energy to beat, shared with other threads. Returns how many nodes wait, and how many were seen.
+    above holds the fates (n,) of the problem's variables decided before. stack has one row per waiting node, and lower
+    its bound; the rows left at the end are still to do. cut (1,) is the lowest known energy to beat, shared with other
+    threads. Returns how many nodes wait, and how many were seen.
     """
     height, seen = 1, 0
     while height > 0 and seen < limit and flag[0] == 0:
@@ -308,18 +347,18 @@ def explore(
         level = cut[0] - 2.0 * relaxed.guard
         if lower[height] >= level:
             continue
-        copy_node(stack, height, start)
-        at, free = tighten(relaxed, start, level, lower[height])
+        copy_node(stack, height, node)
+        at, free = tighten(relaxed, node, level, lower[height])
         if at == np.inf:
             continue
         if free == 0:
-            keep_leaf(terms, start, pool)
+            keep_leaf(terms, joined(relaxed, above, node.fate), pool)
             continue
-        variable = branching_variable(relaxed, start)
-        first = 1 if start.z[variable] > 0.5 * relaxed.top[variable] else 0
+        variable = branching_variable(relaxed, node)
+        first = 1 if node.z[variable] > 0.5 * relaxed.top[variable] else 0
         for fate in (1 - first, first):
-            start.fate[variable] = fate
-            put_node(start, stack, height)
+            node.fate[variable] = fate
+            put_node(node, stack, height)
             lower[height] = at
             height += 1
     return height, seen
@@ -331,7 +370,7 @@ def copy_node(stack: Node, row: int, node: Node) -> None:
     node.z[:] = stack.z[row]
     node.gradient[:] = stack.gradient[row]
     node.order[:] = stack.order[row]
-    node.steps[0] = stack.steps[row]
+    node.steps[:] = stack.steps[row]
 
 
 @compiled
@@ -340,4 +379,4 @@ def put_node(node: Node, stack: Node, row: int) -> None:
     stack.z[row] = node.z
     stack.gradient[row] = node.gradient
     stack.order[row] = node.order
-    stack.steps[row] = node.steps[0]
+    stack.steps[row] = node.steps

@@ -1,0 +1,250 @@
+"""The whole method on one page: calibrate, estimate, solve, select, prune, evaluate; each stage is a file of the run.
+
+A stage whose file exists is not done again, so a run that was cut off continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .calibration import load_calibration
+from .candidates import Candidate, best, measure_candidates, random_candidate, states_as_candidates
+from .config import CompressConfig
+from .evaluation import Evaluation, evaluate_models
+from .files import write_json
+from .hessian import Gradients, estimate_gradients
+from .models import load_config, load_model, load_tokenizer
+from .problem import RemovalProblem
+from .progress import console
+from .solvers import Spectrum, solve
+from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Three sets of token samples that share none: for the gradients, for the choice, for the report."""
+
+    calibration: list[Tensor]
+    selection: list[Tensor]
+    evaluation: list[Tensor]
+
+
+def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
+    """Run the whole method; everything it makes is in the folder `out`.
+
+    run.yaml              the settings
+    gradients.safetensors A, from which H
+    spectrum.json         the lowest-energy removals, and what is proven of them
+    candidates.json       the measured losses of the first of them
+    checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
+    evaluation.json       original, ground state, chosen state and a random removal on text not used before
+
+    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random.
+
+    Raises:
+        ValueError: bad settings, unusable model, data or folder; what was finished before stays.
+    """
+    out = open_run(config, out)
+    if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
+        return [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    check_remove(config, model_config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    samples = load_samples(config, tokenizer, model_config)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+    )
+    gradients = gradients_stage(
+        model,
+        samples.calibration,
+        out / "gradients.safetensors",
+        batch_size=config.batch_size,
+        gradient_checkpointing=config.gradient_checkpointing,
+        metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
+    )
+    problem = removal_problem(config, gradients)
+    spectrum = spectrum_stage(config, problem, out / "spectrum.json")
+    candidates = candidates_stage(
+        model,
+        spectrum,
+        samples.selection,
+        out / "candidates.json",
+        max_candidates=config.max_candidates,
+        batch_size=config.batch_size,
+    )
+    chosen = best(candidates)
+    if not (out / "checkpoint").is_dir():
+        details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in gradients.blocks]}
+        prune_checkpoint(
+            config.model,
+            chosen.removed,
+            out / "checkpoint",
+            details=details,
+            trust_remote_code=config.trust_remote_code,
+        )
+    named = replace(chosen, source=f"chosen ({chosen.source})")
+    compared = [candidates[0], named, random_candidate(problem, config.seed)]
+    rows = evaluate_removals(config, model, compared, samples.evaluation)
+    write_json(out / "evaluation.json", [row.as_json() for row in rows])
+    return rows
+
+
+def open_run(config: CompressConfig, out: str | Path) -> Path:
+    """Make the run folder, or check that it belongs to the same settings.
+
+    Raises:
+        ValueError: the folder holds another run or other files, or cannot be written.
+    """
+    out = Path(out)
+    if (out / "run.yaml").is_file():
+        stored = CompressConfig(**CompressConfig.read(out / "run.yaml"))
+        differing = [name for name, value in asdict(config).items() if asdict(stored)[name] != value]
+        if differing:
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(differing)}); choose another folder (--out)"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a run of blockspin; choose another folder (--out)")
+    config.save(out / "run.yaml")
+    return out
+
+
+def check_remove(config: CompressConfig, model_config: PretrainedConfig) -> None:
+    """Refuse an impossible number of removals before anything is loaded."""
+    depth = model_config.get_text_config(decoder=True).num_hidden_layers
+    count = config.remove if isinstance(config.remove, int) else sum(config.remove.values())
+    if not 1 <= count < depth:
+        raise ValueError(f"--remove {count} is not possible: of {depth} blocks 1 to {depth - 1} can go")
+
+
+def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:
+    """Draw the three sets; where the calibration set is too small for all, each gets its share.
+
+    Raises:
+        ValueError: the data cannot be read or is too small.
+    """
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    max_length = min(config.max_length, longest or config.max_length)
+
+    def draw(source: str, number: int) -> list[Tensor]:
+        return load_calibration(
+            source, tokenizer, num_samples=number, max_length=max_length, seed=config.seed, split=config.split
+        )
+
+    sizes = [config.num_samples, config.selection_samples, 0 if config.evaluation else config.evaluation_samples]
+    drawn = draw(config.calibration, sum(sizes))
+    wanted = len([size for size in sizes if size])
+    if len(drawn) < wanted:
+        raise ValueError(f"the calibration set has {len(drawn)} samples; at least {wanted} are needed (--calibration)")
+    selection, evaluation = (max(size * len(drawn) // sum(sizes), min(size, 1)) for size in sizes[1:])
+    calibration = len(drawn) - selection - evaluation
+    return Samples(
+        calibration=drawn[:calibration],
+        selection=drawn[calibration : calibration + selection],
+        evaluation=draw(config.evaluation, config.evaluation_samples)
+        if config.evaluation
+        else drawn[calibration + selection :],
+    )
+
+
+def gradients_stage(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    path: Path,
+    *,
+    batch_size: int,
+    gradient_checkpointing: bool,
+    metadata: dict[str, str],
+) -> Gradients:
+    """The gradients file: read, or computed, continuing where an interrupted run stopped."""
+    partial = path.with_name(f"{path.stem}.partial.jsonl")
+    if not path.is_file():
+        estimate_gradients(
+            model,
+            samples,
+            batch_size=batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            partial=partial,
+            metadata=metadata,
+        ).save(path)
+    partial.unlink(missing_ok=True)
+    return Gradients.load(path)
+
+
+def removal_problem(config: CompressConfig, gradients: Gradients) -> RemovalProblem:
+    """The problem that the settings pose."""
+    return RemovalProblem(
+        gradients.hessian,
+        config.remove,
+        blocks=gradients.blocks,
+        protect=config.protect,
+        beta=config.beta,
+        gradient=gradients.mean_gradient if config.beta else None,
+    )
+
+
+def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) -> Spectrum:
+    """The spectrum file: read, or solved for."""
+    if not path.is_file():
+        with console.status("Solving"):
+            spectrum = solve(
+                problem, states=config.states, solver=config.solver, time_limit=config.time_limit, seed=config.seed
+            )
+        spectrum.save(path)
+        console.print(spectrum.summary(), soft_wrap=True)
+    return Spectrum.load(path)
+
+
+def candidates_stage(
+    model: nn.Module,
+    spectrum: Spectrum,
+    samples: Sequence[Tensor],
+    path: Path,
+    *,
+    max_candidates: int,
+    batch_size: int,
+) -> list[Candidate]:
+    """The first states with their losses on the selection samples, each kept on disk as soon as it is measured."""
+    known = {candidate.removed: candidate for candidate in read_candidates(path)} if path.is_file() else {}
+    states = states_as_candidates(spectrum)[:max_candidates]
+
+    def keep(candidate: Candidate) -> None:
+        known[candidate.removed] = candidate
+        write_json(path, [asdict(c) for c in known.values()])
+
+    pool = [known.get(candidate.removed, candidate) for candidate in states]
+    return measure_candidates(model, pool, samples, batch_size=batch_size, on_measured=keep)
+
+
+def read_candidates(path: Path) -> list[Candidate]:
+    """Candidates from the JSON file that `candidates_stage` writes."""
+    return [Candidate(**{**row, "removed": tuple(row["removed"])}) for row in json.loads(path.read_text())]
+
+
+def evaluate_removals(
+    config: CompressConfig, model: nn.Module, candidates: Sequence[Candidate], samples: Sequence[Tensor]
+) -> list[Evaluation]:
+    """The original and each candidate, built in memory and measured on `samples`."""
+    rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
+    models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
+    sizes = [checkpoint_bytes(config.model, row.removed) for row in rows.values()]
+    measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
+    return [
+        replace(evaluation, removed=row.removed, energy=row.energy)
+        for evaluation, row in zip(measured, rows.values(), strict=True)
+    ]
+
+
+def _evaluation(row: dict[str, Any]) -> Evaluation:
+    row.pop("perplexity")
+    return Evaluation(**{**row, "removed": tuple(row["removed"])})
