@@ -11,10 +11,13 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function) -> Function:
-    """Compile at the first call, or load what an earlier process compiled; runs in threads side by side."""
-    return cast(Function, njit(cache=True, nogil=True)(function))
+    """Compile at the first call, or load what an earlier process compiled; runs in threads side by side.
+
+    Dividing by zero gives infinity, as in numpy: the check that Python asks for would keep loops from using vectors.
+    """
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
 def compiled_for_scans(function: Function) -> Function:
     """The same, allowing for numbers that are never "not a number", so that searches for a minimum use vectors."""
-    return cast(Function, njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})(function))
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})(function))

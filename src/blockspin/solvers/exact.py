@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..problem import Floats, RemovalProblem
-
 from .moves import Pool, Terms, insert, pool_rows, terms_of
 from .relaxation import convex_shift, even_shift
 from .spectrum import Found, Statistics

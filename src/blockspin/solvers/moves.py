@@ -57,10 +57,9 @@ def pool_rows(pool: Pool, num_variables: int) -> NDArray[np.bool_]:
     return np.unique(rows.astype(bool), axis=0)
 
 
-def random_start(reduced: Reduced, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random allowed removal (n,)."""
-    order = rng.permutation(len(reduced.block))
-    chosen = _fill(reduced, order)
+def greedy_start(reduced: Reduced, score: Floats) -> NDArray[np.uint8]:
+    """An allowed removal (n,) of variables with high scores (n,)."""
+    chosen = _fill(reduced, np.argsort(-score, kind="stable"))
     if np.any(np.bincount(reduced.group, reduced.weight * chosen, len(reduced.need)) < reduced.need):
         chosen = _fill(reduced, np.argsort(-reduced.weight, kind="stable"))
     return chosen

@@ -1,4 +1,6 @@
-"""Tabu search: always the best swap that was not just undone, from many random starts.
+"""Tabu search: always the best swap that was not just undone, from many starts.
+
+The starts are random, or the solution of the semidefinite relaxation rounded after adding noise.
 
 Every removal it evaluates, not only those it visits, is offered to the pool of the lowest, which makes it a good
 finder of whole spectra. It proves nothing.
@@ -16,20 +18,22 @@ from .moves import (
     Terms,
     empty_pool,
     energy_and_field,
+    greedy_start,
     keep_neighbour,
     make_move,
     move_allowed,
     move_energy,
     pool_rows,
-    random_start,
     terms_of,
     worst,
 )
+from .relaxation import convex_shift
 from .spectrum import Found, Statistics
 from .stopping import Stop
 
 RESTARTS = 60
 STEPS_PER_VARIABLE = 8
+NOISE = (0.0, 0.15, 0.3, 1.0)  # added to the relaxed solution in turn; the last is almost a random start
 
 
 def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
@@ -41,15 +45,17 @@ def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: i
 
 
 def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop: Stop) -> tuple[Pool, int]:
-    """Tabu searches from random starts; returns the pool of the lowest removals and the number of starts made."""
+    """Tabu searches from many starts; returns the pool of the lowest removals and the number of starts made."""
     n = len(problem.reduced.block)
     terms = terms_of(problem.reduced, problem.resolution)
     pool = empty_pool(states, n)
     rng = np.random.default_rng(seed)
+    relaxed = convex_shift(*terms[:6])[1]
     for done in range(restarts):
         if done and stop.expired():
             return pool, done
-        walk(terms, random_start(problem.reduced, rng), STEPS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
+        score = relaxed + NOISE[done % len(NOISE)] * rng.normal(size=n)
+        walk(terms, greedy_start(problem.reduced, score), STEPS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
     return pool, restarts
 
 

@@ -142,32 +142,35 @@ def descend(relaxed: Relaxed, node: Node, ceiling: Floats, floor: Floats, gains:
     Only variables below their ceiling (v,) may grow, only those above their floor (v,) may shrink. gains (v,) is
     working place.
     """
-    z, gradient, start, end = node.z, node.gradient, relaxed.first[g], relaxed.first[g + 1]
+    start, end = relaxed.first[g], relaxed.first[g + 1]
+    z, gradient = node.z[start:end], node.gradient[start:end]
+    up, down = ceiling[start:end], floor[start:end]
     steepest = np.inf
-    for i in range(start, end):
-        steepest = min(steepest, gradient[i] if z[i] < ceiling[i] else np.inf)
+    for i in range(len(z)):
+        steepest = min(steepest, gradient[i] if z[i] < up[i] else np.inf)
     if steepest == np.inf:
         return False
-    into = start
-    while gradient[into] != steepest or z[into] >= ceiling[into]:
+    into = 0
+    while gradient[into] != steepest or z[into] >= up[into]:
         into += 1
-    row, diagonal = relaxed.a[into], relaxed.diagonal
-    room, own, best = relaxed.top[into] - z[into], diagonal[into], 0.0
-    for j in range(start, end):
-        slope = gradient[j] - steepest
+    row, diagonal, gain = relaxed.a[start + into, start:end], relaxed.diagonal[start:end], gains[start:end]
+    room, own, best = up[into] - z[into], diagonal[into], 0.0
+    for j in range(len(z)):
+        slope = max(gradient[j] - steepest, 0.0)
         curvature = max(own + diagonal[j] - 2.0 * row[j], 1e-300)
-        step = min(slope / (2.0 * curvature), min(z[j], room))
-        gains[j] = step * (slope - step * curvature) if z[j] > floor[j] and slope > 0.0 else 0.0
-        best = max(best, gains[j])
+        step = min(min(slope / (2.0 * curvature), z[j]), room)
+        gained = step * (slope - step * curvature)
+        gain[j] = gained if z[j] > down[j] else 0.0
+        best = max(best, gain[j])
     if best <= 0.0:
         return False
-    out = start
-    while gains[out] != best:
+    out = 0
+    while gain[out] != best:
         out += 1
     curvature = max(own + diagonal[out] - 2.0 * row[out], 1e-300)
     length = min((gradient[out] - steepest) / (2.0 * curvature), min(z[out], room))
-    shift(relaxed, node, into, length)
-    shift(relaxed, node, out, -length)
+    shift(relaxed, node, start + into, length)
+    shift(relaxed, node, start + out, -length)
     return True
 
 
