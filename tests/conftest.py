@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from tokenizers import ByteLevelBPETokenizer
-
+from torch.overrides import TorchFunctionMode
 
 VOCABULARY = 64
 _COMMON = {
@@ -59,6 +59,18 @@ def random_samples(lengths: tuple[int, ...] = (9, 5, 12, 2, 7), seed: int = 1) -
     return [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
+class InFloat64(TorchFunctionMode):
+    """Models compute norms and rotations in float32 whatever their dtype; inside this mode those are float64 too."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def widen(value):
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+
+
 def plain_loss(model: torch.nn.Module, sample: torch.Tensor) -> torch.Tensor:
     """Token-mean cross-entropy of one sample as transformers computes it."""
     return model(sample[None], labels=sample[None], use_cache=False).loss
@@ -101,5 +113,3 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("BLOCKSPIN_DATA is not set")
     return Path(folder)
-
-

@@ -108,5 +108,3 @@ def test_an_encoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="not causal"):
         trace_blocks(tf.BertForMaskedLM(config))
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +61,8 @@ def load_calibration(
         texts = _windows(_read_text(path), tokenizer, max_length, seed)
     else:
         texts = _rows(source, split, tokenizer, max_length, seed)
-    samples: list[Tensor] = []
-    for ids in track(texts, "Tokenising", num_samples, show=progress):
-        if len(ids) >= 2:
-            samples.append(torch.tensor(ids, dtype=torch.int64))
-        if len(samples) == num_samples:
-            break
+    tensors = (torch.tensor(ids, dtype=torch.int64) for ids in texts if len(ids) >= 2)
+    samples = list(track(islice(tensors, num_samples), "Tokenising", num_samples, show=progress))
     if not samples:
         raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens (--calibration)")
     if len(samples) < num_samples:

@@ -56,9 +56,7 @@ RemoteCode = Annotated[
 ]
 Protect = Annotated[str | None, _option("--protect", "protect", "Blocks that must stay: 0,1,31.")]
 Beta = Annotated[float | None, _option("--beta", "beta", "Weight of the first-order term.")]
-Solver = Annotated[
-    str | None, _option("--solver", "solver", "auto certifies its answer.")
-]
+Solver = Annotated[str | None, _option("--solver", "solver", "auto certifies its answer.")]
 States = Annotated[int | None, _option("--states", "states", "How many lowest-energy removals to find.")]
 TimeLimit = Annotated[float | None, _option("--time-limit", "time_limit", "Seconds the solver may take.")]
 MaxCandidates = Annotated[int | None, _option("--max-candidates", "max_candidates", "States whose loss is measured.")]
@@ -321,7 +319,7 @@ def evaluate(
         name: load_model(name, dtype=_or_default(dtype, "dtype"), device_map=device_map, trust_remote_code=remote)
         for name in models
     }
-    sizes = [checkpoint_bytes(name) for name in models]
+    sizes = [checkpoint_bytes(name, trust_remote_code=remote) for name in models]
     rows = evaluate_models(loaded, sizes, samples, batch_size=_or_default(batch_size, "batch_size"))
     _print(results_table(rows))
     if out is not None:

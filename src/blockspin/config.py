@@ -10,6 +10,8 @@ import yaml
 
 from .files import replacing
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class CompressConfig:
@@ -50,6 +52,8 @@ class CompressConfig:
             if getattr(self, name) < value:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {value}, not {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:

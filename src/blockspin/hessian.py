@@ -53,8 +53,8 @@ class Gradients:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the blocks and the metadata are in its header."""
-        header = {"blockspin": "gradients", "blocks": json.dumps([asdict(b) for b in self.blocks])}
-        header["metadata"] = json.dumps(self.metadata)
+        # One entry, because the order of several is not fixed: equal gradients make equal files.
+        header = {"blockspin": json.dumps({"blocks": [asdict(b) for b in self.blocks], "metadata": self.metadata})}
         with replacing(path) as temporary:
             temporary.write_bytes(save({"matrix": self.matrix, "losses": self.losses}, metadata=header))
 
@@ -69,13 +69,13 @@ class Gradients:
             raise ValueError(f"no gradients file at {path}; make one with `blockspin gradients`")
         try:
             with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                if header.get("blockspin") != "gradients":
-                    raise ValueError(f"{path} is not a gradients file of blockspin")
-                blocks = tuple(Block(**entry) for entry in json.loads(header["blocks"]))
-                return Gradients(
-                    file.get_tensor("matrix"), blocks, file.get_tensor("losses"), json.loads(header["metadata"])
-                )
+                header = json.loads((file.metadata() or {}).get("blockspin", "null"))
+                if header is None:
+                    raise ValueError(
+                        f"{path} is not a gradients file of blockspin; make one with `blockspin gradients`"
+                    )
+                blocks = tuple(Block(**entry) for entry in header["blocks"])
+                return Gradients(file.get_tensor("matrix"), blocks, file.get_tensor("losses"), header["metadata"])
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file ({error}); compute it again") from error
 

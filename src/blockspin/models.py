@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .config import DTYPES
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -58,7 +58,7 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
     load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": torch.float32 if dtype == "auto" and on_cpu else DTYPES[dtype]}
+    arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
     arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -68,6 +68,13 @@ def load_model(
         raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def model_without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration on the meta device: its structure costs neither time nor memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -11,19 +11,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from .blocks import find_blocks
 from .calibration import load_calibration
 from .candidates import Candidate, best, measure_candidates, random_candidate, states_as_candidates
 from .config import CompressConfig
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients, estimate_gradients
-from .models import load_config, load_model, load_tokenizer
+from .models import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
-from .solvers import Spectrum, solve
+from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
 
 
@@ -51,13 +53,15 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
-    out = open_run(config, out)
+    out = Path(out)
+    check_folder(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
         return [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    check_remove(config, model_config)
+    check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     samples = load_samples(config, tokenizer, model_config)
+    config.save(out / "run.yaml")
     model = load_model(
         config.model,
         dtype=config.dtype,
@@ -99,13 +103,8 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     return rows
 
 
-def open_run(config: CompressConfig, out: str | Path) -> Path:
-    """Make the run folder, or check that it belongs to the same settings.
-
-    Raises:
-        ValueError: the folder holds another run or other files, or cannot be written.
-    """
-    out = Path(out)
+def check_folder(config: CompressConfig, out: Path) -> None:
+    """Refuse a folder that holds another run or other files."""
     if (out / "run.yaml").is_file():
         stored = CompressConfig(**CompressConfig.read(out / "run.yaml"))
         differing = [name for name, value in asdict(config).items() if asdict(stored)[name] != value]
@@ -115,16 +114,15 @@ def open_run(config: CompressConfig, out: str | Path) -> Path:
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a run of blockspin; choose another folder (--out)")
-    config.save(out / "run.yaml")
-    return out
 
 
-def check_remove(config: CompressConfig, model_config: PretrainedConfig) -> None:
-    """Refuse an impossible number of removals before anything is loaded."""
-    depth = model_config.get_text_config(decoder=True).num_hidden_layers
-    count = config.remove if isinstance(config.remove, int) else sum(config.remove.values())
-    if not 1 <= count < depth:
-        raise ValueError(f"--remove {count} is not possible: of {depth} blocks 1 to {depth - 1} can go")
+def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
+    """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
+    blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
+    RemovalProblem(np.eye(len(blocks)), config.remove, blocks=blocks, protect=config.protect)
+    checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
+    if config.solver != "auto" and config.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
 
 
 def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:
@@ -237,7 +235,8 @@ def evaluate_removals(
     """The original and each candidate, built in memory and measured on `samples`."""
     rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
     models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
-    sizes = [checkpoint_bytes(config.model, row.removed) for row in rows.values()]
+    remote = config.trust_remote_code
+    sizes = [checkpoint_bytes(config.model, row.removed, trust_remote_code=remote) for row in rows.values()]
     measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
     return [
         replace(evaluation, removed=row.removed, energy=row.energy)

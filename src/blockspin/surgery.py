@@ -12,14 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from . import __version__
 from .blocks import check_removal, find_stack, shorten_config
 from .files import replacing, write_json
-from .models import load_config
+from .models import load_config, model_without_weights
 from .progress import bar
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
@@ -48,7 +47,7 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
     return smaller
 
 
-def check_layers(config: Any, shortened: Any, kept: Sequence[int]) -> None:
+def check_layers(config: Any, shortened: Any, kept: Sequence[int], trust_remote_code: bool = False) -> None:
     """Prove that each layer built from the shortened configuration is of the same make as the one it came from.
 
     Both models are instantiated without weights; module types, parameter shapes and plain attributes (attention type,
@@ -57,9 +56,8 @@ def check_layers(config: Any, shortened: Any, kept: Sequence[int]) -> None:
     Raises:
         ValueError: a layer differs: the configuration cannot express this removal.
     """
-    with torch.device("meta"):
-        before = find_stack(transformers.AutoModelForCausalLM.from_config(config))[1]
-        after = find_stack(transformers.AutoModelForCausalLM.from_config(shortened))[1]
+    before = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))[1]
+    after = find_stack(model_without_weights(shortened, trust_remote_code=trust_remote_code))[1]
     for position, i in enumerate(kept):
         expected, found = _make_of(before[i]), _make_of(after[position])
         differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
@@ -117,12 +115,13 @@ def prune_checkpoint(
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
     folder = _local_folder(source)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    stack_name, depth = _stack_of(config)
+    stack_name, stack = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))
+    depth = len(stack)
     removed = check_removal(removed, depth)
     kept = [i for i in range(depth) if i not in removed]
     shortened = copy.deepcopy(config)
     shorten_config(shortened, kept, depth)
-    check_layers(config, shortened, kept)
+    check_layers(config, shortened, kept, trust_remote_code)
     shards = _plan(folder, kept, stack_name, depth)
     with replacing(target) as temporary:
         temporary.mkdir()
@@ -144,20 +143,18 @@ def prune_checkpoint(
         )
 
 
-def checkpoint_bytes(source: str | Path, removed: Iterable[int] = ()) -> int:
-    """Bytes of the weights on disk that the checkpoint would have without the removed blocks."""
+def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_remote_code: bool = False) -> int:
+    """Bytes of the weights on disk that the checkpoint would have without the removed blocks.
+
+    Raises:
+        ValueError: the source has no safetensors weights, or they are truncated.
+    """
     folder = _local_folder(source)
-    stack_name, depth = _stack_of(load_config(folder))
-    removed = check_removal(removed, depth)
-    shards = _plan(folder, [i for i in range(depth) if i not in removed], stack_name, depth)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    stack_name, stack = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))
+    removed = check_removal(removed, len(stack))
+    shards = _plan(folder, [i for i in range(len(stack)) if i not in removed], stack_name, len(stack))
     return sum(entry.end - entry.begin for _, _, entries in shards for entry in entries)
-
-
-def _stack_of(config: Any) -> tuple[str, int]:
-    """Name and depth of the stack of layers, from the configuration alone."""
-    with torch.device("meta"):
-        name, stack = find_stack(transformers.AutoModelForCausalLM.from_config(config))
-    return name, len(stack)
 
 
 def _local_folder(source: str | Path) -> Path:

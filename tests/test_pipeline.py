@@ -1,0 +1,252 @@
+"""The whole method on a tiny model: artefacts, resuming, and bad input that leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import save_tiny
+
+from blockspin import cli
+from blockspin.batches import mean_loss
+from blockspin.calibration import load_calibration
+from blockspin.candidates import Candidate, random_candidate, select
+from blockspin.config import CompressConfig, parse_remove
+from blockspin.hessian import Gradients
+from blockspin.pipeline import compress, read_candidates
+from blockspin.problem import RemovalProblem
+from blockspin.solvers import Spectrum
+from blockspin.surgery import remove_blocks
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: (exit code, what it printed)."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["blockspin", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
+    small = {"num_samples": 24, "selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
+    return CompressConfig(str(model), str(text), **{"remove": 2, **small, **changes})
+
+
+def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, text_file)
+    rows = compress(config, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "run.yaml",
+        "gradients.safetensors",
+        "spectrum.json",
+        "candidates.json",
+        "checkpoint",
+        "evaluation.json",
+    }
+    chosen = min(read_candidates(tmp_path / "run" / "candidates.json"), key=lambda candidate: candidate.loss)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint", dtype=torch.float32)
+    whole = tf.AutoModelForCausalLM.from_pretrained(tiny_folder)
+    torch.testing.assert_close(loaded.state_dict(), remove_blocks(whole, chosen.removed).state_dict())
+    assert rows[0].name == "original"
+    assert rows[2].removed == chosen.removed
+    assert rows[2].num_parameters == loaded.num_parameters()
+    assert rows[2].num_bytes < rows[0].num_bytes
+    stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row["perplexity"] for row in stored] == [row.perplexity for row in rows]
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_folder)
+    held_out = load_calibration(text_file, tokenizer, num_samples=40, max_length=32, progress=False)[32:]
+    assert rows[2].loss == pytest.approx(mean_loss(loaded, held_out), rel=1e-5)
+
+
+def test_the_choice_is_the_candidate_of_lowest_measured_loss(tiny_folder: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny_folder)
+    samples = [torch.arange(2, 30), torch.arange(40, 50)]
+    candidates = [Candidate((i, j), "test") for i in range(4) for j in range(i)]
+    candidates = [Candidate(tuple(sorted(c.removed)), c.source) for c in candidates]
+    losses = [mean_loss(remove_blocks(model, c.removed), samples) for c in candidates]
+    chosen = select(model, candidates, samples, progress=False)
+    assert chosen.removed == candidates[int(np.argmin(losses))].removed
+    assert chosen.loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_finished_run_is_not_done_again(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tiny_folder, text_file)
+    rows = compress(config, tmp_path / "run")
+    monkeypatch.setattr("blockspin.pipeline.load_model", lambda *a, **k: pytest.fail("loaded the model again"))
+    assert compress(config, tmp_path / "run") == rows
+
+
+def test_stages_continue_after_any_of_them(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Whatever artefacts are missing, the rest of the run is the same."""
+    config = settings(tiny_folder, text_file)
+    rows = compress(config, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for name in ("evaluation.json", "candidates.json", "gradients.safetensors"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / "evaluation.json").unlink(missing_ok=True)
+        again = compress(config, tmp_path / "run")
+        assert [(row.removed, row.loss) for row in again] == [(row.removed, row.loss) for row in rows]
+        assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / "gradients.safetensors").read_bytes() == before["gradients.safetensors"]
+
+
+def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny_folder, text_file, num_samples=30, batch_size=1)
+    unbroken = compress(config, tmp_path / "unbroken")
+    config.save(tmp_path / "settings.yaml")
+    arguments = ["compress", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]
+    run = [sys.executable, "-m", "blockspin.cli", *arguments]
+    seen: set[str] = set()
+    for stage in ("gradients.partial.jsonl", "candidates.json", "checkpoint"):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "run" / stage).exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen |= {path.name for path in (tmp_path / "run").iterdir()}
+    assert "gradients.partial.jsonl" in seen
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [(tuple(row["removed"]), row["loss"]) for row in rows] == [(row.removed, row.loss) for row in unbroken]
+    np.testing.assert_array_equal(
+        Gradients.load(tmp_path / "run" / "gradients.safetensors").matrix,
+        Gradients.load(tmp_path / "unbroken" / "gradients.safetensors").matrix,
+    )
+
+
+def test_each_stage_has_its_command(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    gradients, spectrum = tmp_path / "g.safetensors", tmp_path / "s.json"
+    common = ("--max-length", 32)
+    data = ("--calibration", text_file, "--num-samples", 20)
+    assert command("gradients", tiny_folder, *data, *common, "--out", gradients)[0] == 0
+    code, printed = command("solve", gradients, "--remove", 2, "--states", 5, "--protect", 0, "--out", spectrum)
+    assert code == 0
+    assert "CBO:0" in printed
+    states = Spectrum.load(spectrum).states
+    problem = RemovalProblem(Gradients.load(gradients).hessian, 2, protect=(0,))
+    every = [(i, j) for j in range(4) for i in range(1, j)]
+    assert states[0].removed == min(every, key=problem.energy)
+    code, printed = command(
+        "select", tiny_folder, "--spectrum", spectrum, "--data", text_file, *common, "--out", tmp_path / "c.json"
+    )
+    assert code == 0
+    chosen = next(line for line in printed.splitlines() if line.replace(",", "").isdigit())
+    assert command("prune", tiny_folder, "--blocks", chosen, "--out", tmp_path / "short")[0] == 0
+    code, printed = command("evaluate", tiny_folder, tmp_path / "short", "--data", text_file, *common)
+    assert code == 0
+    assert "perplexity" in printed
+
+
+@pytest.mark.parametrize("remove", [0, -1, 4, 99])
+def test_impossible_numbers_of_removals(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, remove: int
+) -> None:
+    out = tmp_path / "run"
+    code, printed = command("compress", tiny_folder, "--remove", remove, "--calibration", text_file, "--out", out)
+    assert code == 2
+    assert "remove" in printed
+    assert "Traceback" not in printed
+    assert not out.exists()
+
+
+def test_bad_input_gives_one_line_and_code_2(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    encoder = tmp_path / "encoder"
+    tf.BertForMaskedLM(
+        tf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    ).save_pretrained(encoder)
+    broken = save_tiny(tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "fields.jsonl").write_text('{"question": "?"}\n' * 3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    good = {"model": tiny_folder, "--remove": 2, "--calibration": text_file, "--out": tmp_path / "run"}
+    cases = [
+        ({"model": tmp_path / "absent"}, "cannot open the model"),
+        ({"model": encoder}, "not a decoder-only"),
+        ({"model": broken}, "truncated"),
+        ({"--calibration": tmp_path / "absent.jsonl"}, "cannot read the calibration set"),
+        ({"--calibration": tmp_path / "empty.jsonl"}, "calibration"),
+        ({"--calibration": tmp_path / "fields.jsonl"}, "has the fields question"),
+        ({"--remove": "moe=1"}, "moe"),
+        ({"--remove": "many"}, "--remove takes"),
+        ({"--protect": "0,1,2"}, "protected"),
+        ({"--solver": "magic"}, "--solver"),
+        ({"--dtype": "int3"}, "--dtype"),
+        ({"--batch-size": 0}, "--batch-size"),
+        ({"--out": tmp_path / "other"}, "is not a run of blockspin"),
+        ({"--out": text_file}, "--out"),
+        ({"--out": "/proc/nowhere"}, "cannot write"),
+    ]
+    for changes, message in cases:
+        arguments = {**good, **changes}
+        options = [part for flag, value in arguments.items() if flag != "model" for part in (flag, value)]
+        code, printed = command("compress", arguments["model"], *options)
+        errors = [line for line in printed.splitlines() if line.startswith("Error:")]
+        assert (code, len(errors)) == (2, 1), (changes, printed)
+        assert message in errors[0]
+        assert "Traceback" not in printed
+        assert not (tmp_path / "run").exists(), changes
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings(tiny_folder, text_file).save(tmp_path / "settings.yaml")
+    arguments = ("compress", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "run")
+    assert command(*arguments)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    code, printed = command(*arguments, "--seed", 7)
+    assert code == 2
+    assert "other settings (seed)" in printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_unknown_settings_are_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("modle: typo\n")
+    code, printed = command("compress", "--config", tmp_path / "settings.yaml")
+    assert (code, "unknown settings: modle" in printed) == (2, True)
+
+
+def test_random_removals_respect_the_problem() -> None:
+    problem = RemovalProblem(np.eye(8), 3, protect=(0, 5))
+    drawn = {random_candidate(problem, seed).removed for seed in range(200)}
+    assert all(problem.allows(removed) for removed in drawn)
+    assert len(drawn) == 20  # every one of C(6, 3)
+
+
+def test_remove_is_a_number_or_a_number_for_each_kind() -> None:
+    assert parse_remove("8") == 8
+    assert parse_remove("moe=2, attention=1") == {"moe": 2, "attention": 1}
+    for text in ("moe=", "=", "8,9", "1.5", "moe=0"):
+        with pytest.raises(ValueError, match="--remove"):
+            parse_remove(text)
