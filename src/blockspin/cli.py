@@ -68,19 +68,17 @@ def demo(
     remove: Remove = "8",
 ) -> None:
     """Compress the small model that comes with the package, and show what it costs and saves."""
-    from importlib.resources import files
+    from .demo import CALIBRATION, MODEL, VALIDATION
 
-    folder = Path(str(files("blockspin") / "demo"))
     config = CompressConfig(
-        model=str(folder / "model"),
-        calibration=str(folder / "calibration.txt"),
-        evaluation=str(folder / "validation.txt"),
+        model=MODEL,
+        calibration=CALIBRATION,
+        evaluation=VALIDATION,
         remove=parse_remove(remove),
         num_samples=128,
-        selection_samples=32,
-        evaluation_samples=128,
+        selection_samples=16,
+        evaluation_samples=64,
         max_length=256,
-        batch_size=16,
     )
     _compress(config, out)
     console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r}).", soft_wrap=True)
