@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 
 from ..problem import Floats, RemovalProblem
-from .moves import Pool, Terms, insert, pool_rows, terms_of
+from .moves import Pool, Terms, copied, merge, pool_rows, terms_of
 from .relaxation import convex_shift, even_shift
 from .spectrum import Found, Statistics
 from .stopping import Stop
 from .tabu import search
+from .threads import num_workers
 from .tree import FREE, Fates, Node, Relaxed, explore, joined, keep_leaf, propagate, refresh
 
-NODES_PER_TURN = 2000
+NODES_PER_TURN = 8000
 LONG_QUEUE = 2000
 START_RESTARTS = 12
 EPSILON = float(np.finfo(np.float64).eps)
@@ -51,7 +51,7 @@ def exact(problem: RemovalProblem, states: int, time_limit: float | None, seed: 
 
 def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics]:
     """Work the queue until it is empty or the search must stop; completes pool, returns the least bound still open."""
-    workers = min(2, os.cpu_count() or 1)
+    workers = num_workers()
     cut, number = np.array([np.inf]), itertools.count()
     queue = [(-np.inf, next(number), np.full(len(terms.linear), FREE, np.int8))]
     running: set[Future[Turn]] = set()
@@ -68,15 +68,10 @@ def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics
             for turn in [future.result() for future in done]:
                 for bound, fate in turn.left:
                     heapq.heappush(queue, (bound, next(number), fate))
-                for place in range(turn.pool.size[0]):
-                    insert(pool, turn.pool.energy[place], turn.pool.bits[place], terms.resolution)
+                merge(pool, turn.pool, terms.resolution)
                 nodes, turns = nodes + turn.seen, turns + 1
             stop.expired()
     return min((bound for bound, _, _ in queue), default=np.inf), {"nodes": nodes, "turns": turns}
-
-
-def copied(pool: Pool) -> Pool:
-    return Pool(pool.energy.copy(), pool.bits.copy(), pool.size.copy())
 
 
 def take_turn(terms: Terms, fate: Fates, bound: float, pool: Pool, cut: Floats, stop: Stop, limit: int) -> Turn:
@@ -89,9 +84,7 @@ def take_turn(terms: Terms, fate: Fates, bound: float, pool: Pool, cut: Floats, 
         return Turn([], pool, 1)
     relaxed, start = relaxed_below(terms, fate)
     rows = len(start.z) + 2
-    stack = Node(*(np.zeros((rows, len(values)), values.dtype) for values in start))
-    for waiting, values in zip(stack, start, strict=True):
-        waiting[0] = values
+    stack = Node._make(np.tile(values, (rows, 1)) for values in start)
     lower = np.full(rows, bound)
     height, seen = explore(terms, relaxed, fate, start, stack, lower, pool, cut, stop.flag, limit)
     return Turn([(float(lower[r]), joined(relaxed, fate, stack.fate[r])) for r in range(height)], pool, seen)

@@ -49,6 +49,16 @@ def empty_pool(places: int, num_variables: int) -> Pool:
     return Pool(np.full(places, np.inf), np.zeros((places, words), np.uint64), np.zeros(1, np.int64))
 
 
+def copied(pool: Pool) -> Pool:
+    return Pool(pool.energy.copy(), pool.bits.copy(), pool.size.copy())
+
+
+def merge(pool: Pool, other: Pool, resolution: float) -> None:
+    """Offer everything in another pool to this one."""
+    for place in range(other.size[0]):
+        insert(pool, other.energy[place], other.bits[place], resolution)
+
+
 def pool_rows(pool: Pool, num_variables: int) -> NDArray[np.bool_]:
     """The pool's removals as rows (K, n), each once."""
     taken = pool.bits[: pool.size[0]]
@@ -102,6 +112,19 @@ def insert(pool: Pool, energy: float, bits: Bits, resolution: float) -> bool:
     pool.bits[at] = bits
     pool.size[0] = last + 1
     return True
+
+
+@compiled
+def offer_removal(terms: Terms, removed: Ints, pool: Pool) -> None:
+    """Offer the removal of these variables to the pool, with its energy summed from scratch."""
+    bits = np.zeros(pool.bits.shape[1], np.uint64)
+    energy = 0.0
+    for i in removed:
+        bits[i >> 6] ^= np.uint64(1) << np.uint64(i & 63)
+        energy += terms.linear[i]
+        for j in removed:
+            energy += terms.quadratic[i, j]
+    insert(pool, energy, bits, terms.resolution)
 
 
 @compiled

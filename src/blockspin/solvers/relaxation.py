@@ -20,10 +20,10 @@ from ..problem import Floats, Ints
 def convex_shift(
     quadratic: Floats, linear: Floats, group: Ints, weight: Floats, need: Floats, equality: bool
 ) -> tuple[Floats, Floats]:
-    """d (n,) such that Q - Diag(d) is positive semidefinite where the group sums are constant (everywhere for a budget).
+    """d (n,) such that Q - Diag(d) is positive semidefinite where the group sums are constant, or everywhere.
 
-    Any such d gives valid bounds; this one nearly maximises the bound. Returns it and the relaxed solution (n,). A
-    budget enters as a price per weight.
+    Everywhere is for a budget. Any such d gives valid bounds; this one nearly maximises the bound. Also returns the
+    relaxed solution (n,).
     """
     n = len(linear)
     scale = max(float(np.abs(quadratic).max()), float(np.abs(linear).max()) / n)
@@ -67,7 +67,7 @@ def _null_space(group: Ints, need: Floats) -> Floats:
 
 
 def _interior_point(
-    full: Floats, w: Floats, budget: tuple[Floats, float] | None, accuracy: float = 1e-5, rounds: int = 50
+    full: Floats, w: Floats, budget: tuple[Floats, float] | None, accuracy: float = 1e-4, rounds: int = 50
 ) -> tuple[Floats, Floats]:
     """Solve the pair of programs above for C (n+1, n+1) and W (n+1, p): dual u (n+1,), always feasible, and primal S.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..problem import Floats, Ints
 from .compiled import compiled, compiled_for_scans
-from .moves import Pool, Terms, insert, toggle, worst
+from .moves import Pool, Terms, offer_removal, worst
 
 Fates = NDArray[np.int8]  # per variable: 0 stays, 1 is removed, FREE
 FREE = -1
@@ -301,17 +301,10 @@ def branching_variable(relaxed: Relaxed, node: Node) -> int:
 
 @compiled
 def keep_leaf(terms: Terms, fate: Fates, pool: Pool) -> None:
-    """Offer a removal, given by the fates (n,) of all variables, to the pool; its energy is summed from scratch."""
+    """Offer a removal, given by the fates (n,) of all variables, to the pool; unless it removes too much."""
     removed = np.flatnonzero(fate == 1)
-    bits = np.zeros(pool.bits.shape[1], np.uint64)
-    energy = 0.0
-    for i in removed:
-        toggle(bits, i)
-        energy += terms.linear[i]
-        for j in removed:
-            energy += terms.quadratic[i, j]
     if len(removed) <= terms.max_removed:
-        insert(pool, energy, bits, terms.resolution)
+        offer_removal(terms, removed, pool)
 
 
 @compiled
