@@ -16,7 +16,9 @@ import pytest
 import torch
 from conftest import FAMILIES, InFloat64, plain_loss, random_samples, save_tiny, tiny_model
 
+from blockspin.batches import make_batches, sample_losses
 from blockspin.blocks import find_stack
+from blockspin.gates import gated, trace_blocks
 from blockspin.hessian import Gradients, estimate_gradients
 
 
@@ -73,6 +75,19 @@ def test_equal_to_a_loop_over_samples_with_an_explicit_alpha(family: str) -> Non
     matrix = result.matrix.astype(np.float64)
     np.testing.assert_allclose(result.hessian, sum(np.outer(row, row) for row in matrix) / len(samples))
     np.testing.assert_allclose(result.mean_gradient, sum(matrix) / len(samples))
+
+
+def test_gates_of_any_value_scale_the_branches_and_get_their_gradients(family: str) -> None:
+    model, sample = tiny_model(family).double(), random_samples((9,))[0]
+    batch, traces = make_batches([sample], 1)[0], trace_blocks(model)
+    results = []
+    for through_gates in (True, False):
+        alphas = torch.tensor([1.0, 0.3, 0.0, 1.7], dtype=torch.float64, requires_grad=True)
+        scaled = gated(model, alphas[None], traces) if through_gates else scaled_branches(model, family, alphas)
+        with scaled, InFloat64():
+            loss = sample_losses(model(sample[None], use_cache=False).logits, batch).sum()
+        results.append((loss, torch.autograd.grad(loss, alphas)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

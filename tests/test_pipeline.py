@@ -218,6 +218,26 @@ def test_bad_input_gives_one_line_and_code_2(
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
 
 
+def test_a_loss_that_is_not_a_number(command: Command, text_file: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(folder)
+    code, printed = command(
+        "gradients", folder, "--calibration", text_file, "--max-length", 32, "--out", tmp_path / "g.safetensors"
+    )
+    assert code == 2
+    assert "loss of sample" in printed
+    assert not (tmp_path / "g.safetensors").exists()
+
+
+def test_a_truncated_gradients_file(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "g.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    code, printed = command("solve", tmp_path / "g.safetensors", "--remove", 2)
+    assert (code, "truncated" in printed) == (2, True)
+
+
 def test_a_folder_of_another_run_is_refused_and_kept(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

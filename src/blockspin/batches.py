@@ -83,12 +83,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Token-mean cross-entropy of each sample, (batch,) in nats; every token but the first is a label."""
-    labels = batch.token_ids[:, 1:].to(logits.device)
     lengths = batch.lengths.to(logits.device)
-    labels = labels.masked_fill(torch.arange(1, labels.shape[1] + 1, device=logits.device) >= lengths[:, None], -100)
+    labels = nn.functional.pad(batch.token_ids[:, 1:], (0, 1)).to(
+        logits.device
+    )  # the label of a token is its successor
+    last = lengths[:, None] - 1
+    labels = labels.masked_fill(torch.arange(labels.shape[1], device=logits.device) >= last, -100)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = nn.functional.cross_entropy(logits[:, :-1].mT.to(wide), labels, reduction="none")
-    return losses.sum(dim=1) / (lengths - 1)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="none")
+    return losses.view_as(labels).sum(dim=1) / (lengths - 1)
 
 
 def check_finite(losses: Tensor, batch: Batch) -> None:

@@ -55,30 +55,35 @@ class _Residual(TorchFunctionMode):
 
 
 class _Gate(torch.autograd.Function):
-    """alpha * branch; the gradient of alpha is summed in float32 or wider whatever the dtype of the branch."""
+    """alpha * branch; the gradient of alpha is summed in float32 or wider whatever the dtype of the branch.
+
+    open_: all gates are 1, as they are where gradients are taken; then nothing needs to be multiplied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, branch: Tensor, alpha: Tensor) -> Tensor:
+    def forward(ctx: Any, branch: Tensor, alpha: Tensor, open_: bool) -> Tensor:
         ctx.save_for_backward(branch, alpha)
-        return branch * _broadcast(alpha, branch)
+        ctx.open_ = open_
+        return branch.view_as(branch) if open_ else branch * _broadcast(alpha, branch)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         branch, alpha = ctx.saved_tensors
         wide = torch.promote_types(branch.dtype, torch.float32)
         products = torch.linalg.vecdot(grad.to(wide).flatten(1), branch.to(wide).flatten(1))  # (batch,)
-        grad_branch = grad * _broadcast(alpha, branch) if ctx.needs_input_grad[0] else None
-        return grad_branch, products.to(alpha.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, products.to(alpha.dtype), None
+        return grad if ctx.open_ else grad * _broadcast(alpha, branch), products.to(alpha.dtype), None
 
 
 def _broadcast(alpha: Tensor, branch: Tensor) -> Tensor:
     return alpha.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
-def _gate_branch(branch: Tensor, alpha: Tensor) -> Tensor:
+def _gate_branch(branch: Tensor, alpha: Tensor, open_: bool) -> Tensor:
     """branch: (batch, ...); alpha: (batch,)."""
     assert branch.shape[0] == alpha.shape[0], f"{alpha.shape[0]} gates for a branch of shape {tuple(branch.shape)}"
-    gated: Tensor = _Gate.apply(branch, alpha.to(branch.device))  # type: ignore[no-untyped-call]
+    gated: Tensor = _Gate.apply(branch, alpha.to(branch.device), open_)  # type: ignore[no-untyped-call]
     return gated
 
 
@@ -145,10 +150,11 @@ def gated(
     gradient_checkpointing: keep only the input of each block and compute it again in the backward pass.
     """
     _, stack = find_stack(model)
+    open_ = bool((alphas == 1).all())
 
     def gating(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def gate(branch: Tensor) -> Tensor:
-            return _gate_branch(branch, alphas[:, i])
+            return _gate_branch(branch, alphas[:, i], open_)
 
         def by_branch(*args: Any, **kwargs: Any) -> Any:
             with _Residual(_stream_of(args, kwargs), gate):
