@@ -19,5 +19,6 @@ def compiled(function: Function) -> Function:
 
 
 def compiled_for_scans(function: Function) -> Function:
-    """The same, allowing for numbers that are never "not a number", so that searches for a minimum use vectors."""
-    return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})(function))
+    """The same for loops that search or count: no "not a number", sums in any order, so that they use vectors."""
+    liberties = {"nnan", "nsz", "reassoc"}
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=liberties)(function))

@@ -6,8 +6,9 @@ written as a prefix of picks from the top down, then one variable i, then a t-su
     E = E(prefix) + r_i + (R[s] + T_i[s]),   r = field of the prefix,   R[s] = energy of s in that field,
                                              T_i[s] = 2 sum over j in s of Q_ij, a table made once.
 
-R is filled once per prefix and serves every i, so that a removal costs one addition and one comparison, over long
-contiguous runs, in float32. What might be low enough is computed again in float64.
+R serves every i of a prefix, and when a prefix grows by a pick p it becomes R[s] + T_p[s]: a removal costs about one
+addition and one comparison, over long contiguous runs, in float32. What might be low enough is computed again in
+float64.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from .threads import in_threads
 PER_SECOND = 1e9  # removals looked at, roughly; a budget's walk makes a hundredth of it
 MOST_SECONDS = 600.0
 LANES = 32  # runs are filled up to a multiple of this with infinities
-RUN = 300  # wanted length of a typical run
-TABLE = 4_000_000  # at most so many entries in the tables
+PER_PREFIX = 250  # wanted number of removals per prefix
+TABLE = 5_000_000  # at most so many entries in the table
 SMALL = 10**6
 Singles = NDArray[np.float32]
 
@@ -46,9 +47,11 @@ class Plan(NamedTuple):
     below: bool  # whether i must lie below the last prefix level
     size: int  # number of variables in the last group
     t: int
-    choose: Ints  # (size + 2, t + 2) binomials
-    table: Singles  # T_i for subsets of every size up to t
-    place: Ints  # (t + 1, size) where in table the run of each subset size and i begins
+    field: Singles  # (n,) of the empty prefix
+    sums: Singles  # R of the empty prefix
+    choose: Ints  # (size + 1, t + 1) binomials
+    table: Singles  # T_i[s] of every i and every t-subset s of the last group's variables below i
+    place: Ints  # (n,) where in table the run of each i begins
 
 
 def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
@@ -104,8 +107,9 @@ def make_plan(terms: Terms) -> Plan:
         levels += _levels(offset, int(counts[g]), int(terms.need[g]), 0)
         offset += int(counts[g])
     levels += _levels(0, size, picks - t - 1, t + 1)
-    choose = np.array([[math.comb(n, k) for k in range(t + 2)] for n in range(size + 2)], dtype=np.int64)
-    table, place = _tables(quadratic[:size, :size], choose, t)
+    choose = np.array([[math.comb(n, k) for k in range(t + 1)] for n in range(size + 1)], dtype=np.int64)
+    field = (terms.linear + np.diag(terms.quadratic))[variable].astype(np.float32)
+    table, place = _table(quadratic, size, t)
     return Plan(
         variable=variable,
         quadratic=quadratic,
@@ -115,6 +119,8 @@ def make_plan(terms: Terms) -> Plan:
         below=picks - t - 1 > 0,
         size=size,
         t=t,
+        field=field,
+        sums=_subset_energies(quadratic[:size, :size], field[:size], t),
         choose=choose,
         table=table,
         place=place,
@@ -127,32 +133,42 @@ def _levels(offset: int, size: int, picks: int, after: int) -> list[tuple[int, i
 
 
 def _subset_size(size: int, picks: int) -> int:
-    """The least t whose typical runs are long enough, within the table's limit."""
+    """The least t that leaves few enough prefixes, within the table's limit."""
     t = 0
-    while t < picks - 1 and math.comb(size, t + 3) <= TABLE:
-        typical = (t + 1) * (size + 1) // (picks + 1)
-        if math.comb(typical, t) >= RUN:
+    while t < picks - 1 and math.comb(size + 1, t + 2) <= TABLE:
+        if math.comb(size, picks) >= PER_PREFIX * math.comb(size - t - 1, picks - t - 1):
             break
         t += 1
     return t
 
 
-def _tables(quadratic: Singles, choose: Ints, t: int) -> tuple[Singles, Ints]:
-    """T_i[s] for every i and every subset s below i of up to t variables, each run filled up to whole lanes."""
-    size = len(quadratic)
-    place, parts, total = np.zeros((t + 1, size), np.int64), [], 0
-    sums = [np.zeros((size, 1), np.float32)]  # per subset size: (size, C(size, k)), what i adds to each subset
+def _table(quadratic: Singles, size: int, t: int) -> tuple[Singles, Ints]:
+    """T_i[s] for every i, each run filled up to whole lanes, and where each begins."""
+    runs = [_subset_sums(quadratic[i, : min(i, size)], t) for i in range(len(quadratic))]
+    padded = [np.concatenate([run, np.full(-len(run) % LANES, np.inf, np.float32)]) for run in runs]
+    return np.concatenate(padded), np.cumsum([0, *(len(run) for run in padded[:-1])])
+
+
+def _subset_sums(values: Singles, t: int) -> Singles:
+    """The sum over every t-subset of values (m,), in colexicographic order: (C(m, t),)."""
+    sums = np.zeros(1, np.float32)
     for k in range(1, t + 1):
-        sums.append(
-            np.concatenate([sums[k - 1][:, : choose[j, k - 1]] + quadratic[:, [j]] for j in range(size)], axis=1)
-        )
-    for k in range(t + 1):
-        for i in range(size):
-            run = sums[k][i, : choose[i, k]]
-            place[k, i] = total
-            parts += [run, np.full(-len(run) % LANES, np.inf, np.float32)]
-            total += len(run) + -len(run) % LANES
-    return np.concatenate(parts).astype(np.float32), place
+        parts = [sums[: math.comb(j, k - 1)] + values[j] for j in range(k - 1, len(values))]
+        sums = np.concatenate(parts) if parts else sums[:0]
+    return sums
+
+
+def _subset_energies(quadratic: Singles, field: Singles, t: int) -> Singles:
+    """R[s] for the empty prefix, followed by a lane of zeros."""
+    sums = np.zeros(1, np.float32)
+    for k in range(1, t + 1):
+        smaller = sums
+        parts = [
+            smaller[: math.comb(j, k - 1)] + field[j] + _subset_sums(quadratic[j, :j], k - 1)
+            for j in range(k - 1, len(quadratic))
+        ]
+        sums = np.concatenate(parts)
+    return np.concatenate([sums, np.zeros(LANES, np.float32)])
 
 
 def first_picks(plan: Plan) -> list[Ints]:
@@ -180,38 +196,41 @@ def walk(terms: Terms, plan: Plan, first: Ints, pool: Pool, cut: Floats, spare: 
     levels, n = len(plan.start), len(plan.variable)
     picks, energy = np.zeros(levels + 1, np.int64), np.zeros(levels + 1)
     field = np.zeros((levels + 1, n), np.float32)
-    for i in range(n):
-        field[0, i] = terms.linear[plan.variable[i]] + terms.quadratic[plan.variable[i], plan.variable[i]]
-    widest = plan.choose[plan.size, plan.t]
-    sums = np.zeros((plan.t + 1, widest + 2 * LANES), np.float32)
+    sums = np.empty((levels + 1, len(plan.sums)), np.float32)
+    field[0], sums[0] = plan.field, plan.sums
     for level in range(len(first)):
-        pick(plan, field, energy, picks, level, first[level])
+        pick(plan, field, energy, sums, picks, level, first[level])
     level, fixed = len(first), len(first)
     if level < levels:
         picks[level] = picks[level - 1] if plan.follows[level] else plan.end[level]
     while level >= fixed and flag[0] == 0:
         if level == levels:
-            top = picks[levels - 1] if plan.below else plan.size
-            scan(terms, plan, field[levels], energy[levels], picks, top, sums, pool, cut, spare)
+            scan(terms, plan, field[levels], energy[levels], sums[levels], picks, pool, cut, spare)
             level -= 1
             continue
         if picks[level] == plan.start[level]:
             level -= 1
             continue
-        pick(plan, field, energy, picks, level, picks[level] - 1)
+        pick(plan, field, energy, sums, picks, level, picks[level] - 1)
         level += 1
         if level < levels:
             picks[level] = picks[level - 1] if plan.follows[level] else plan.end[level]
 
 
 @compiled
-def pick(plan: Plan, field: Singles, energy: Floats, picks: Ints, level: int, i: int) -> None:
+def pick(plan: Plan, field: Singles, energy: Floats, sums: Singles, picks: Ints, level: int, i: int) -> None:
     """Take variable i at this prefix level."""
     picks[level] = i
     energy[level + 1] = energy[level] + field[level, i]
-    before, after, row = field[level], field[level + 1], plan.quadratic[i]
-    for j in range(len(row)):
-        after[j] = before[j] + row[j]
+    add(field[level], plan.quadratic[i], field[level + 1])
+    length = (plan.choose[min(i, plan.size), plan.t] + LANES - 1) // LANES * LANES
+    add(sums[level, :length], plan.table[plan.place[i] : plan.place[i] + length], sums[level + 1, :length])
+
+
+@compiled
+def add(one: Singles, other: Singles, into: Singles) -> None:
+    for s in range(len(into)):
+        into[s] = one[s] + other[s]
 
 
 @compiled
@@ -220,55 +239,31 @@ def scan(
     plan: Plan,
     field: Singles,
     energy: float,
-    picks: Ints,
-    top: int,
     sums: Singles,
+    picks: Ints,
     pool: Pool,
     cut: Floats,
     spare: float,
 ) -> None:
-    """All removals with this prefix: i below top, and every t-subset below i."""
-    t = plan.t
-    sums[0, 0] = 0.0
-    for k in range(1, t + 1):
-        for j in range(k - 1, top - 1):
-            fill(
-                sums[k],
-                plan.choose[j, k],
-                sums[k - 1],
-                plan.table,
-                plan.place[k - 1, j],
-                plan.choose[j, k - 1],
-                field[j],
-            )
-    for i in range(t, top):
-        cut[0] = min(cut[0], worst(pool))
+    """All removals with this prefix: every i below it, and every t-subset below i."""
+    for i in range(plan.t, picks[len(plan.start) - 1] if plan.below else plan.size):
         limit = np.float32(cut[0] + spare - energy - field[i])
-        run = plan.choose[i, t]
-        if lowest(sums[t], plan.table, plan.place[t, i], run) <= limit:
+        run = plan.choose[i, plan.t]
+        table = plan.table[plan.place[i] : plan.place[i] + (run + LANES - 1) // LANES * LANES]
+        if hits(sums[: len(table)], table, limit) > 0:
             for s in range(run):
-                if sums[t, s] + plan.table[plan.place[t, i] + s] <= limit:
+                if sums[s] + table[s] <= limit:
                     offer(terms, plan, picks, i, s, pool)
-
-
-@compiled
-def fill(sums: Singles, at: int, smaller: Singles, table: Singles, place: int, run: int, own: np.float32) -> None:
-    """R of the subsets whose largest variable is one and the same, from R of those with a variable less."""
-    length = (run + LANES - 1) // LANES * LANES
-    into, of, more = sums[at : at + length], smaller[:length], table[place : place + length]
-    for s in range(len(into)):
-        into[s] = own + of[s] + more[s]
+            cut[0] = min(cut[0], worst(pool))
 
 
 @compiled_for_scans
-def lowest(sums: Singles, table: Singles, place: int, run: int) -> np.float32:
-    """min over a run of R[s] + T_i[s]."""
-    length = (run + LANES - 1) // LANES * LANES
-    of, more = sums[:length], table[place : place + length]
-    least = np.float32(np.inf)
-    for s in range(len(of)):
-        least = min(least, of[s] + more[s])
-    return least
+def hits(sums: Singles, table: Singles, limit: np.float32) -> np.float32:
+    """How many entries of sums + table are within the limit; counted in float32, which keeps it in vectors."""
+    count, one, none = np.float32(0.0), np.float32(1.0), np.float32(0.0)
+    for s in range(len(sums)):
+        count += one if sums[s] + table[s] <= limit else none
+    return count
 
 
 @compiled
