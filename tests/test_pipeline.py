@@ -18,6 +18,7 @@ from conftest import save_tiny
 
 from blockspin import cli
 from blockspin.batches import mean_loss
+from blockspin.blocks import Block
 from blockspin.calibration import load_calibration
 from blockspin.candidates import Candidate, random_candidate, select
 from blockspin.config import CompressConfig, parse_remove
@@ -262,11 +263,15 @@ def test_random_removals_respect_the_problem() -> None:
     drawn = {random_candidate(problem, seed).removed for seed in range(200)}
     assert all(problem.allows(removed) for removed in drawn)
     assert len(drawn) == 20  # every one of C(6, 3)
+    blocks = [Block(i, "attention+mlp", 100 + i) for i in range(8)]
+    budget = RemovalProblem(np.eye(8), remove_parameters=0.4, blocks=blocks)
+    assert all(budget.allows(random_candidate(budget, seed).removed) for seed in range(50))
 
 
-def test_remove_is_a_number_or_a_number_for_each_kind() -> None:
+def test_remove_is_a_number_or_a_number_for_each_kind_or_a_share() -> None:
     assert parse_remove("8") == 8
     assert parse_remove("moe=2, attention=1") == {"moe": 2, "attention": 1}
-    for text in ("moe=", "=", "8,9", "1.5", "moe=0"):
+    assert parse_remove("25%") == 0.25
+    for text in ("moe=", "=", "8,9", "1.5", "moe=0", "0%", "100%", "%"):
         with pytest.raises(ValueError, match="--remove"):
             parse_remove(text)

@@ -30,7 +30,8 @@ def _option(flag: str, setting: str, text: str) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help="Hub id or local folder of a causal language model.")]
-Remove = Annotated[str, typer.Option("--remove", help="How many blocks to remove: 8, or for each kind: moe=2.")]
+_REMOVE = "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters."
+Remove = Annotated[str, typer.Option("--remove", help=_REMOVE)]
 Data = Annotated[str, typer.Option("--data", help="Hub id or local file (.json, .jsonl, .parquet, .txt, also .gz).")]
 Calibration = Annotated[
     str | None,
@@ -89,7 +90,7 @@ def compress(
     model: Annotated[str | None, typer.Argument(help="Hub id or local folder of a causal language model.")] = None,
     remove: Annotated[
         str | None,
-        typer.Option("--remove", help="How many blocks to remove: 8, or for each kind: moe=2.", show_default=False),
+        typer.Option("--remove", help=_REMOVE, show_default=False),
     ] = None,
     calibration: Calibration = None,
     out: Out = Path("blockspin-run"),
@@ -197,17 +198,16 @@ def solve(
     """Find the lowest-energy removals, and say what is proven of them."""
     from . import solvers
     from .hessian import Gradients
-    from .problem import RemovalProblem
+    from .pipeline import pose_problem
 
     loaded = Gradients.load(file)
-    weight = _or_default(beta, "beta")
-    problem = RemovalProblem(
+    problem = pose_problem(
         loaded.hessian,
+        loaded.blocks,
+        loaded.mean_gradient,
         parse_remove(remove),
-        blocks=loaded.blocks,
-        protect=_indices(protect, "--protect") if protect else (),
-        beta=weight,
-        gradient=loaded.mean_gradient if weight else None,
+        _indices(protect, "--protect") if protect else (),
+        _or_default(beta, "beta"),
     )
     spectrum = solvers.solve(
         problem,

@@ -10,6 +10,7 @@ import yaml
 
 from .files import replacing
 
+Removal = int | dict[str, int] | float
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -18,14 +19,15 @@ class CompressConfig:
     """Everything that decides the outcome of `blockspin compress`; stored as run.yaml in the run folder.
 
     model: hub id or local folder.                     calibration: hub id or local file, see calibration.py.
-    remove: number of blocks, or kind -> number.       protect: indices of blocks that must stay.
+    remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
+    protect: indices of blocks that must stay.
     evaluation: text for the final report; None takes held-out samples of the calibration set.
     num_samples: samples for the gradients; selection_samples and evaluation_samples come after them and are distinct.
     """
 
     model: str
     calibration: str
-    remove: int | dict[str, int]
+    remove: Removal
     evaluation: str | None = None
     protect: tuple[int, ...] = ()
     num_samples: int = 2048
@@ -83,17 +85,21 @@ def default(name: str) -> Any:
     return next(f.default for f in fields(CompressConfig) if f.name == name)
 
 
-def parse_remove(text: str) -> int | dict[str, int]:
-    """ "8" is a number of blocks, "moe=2" or "moe=2,attention=1" a number for each kind.
+def parse_remove(text: str) -> Removal:
+    """ "8" is a number of blocks, "moe=2,attention=1" a number for each kind, "25%" a share of the blocks' parameters.
 
     Raises:
-        ValueError: it is neither, or a number is not positive.
+        ValueError: it is none of them, or a number is not positive.
     """
     try:
+        if text.endswith("%") and 0 < float(text[:-1]) < 100:
+            return float(text[:-1]) / 100
         pairs = [part.split("=") for part in text.split(",")] if "=" in text else [["", text]]
         counts = {kind.strip(): int(number) for kind, number in pairs}
     except ValueError:
-        raise ValueError(f"--remove takes a number (8) or a number for each kind (moe=2), not {text!r}") from None
+        raise ValueError(
+            f"--remove takes a number (8), a number for each kind (moe=2) or a share of parameters (25%), not {text!r}"
+        ) from None
     if min(counts.values()) < 1:
         raise ValueError(f"--remove must be at least 1, not {text}")
     return counts.get("", counts)

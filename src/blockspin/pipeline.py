@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .blocks import find_blocks
+from .blocks import Block, find_blocks
 from .calibration import load_calibration
 from .candidates import Candidate, best, measure_candidates, random_candidate, states_as_candidates
-from .config import CompressConfig
+from .config import CompressConfig, Removal
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients, estimate_gradients
@@ -76,7 +77,9 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         gradient_checkpointing=config.gradient_checkpointing,
         metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
     )
-    problem = removal_problem(config, gradients)
+    problem = pose_problem(
+        gradients.hessian, gradients.blocks, gradients.mean_gradient, config.remove, config.protect, config.beta
+    )
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
     candidates = candidates_stage(
         model,
@@ -119,7 +122,7 @@ def check_folder(config: CompressConfig, out: Path) -> None:
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
     """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
     blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
-    RemovalProblem(np.eye(len(blocks)), config.remove, blocks=blocks, protect=config.protect)
+    pose_problem(np.eye(len(blocks)), blocks, np.zeros(len(blocks)), config.remove, config.protect, config.beta)
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
@@ -179,16 +182,21 @@ def gradients_stage(
     return Gradients.load(path)
 
 
-def removal_problem(config: CompressConfig, gradients: Gradients) -> RemovalProblem:
-    """The problem that the settings pose."""
-    return RemovalProblem(
-        gradients.hessian,
-        config.remove,
-        blocks=gradients.blocks,
-        protect=config.protect,
-        beta=config.beta,
-        gradient=gradients.mean_gradient if config.beta else None,
-    )
+def pose_problem(
+    hessian: NDArray[np.float64],
+    blocks: Sequence[Block],
+    gradient: NDArray[np.float64],
+    remove: Removal,
+    protect: Sequence[int],
+    beta: float,
+) -> RemovalProblem:
+    """The removal problem for a goal as the settings state it.
+
+    Raises:
+        ValueError: no removal meets the goal.
+    """
+    goal: dict[str, Any] = {"remove_parameters" if isinstance(remove, float) else "remove": remove}
+    return RemovalProblem(hessian, blocks=blocks, protect=protect, beta=beta, gradient=gradient, **goal)
 
 
 def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) -> Spectrum:
