@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -137,6 +138,93 @@ class RemovalProblem:
         r = self.reduced
         return [tuple(sorted([*r.always, *r.block[row].tolist()])) for row in rows]
 
+    def penalty(self) -> float:
+        """A weight of the counts in the QUBO view under which its lowest states are allowed ones: twice a safe bound.
+
+        With weight P, a removal that misses a count gains at least P - D by one change towards it, where D bounds what
+        one change does to the energy. So for P > D the lowest state is allowed, and so is every state less than P - D
+        above it. Raises ValueError for a parameter budget, which needs an inequality.
+        """
+        r = self.reduced
+        if not r.equality:
+            raise ValueError("a parameter budget has no QUBO view; use to_cqm(), or a count of removals")
+        if not len(r.block):
+            return 1.0
+        off = np.abs(r.quadratic).sum(axis=1) - np.abs(np.diag(r.quadratic))
+        return 2.0 * float((np.abs(np.diag(r.quadratic) + r.linear) + 2.0 * off).max()) or 1.0
+
+    def qubo(self, penalty: float | None = None) -> tuple[Floats, float]:
+        """Symmetric Q (n, n) and an offset: x^T Q x + offset is E(x) plus penalty times the squared misses of counts.
+
+        Over binary x (n,) for the blocks in reduced.block. penalty is by default that of penalty(). Raises ValueError
+        for a parameter budget.
+        """
+        r, weight = self.reduced, self.penalty() if penalty is None else penalty
+        if not r.equality:
+            raise ValueError("a parameter budget has no QUBO view; use to_cqm(), or a count of removals")
+        same_group = (r.group[:, None] == r.group[None, :]).astype(np.float64)
+        q = r.quadratic + weight * same_group
+        q[np.diag_indices(len(q))] += r.linear - 2.0 * weight * r.need[r.group]
+        return q, r.constant + weight * float(r.need @ r.need)
+
+    def ising(self, penalty: float | None = None) -> tuple[Floats, Floats, float]:
+        """h (n,), J (n, n) upper triangular and an offset: the QUBO view in spins s = 2x - 1.
+
+        Its energy is h^T s + s^T J s + offset. Raises ValueError for a parameter budget.
+        """
+        q, offset = self.qubo(penalty)
+        return q.sum(axis=1) / 2.0, np.triu(q, 1) / 2.0, offset + float(q.sum() + np.trace(q)) / 4.0
+
+    def to_bqm(self, penalty: float | None = None) -> Any:
+        """The QUBO view as a dimod.BinaryQuadraticModel whose variables are block indices; needs dimod.
+
+        Raises ValueError for a parameter budget.
+        """
+        import dimod
+
+        q, offset = self.qubo(penalty)
+        names = self.reduced.block.tolist()
+        pairs = zip(*np.triu_indices(len(q), 1), strict=True)
+        return dimod.BinaryQuadraticModel(
+            {name: q[i, i] for i, name in enumerate(names)},
+            {(names[i], names[j]): 2.0 * q[i, j] for i, j in pairs},
+            offset,
+            dimod.BINARY,
+        )
+
+    def to_cqm(self) -> Any:
+        """A dimod.ConstrainedQuadraticModel with the counts, or the budget, as constraints; needs dimod."""
+        import dimod
+
+        r, names = self.reduced, self.reduced.block.tolist()
+        model = dimod.ConstrainedQuadraticModel()
+        pairs = zip(*np.triu_indices(len(names), 1), strict=True)
+        model.set_objective(
+            dimod.BinaryQuadraticModel(
+                {name: r.quadratic[i, i] + r.linear[i] for i, name in enumerate(names)},
+                {(names[i], names[j]): 2.0 * r.quadratic[i, j] for i, j in pairs},
+                r.constant,
+                dimod.BINARY,
+            )
+        )
+        for g, need in enumerate(r.need):
+            terms = [(names[i], r.weight[i]) for i in np.flatnonzero(r.group == g)]
+            model.add_constraint(terms, "==" if r.equality else ">=", need)
+        model.add_constraint([(name, 1.0) for name in names], "<=", r.max_removed)
+        return model
+
+    def write_coo(self, path: str | Path, penalty: float | None = None) -> None:
+        """The QUBO view as text: comments with the offset, then a line "i j value" per pair i <= j of block indices.
+
+        The energy is the sum of value * x_i * x_j plus the offset. Raises ValueError for a parameter budget.
+        """
+        q, offset = self.qubo(penalty)
+        names = self.reduced.block.tolist()
+        lines = ["# vartype=BINARY", f"# offset={offset!r}"]
+        for i, j in zip(*np.triu_indices(len(q)), strict=True):
+            lines.append(f"{names[i]} {names[j]} {float(q[i, j] if i == j else 2.0 * q[i, j])!r}")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
     def _reduce_to_counts(self) -> Reduced:
         open_to = [i for i in range(self.num_blocks) if i not in self.protect]
         wanted, kind_of = self._checked_counts(open_to)
@@ -195,6 +283,8 @@ class RemovalProblem:
         if need > most:
             at_most = f"at most {most / sum(sizes):.6g} can go"
             raise ValueError(f"remove_parameters={share}: {at_most}: protected blocks, or the smallest one, stay")
+        if need == sum(sizes[i] for i in index):
+            return self._reduced([], index, [], np.zeros(0), [], equality=True)
         weight = np.array([sizes[i] for i in index], dtype=np.float64)
         return self._reduced(index, [], [0] * len(index), weight, [need], equality=False)
 

@@ -56,7 +56,7 @@ class Spectrum:
 
     def summary(self) -> str:
         """One or two sentences: who searched, for how long, what is proven."""
-        took = f"{self.solver} took {self.seconds:.2f} s"
+        took = f"{self.statistics.get('chosen', self.solver)} took {self.seconds:.2f} s"
         if "stopped" in self.statistics:
             took += f" (stopped early: {self.statistics['stopped']})"
         if self.num_proven == len(self.states):

@@ -1,0 +1,81 @@
+"""Simulated annealing with the moves of the tabu search: swaps that keep every count. It proves nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import RemovalProblem
+from .compiled import compiled
+from .moves import (
+    Pool,
+    Terms,
+    empty_pool,
+    energy_and_field,
+    greedy_start,
+    keep_neighbour,
+    make_move,
+    move_allowed,
+    move_energy,
+    pool_rows,
+    terms_of,
+    worst,
+)
+from .spectrum import Found, Statistics
+from .stopping import Stop
+
+RUNS = 40
+PROPOSALS_PER_VARIABLE = 2000
+COLDEST = 1e-3  # last temperature as a share of the first
+
+
+def anneal(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+    """The lowest removals seen in a fixed number of seeded runs from random starts, or until the time limit."""
+    n = len(problem.reduced.block)
+    terms, pool = terms_of(problem.reduced, problem.resolution), empty_pool(states, n)
+    rng = np.random.default_rng(seed)
+    with Stop(time_limit) as stop:
+        for run in range(RUNS):
+            if run and stop.expired():
+                break
+            chosen = greedy_start(problem.reduced, rng.normal(size=n))
+            cool(terms, chosen, PROPOSALS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
+    statistics: Statistics = {"proposals": RUNS * PROPOSALS_PER_VARIABLE * n}
+    return Found(pool_rows(pool, n), -np.inf, statistics | stop.reason())
+
+
+@compiled
+def cool(terms: Terms, chosen: NDArray[np.uint8], proposals: int, seed: int, pool: Pool) -> None:
+    """One run at geometrically falling temperature from a removal (n,), which it changes."""
+    np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
+    field, bits = np.empty(len(chosen)), np.empty(pool.bits.shape[1], np.uint64)
+    energy = energy_and_field(terms, chosen, field, bits)
+    keep_neighbour(pool, energy, bits, -1, -1, terms.resolution)
+    total, count = np.sum(terms.weight * chosen), int(np.sum(chosen))
+    temperature = np.max(field) - np.min(field)
+    factor = COLDEST ** (1.0 / proposals)
+    for _ in range(proposals):
+        temperature *= factor
+        out, into = propose(chosen, terms.equality)
+        if (out < 0 and into < 0) or not move_allowed(terms, total, count, out, into):
+            continue
+        change = move_energy(terms.quadratic, field, out, into)
+        if energy + change < worst(pool):
+            keep_neighbour(pool, energy + change, bits, out, into, terms.resolution)
+        if change > 0.0 and np.random.random() >= np.exp(-change / temperature):  # noqa: NPY002
+            continue
+        make_move(terms, chosen, field, bits, out, into)
+        energy += change
+        total += (terms.weight[into] if into >= 0 else 0.0) - (terms.weight[out] if out >= 0 else 0.0)
+        count += (1 if into >= 0 else 0) - (1 if out >= 0 else 0)
+
+
+@compiled
+def propose(chosen: NDArray[np.uint8], equality: bool) -> tuple[int, int]:
+    """A random move (out, into): a swap of two variables, or with a budget also a change of one."""
+    one, other = np.random.randint(0, len(chosen)), np.random.randint(0, len(chosen))  # noqa: NPY002
+    if not equality and np.random.random() < 0.5:  # noqa: NPY002
+        return (one, -1) if chosen[one] else (-1, one)
+    if chosen[one] == chosen[other]:
+        return -1, -1
+    return (one, other) if chosen[one] else (other, one)
