@@ -9,12 +9,12 @@ import numpy as np
 from ..problem import RemovalProblem
 from .spectrum import Found, Statistics
 
-READS = 200
+READS = 100
 
 
 def dwave_tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
     """The allowed removals among the samples of dwave.samplers.TabuSampler; needs the extra 'solvers'."""
-    milliseconds = 20 if time_limit is None else max(1, int(1000 * time_limit / READS))
+    milliseconds = 10 if time_limit is None else max(1, int(1000 * time_limit / READS))
     return _allowed(problem, _samplers().TabuSampler(), seed, timeout=milliseconds)
 
 

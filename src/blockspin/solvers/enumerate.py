@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..problem import Floats, Ints, RemovalProblem
 from .compiled import compiled, compiled_for_scans
-from .moves import Pool, Terms, empty_pool, insert, offer_removal, pool_rows, terms_of, toggle, worst
+from .moves import Pool, Terms, empty_pool, insert, merge, offer_removal, pool_rows, terms_of, toggle, worst
 from .spectrum import Found, Statistics
 from .stopping import Stop
 from .tabu import search
@@ -70,8 +70,8 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
     pool, cut = empty_pool(states, n), np.array([np.inf])
     terms = terms_of(problem.reduced, problem.resolution)
     with Stop(time_limit) as stop:
-        if count > SMALL:
-            cut[0] = worst(search(problem, states, seed, 12, stop)[0]) + problem.resolution
+        start, _ = search(problem, states, seed, 12 if count > SMALL else 1, stop)
+        cut[0] = worst(start) + problem.resolution
         if budget:
             in_threads(1, lambda task, own: every_subset(terms, own, stop.flag), pool, terms.resolution, stop)
         else:
@@ -86,6 +86,7 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
             )
     statistics: Statistics = {"candidates": count}
     if stop.reason():
+        merge(pool, start, problem.resolution)
         return Found(pool_rows(pool, n), -np.inf, statistics | stop.reason())
     bound = pool.energy[-1] + problem.reduced.constant if pool.size[0] == states else np.inf
     return Found(pool_rows(pool, n), bound, statistics)

@@ -33,8 +33,10 @@ def convex_shift(
     w = _null_space(group, need) if equality else np.eye(n + 1)
     budget = None if equality else (_weighing(weight / weight.sum()), float(need[0] / weight.sum()))
     u, s = _interior_point(_homogenised(q, c), w, budget)
-    d = _made_safe(q, 4.0 * u[1:], group if equality else None)
-    return d * scale, np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)
+    x = np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)
+    same = group if equality else None
+    shifts = _made_safe(q, 4.0 * u[1:], same), _made_safe(q, np.zeros(n), same)
+    return max(shifts, key=lambda d: float(d @ (x - x * x))) * scale, x
 
 
 def even_shift(quadratic: Floats) -> Floats:
@@ -124,13 +126,13 @@ def _largest_step(matrix: Floats, change: Floats) -> float:
 
 
 def _made_safe(q: Floats, d: Floats, group: Ints | None) -> Floats:
-    """Lower d evenly until q - Diag(d) is surely positive semidefinite on the subspace of constant group sums."""
+    """Move d evenly, so that q - Diag(d) is just surely positive semidefinite where the group sums are constant."""
     shifted = q - np.diag(d)
-    if group is not None:
-        for g in range(int(group[-1]) + 1):
-            inside = (group == g).astype(np.float64)
-            shifted -= np.outer(inside, inside @ shifted) / inside.sum()
-            shifted -= np.outer(shifted @ inside, inside) / inside.sum()
+    size = float(np.abs(shifted).sum(axis=1).max())
+    for g in range(0 if group is None else int(group[-1]) + 1):
+        inside = (group == g) / np.sqrt(np.sum(group == g))
+        shifted = shifted - np.outer(inside, inside @ shifted)
+        shifted = shifted - np.outer(shifted @ inside, inside)
+        shifted += 2.0 * size * np.outer(inside, inside)  # out of the way of the lowest eigenvalue
     lowest = float(np.linalg.eigvalsh((shifted + shifted.T) / 2.0)[0])
-    rounding = 1e-14 * len(d) * (1.0 + float(np.abs(d).max()))
-    return d + min(lowest, 0.0) - rounding
+    return d + lowest - 1e-14 * len(d) * size

@@ -129,7 +129,7 @@ def spectrum_of(problem: RemovalProblem, found: Found, states: int, solver: str,
     return Spectrum(
         states=kept,
         num_proven=proven,
-        lower_bound=min(kept[0].energy, bound),
+        lower_bound=kept[0].energy if proven else float(bound),
         solver=solver,
         seconds=seconds,
         resolution=problem.resolution,
