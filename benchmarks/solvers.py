@@ -1,0 +1,129 @@
+"""All solvers side by side: time, what is proven, and how far from the best known answer.
+
+    python benchmarks/solvers.py                          # the problems of the documentation's table
+    python benchmarks/solvers.py --families flat --sizes 80x24 --solvers exact --time-limit 120
+    python benchmarks/solvers.py --hessian H.npy --sizes 24x6
+
+Every solver is run once on a small problem before the clock starts, so that nothing is compiled within a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import blockspin as bs
+
+Floats = NDArray[np.float64]
+SAMPLES = 2048
+
+
+def scales(n: int, rng: np.random.Generator) -> Floats:
+    """One shared factor, and scales that decay with depth."""
+    a = (rng.normal(size=(SAMPLES, n)) + 1.5 * rng.normal(size=(SAMPLES, 1))) * np.exp(-3 * np.arange(n) / n)
+    return a.T @ a / SAMPLES
+
+
+def neighbours(n: int, rng: np.random.Generator) -> Floats:
+    """Neighbouring blocks correlated at 0.9, scales spread at random."""
+    a = rng.normal(size=(SAMPLES, n))
+    for i in range(1, n):
+        a[:, i] = 0.9 * a[:, i - 1] + np.sqrt(1 - 0.9**2) * a[:, i]
+    a *= np.exp(0.5 * rng.normal(size=n))
+    return a.T @ a / SAMPLES
+
+
+def factors(n: int, rng: np.random.Generator) -> Floats:
+    """Six strong factors with loadings of both signs, samples with heavy tails, scales spread at random."""
+    a = rng.standard_t(2.5, size=(SAMPLES, 6)) @ rng.normal(size=(6, n)) + rng.standard_t(2.5, size=(SAMPLES, n))
+    a *= np.exp(0.7 * rng.normal(size=n))
+    return a.T @ a / SAMPLES
+
+
+def flat(n: int, rng: np.random.Generator) -> Floats:
+    """Independent equal blocks: nothing to hold on to but sampling noise."""
+    a = rng.normal(size=(SAMPLES, n))
+    return a.T @ a / SAMPLES
+
+
+FAMILIES: dict[str, Callable[[int, np.random.Generator], Floats]] = {
+    "scales": scales,
+    "neighbours": neighbours,
+    "factors": factors,
+    "flat": flat,
+}
+
+
+def measure(
+    problem: bs.RemovalProblem, solvers: Iterable[str], states: int, time_limit: float | None
+) -> dict[str, tuple[float, bs.Spectrum | None, str]]:
+    """Wall seconds of the whole call and the spectrum, or why there is none, by solver."""
+    results: dict[str, tuple[float, bs.Spectrum | None, str]] = {}
+    for solver in solvers:
+        started = time.perf_counter()
+        try:
+            spectrum = bs.solve(problem, states=states, solver=solver, time_limit=time_limit)
+            results[solver] = time.perf_counter() - started, spectrum, ""
+        except (ValueError, RuntimeError) as error:
+            results[solver] = time.perf_counter() - started, None, str(error).split(";")[0]
+        except Exception as error:  # an outside solver's own, such as a licence that is too small
+            results[solver] = time.perf_counter() - started, None, f"{type(error).__name__}: {error}"
+    return results
+
+
+def rows(name: str, size: str, results: dict[str, tuple[float, bs.Spectrum | None, str]]) -> list[str]:
+    """The table's lines for one problem."""
+    known = [spectrum for _, spectrum, _ in results.values() if spectrum is not None]
+    best = min((spectrum.states[0].energy for spectrum in known), default=np.nan)
+    reference = max(known, key=lambda spectrum: spectrum.num_proven, default=None)
+    lines = []
+    for solver, (seconds, spectrum, why) in results.items():
+        if spectrum is None:
+            lines.append(f"| {name} | {size} | {solver} | {seconds:.2f} | | | | {why} |")
+            continue
+        gap = "" if not np.isfinite(spectrum.gap) else f"{100 * spectrum.gap / abs(spectrum.states[0].energy):.2g} %"
+        above = 100 * (spectrum.states[0].energy - best) / abs(best)
+        truth = {state.removed for state in reference.states} if reference and reference.num_proven else set()
+        found = f"{len(truth & {state.removed for state in spectrum.states})}/{len(truth)}" if truth else ""
+        proven = f"{spectrum.num_proven}/{len(spectrum.states)}"
+        lines.append(f"| {name} | {size} | {solver} | {seconds:.2f} | {proven} | {gap} | {above:.2g} % | {found} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--hessian", type=Path, help="a .npy file with a Hessian, instead of the families")
+    parser.add_argument("--sizes", nargs="+", default=["80x8", "80x24", "80x40"], help="blocks x removals")
+    parser.add_argument("--solvers", nargs="+", default=["exact", "tabu", "anneal"])
+    parser.add_argument("--states", type=int, default=100)
+    parser.add_argument("--time-limit", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    warm = bs.RemovalProblem(flat(24, np.random.default_rng(1)), remove=10)
+    measure(warm, [solver for solver in chosen.solvers if solver != "gurobi"], 5, None)
+    print(f"{os.cpu_count()} cores, {platform.machine()}; {chosen.states} states; seed {chosen.seed}\n")
+    print("| problem | blocks x removals | solver | seconds | proven | gap | above best | of the proven states |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in [chosen.hessian.stem] if chosen.hessian else chosen.families:
+        for size in chosen.sizes:
+            blocks, removals = map(int, size.split("x"))
+            h = (
+                np.load(chosen.hessian)
+                if chosen.hessian
+                else FAMILIES[name](blocks, np.random.default_rng(chosen.seed))
+            )
+            problem = bs.RemovalProblem(h, remove=removals)
+            results = measure(problem, chosen.solvers, chosen.states, chosen.time_limit)
+            print("\n".join(rows(name, size, results)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
