@@ -24,7 +24,7 @@ from .tabu import search
 from .threads import num_workers
 from .tree import FREE, Fates, Node, Relaxed, explore, joined, keep_leaf, propagate, refresh
 
-NODES_PER_TURN = 8000
+NODES_PER_TURN = 30000
 LONG_QUEUE = 2000
 START_RESTARTS = 12
 EPSILON = float(np.finfo(np.float64).eps)

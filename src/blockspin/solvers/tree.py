@@ -288,14 +288,14 @@ def tighten(relaxed: Relaxed, node: Node, level: float, lower: float) -> tuple[f
 
 @compiled
 def branching_variable(relaxed: Relaxed, node: Node) -> int:
-    """The free variable furthest from both its limits."""
-    best, score = -1, -1.0
+    """The free variable that matters most: far from both its limits, and with a steep curvature."""
+    best, most = -1, -1.0
     for i in range(relaxed.num_binary):
         if node.fate[i] == FREE:
             share = node.z[i] / relaxed.top[i]
-            far = min(share, 1.0 - share)
-            if far > score:
-                best, score = i, far
+            gain = np.sqrt(min(share, 1.0 - share)) * relaxed.diagonal[i] * relaxed.top[i] ** 2
+            if gain > most:
+                best, most = i, gain
     return best
 
 
