@@ -32,6 +32,7 @@ PROBLEMS = {
     "one kind": bs.RemovalProblem(H, remove={"moe": 2}, blocks=BLOCKS, protect=[1]),
     "whole kind": bs.RemovalProblem(H, remove={"moe": 3, "attention": 1}, blocks=BLOCKS),
     "first order": bs.RemovalProblem(H, remove=2, beta=0.7, gradient=G),
+    "first order of the expansion": bs.RemovalProblem(H, remove=2, beta=-1.0, gradient=G),
     "budget": bs.RemovalProblem(H, remove_parameters=0.45, blocks=BLOCKS, beta=0.7, gradient=G),
 }
 
@@ -120,7 +121,7 @@ def bad_symmetry() -> np.ndarray:
         ({"remove": {}, "blocks": BLOCKS}, "at least 1"),
         ({"blocks": BLOCKS[:5]}, "5 entries"),
         ({"beta": 1.0}, "needs gradient"),
-        ({"beta": -1.0, "gradient": G}, "0 or more"),
+        ({"beta": float("inf"), "gradient": G}, "finite"),
         ({"beta": float("nan"), "gradient": G}, "finite"),
         ({"beta": 1.0, "gradient": G[:3]}, "7 finite"),
         ({"remove": None}, "exactly one"),

@@ -339,10 +339,10 @@ def _checked_protect(protect: Iterable[int], num_blocks: int) -> tuple[int, ...]
 
 
 def _checked_first_order(beta: float, gradient: ArrayLike | None, num_blocks: int) -> tuple[float, Floats]:
-    if not math.isfinite(beta) or beta < 0:
-        raise ValueError(f"beta={beta}: must be a finite number, 0 or more")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta={beta}: must be a finite number")
     if gradient is None:
-        if beta > 0:
+        if beta != 0:
             raise ValueError(f"beta={beta} needs gradient=, the mean gradient of the loss with respect to every gate")
         return 0.0, np.zeros(num_blocks)
     g = np.array(gradient, dtype=np.float64)

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     start: Ints  # (levels,) lowest variable that a prefix level may pick, leaving enough for the levels below
     end: Ints  # (levels,) one more than the highest
     follows: NDArray[np.bool_]  # (levels,) whether it must pick below the level before
+    after: Ints  # (levels,) how many levels that pick from the last group come after it
     below: bool  # whether i must lie below the last prefix level
     size: int  # number of variables in the last group
     t: int
@@ -107,7 +108,8 @@ def make_plan(terms: Terms) -> Plan:
     for g in groups[1:]:
         levels += _levels(offset, int(counts[g]), int(terms.need[g]), 0)
         offset += int(counts[g])
-    levels += _levels(0, size, picks - t - 1, t + 1)
+    own = picks - t - 1
+    levels += _levels(0, size, own, t + 1)
     choose = np.array([[math.comb(n, k) for k in range(t + 1)] for n in range(size + 1)], dtype=np.int64)
     field = (terms.linear + np.diag(terms.quadratic))[variable].astype(np.float32)
     table, place = _table(quadratic, size, t)
@@ -117,7 +119,8 @@ def make_plan(terms: Terms) -> Plan:
         start=np.array([level[0] for level in levels], dtype=np.int64),
         end=np.array([level[1] for level in levels], dtype=np.int64),
         follows=np.array([level[2] for level in levels], dtype=np.bool_),
-        below=picks - t - 1 > 0,
+        after=np.array([min(own, len(levels) - 1 - k) for k in range(len(levels))], dtype=np.int64),
+        below=own > 0,
         size=size,
         t=t,
         field=field,
@@ -193,39 +196,63 @@ def margin(terms: Terms) -> float:
 
 @compiled
 def walk(terms: Terms, plan: Plan, first: Ints, pool: Pool, cut: Floats, spare: float, flag: Ints) -> None:
-    """All removals that begin with these picks; offers the low ones to the pool. cut (1,) is shared between threads."""
+    """All removals that begin with these picks; offers the low ones to the pool. cut (1,) is shared between threads.
+
+    The innermost functions get single arrays: to hand them whole tuples would cost more than what they do.
+    """
     levels, n = len(plan.start), len(plan.variable)
+    quadratic, table, place, run, after = plan.quadratic, plan.table, plan.place, plan.choose[:, plan.t], plan.after
     picks, energy = np.zeros(levels + 1, np.int64), np.zeros(levels + 1)
     field = np.zeros((levels + 1, n), np.float32)
     sums = np.empty((levels + 1, len(plan.sums)), np.float32)
     field[0], sums[0] = plan.field, plan.sums
     for level in range(len(first)):
-        pick(plan, field, energy, sums, picks, level, first[level])
+        picks[level] = first[level]
+        highest = min(first[level], plan.size) - after[level] - 1
+        pick(quadratic, table, place, run, field, energy, sums, level, first[level], highest)
     level, fixed = len(first), len(first)
     if level < levels:
         picks[level] = picks[level - 1] if plan.follows[level] else plan.end[level]
     while level >= fixed and flag[0] == 0:
         if level == levels:
-            scan(terms, plan, field[levels], energy[levels], sums[levels], picks, pool, cut, spare)
+            top = picks[levels - 1] if plan.below else plan.size
+            i = next_hit(table, place, run, field[levels], sums[levels], plan.t, top, cut[0] + spare - energy[levels])
+            while i < top:
+                offer_run(terms, plan, field[levels], energy[levels], sums[levels], picks, i, pool, cut, spare)
+                limit = cut[0] + spare - energy[levels]
+                i = next_hit(table, place, run, field[levels], sums[levels], i + 1, top, limit)
             level -= 1
             continue
         if picks[level] == plan.start[level]:
             level -= 1
             continue
-        pick(plan, field, energy, sums, picks, level, picks[level] - 1)
+        picks[level] -= 1
+        # The later levels pick below this one, then comes i, and only then s.
+        highest = min(picks[level], plan.size) - after[level] - 1
+        pick(quadratic, table, place, run, field, energy, sums, level, picks[level], highest)
         level += 1
         if level < levels:
             picks[level] = picks[level - 1] if plan.follows[level] else plan.end[level]
 
 
 @compiled
-def pick(plan: Plan, field: Singles, energy: Floats, sums: Singles, picks: Ints, level: int, i: int) -> None:
-    """Take variable i at this prefix level."""
-    picks[level] = i
+def pick(
+    quadratic: Singles,
+    table: Singles,
+    place: Ints,
+    run: Ints,
+    field: Singles,
+    energy: Floats,
+    sums: Singles,
+    level: int,
+    i: int,
+    highest: int,
+) -> None:
+    """Take variable i at this prefix level; the subsets s that follow lie below the variable `highest`."""
     energy[level + 1] = energy[level] + field[level, i]
-    add(field[level], plan.quadratic[i], field[level + 1])
-    length = (plan.choose[min(i, plan.size), plan.t] + LANES - 1) // LANES * LANES
-    add(sums[level, :length], plan.table[plan.place[i] : plan.place[i] + length], sums[level + 1, :length])
+    add(field[level], quadratic[i], field[level + 1])
+    length = (run[highest] + LANES - 1) // LANES * LANES
+    add(sums[level, :length], table[place[i] : place[i] + length], sums[level + 1, :length])
 
 
 @compiled
@@ -235,27 +262,37 @@ def add(one: Singles, other: Singles, into: Singles) -> None:
 
 
 @compiled
-def scan(
+def next_hit(
+    table: Singles, place: Ints, run: Ints, field: Singles, sums: Singles, first: int, top: int, limit: float
+) -> int:
+    """The next variable i from first on, below top, that has a t-subset within the limit; top if there is none."""
+    for i in range(first, top):
+        length = (run[i] + LANES - 1) // LANES * LANES
+        if hits(sums[:length], table[place[i] : place[i] + length], np.float32(limit - field[i])) > 0:
+            return i
+    return top
+
+
+@compiled
+def offer_run(
     terms: Terms,
     plan: Plan,
     field: Singles,
     energy: float,
     sums: Singles,
     picks: Ints,
+    i: int,
     pool: Pool,
     cut: Floats,
     spare: float,
 ) -> None:
-    """All removals with this prefix: every i below it, and every t-subset below i."""
-    for i in range(plan.t, picks[len(plan.start) - 1] if plan.below else plan.size):
-        limit = np.float32(cut[0] + spare - energy - field[i])
-        run = plan.choose[i, plan.t]
-        table = plan.table[plan.place[i] : plan.place[i] + (run + LANES - 1) // LANES * LANES]
-        if hits(sums[: len(table)], table, limit) > 0:
-            for s in range(run):
-                if sums[s] + table[s] <= limit:
-                    offer(terms, plan, picks, i, s, pool)
-            cut[0] = min(cut[0], worst(pool))
+    """Offer what is low enough among the removals of this prefix and i, and lower the cut."""
+    limit = np.float32(cut[0] + spare - energy - field[i])
+    table = plan.table[plan.place[i] :]
+    for s in range(plan.choose[i, plan.t]):
+        if sums[s] + table[s] <= limit:
+            offer(terms, plan, picks, i, s, pool)
+    cut[0] = min(cut[0], worst(pool))
 
 
 @compiled_for_scans
