@@ -232,7 +232,8 @@ Made by `scripts/train_demo_model.py`.
 
 - **Data:** English novels (out of copyright), Python enhancement proposals (public domain) and permissively licensed
   Python code, in their natural proportions (about 79 %, 8 % and 12 % of the bytes).
-- **Training:** {tokens:.1f} M tokens, each seen once, in {hours:.2f} h on {hardware}; Muon and AdamW,
+- **Training:** {tokens:.1f} M tokens, each seen once, in {hours:.2f} h on
+  {hardware}; Muon and AdamW,
   sequences of {max_position_embeddings} tokens, constant learning rate with a linear fall at the end.
   Training loss at the end: {loss:.3f} nats a token.
 - **Texts beside it:** `calibration.txt` is Mrs Humphry Ward, *The Story of Bessie Costrell* (1895);
