@@ -201,11 +201,21 @@ def walk(terms: Terms, plan: Plan, first: Ints, pool: Pool, cut: Floats, spare: 
     The innermost functions get single arrays: to hand them whole tuples would cost more than what they do.
     """
     levels, n = len(plan.start), len(plan.variable)
-    quadratic, table, place, run, after = plan.quadratic, plan.table, plan.place, plan.choose[:, plan.t], plan.after
+    quadratic, table, place, run, after = (
+        plan.quadratic,
+        plan.table,
+        plan.place,
+        plan.choose[:, plan.t].copy(),
+        plan.after,
+    )
     picks, energy = np.zeros(levels + 1, np.int64), np.zeros(levels + 1)
     field = np.zeros((levels + 1, n), np.float32)
-    sums = np.empty((levels + 1, len(plan.sums)), np.float32)
-    field[0], sums[0] = plan.field, plan.sums
+    # No prefix that begins like this needs the sums beyond its first pick; whole rows would not stay in the cache.
+    width = len(plan.sums)
+    if levels:
+        width = (run[min(first[0], plan.size) - after[0] - 1] + LANES - 1) // LANES * LANES
+    sums = np.empty((levels + 1, width), np.float32)
+    field[0], sums[0] = plan.field, plan.sums[:width]
     for level in range(len(first)):
         picks[level] = first[level]
         highest = min(first[level], plan.size) - after[level] - 1
@@ -250,25 +260,33 @@ def pick(
 ) -> None:
     """Take variable i at this prefix level; the subsets s that follow lie below the variable `highest`."""
     energy[level + 1] = energy[level] + field[level, i]
-    add(field[level], quadratic[i], field[level + 1])
+    one, other, into = field[level], quadratic[i], field[level + 1]
+    for j in range(len(into)):
+        into[j] = one[j] + other[j]
     length = (run[highest] + LANES - 1) // LANES * LANES
-    add(sums[level, :length], table[place[i] : place[i] + length], sums[level + 1, :length])
+    add(sums[level], table, np.uint64(place[i]), sums[level + 1], np.uint64(length))
 
 
 @compiled
-def add(one: Singles, other: Singles, into: Singles) -> None:
-    for s in range(len(into)):
-        into[s] = one[s] + other[s]
+def add(one: Singles, table: Singles, begin: np.uint64, into: Singles, length: np.uint64) -> None:
+    for s in range(length):
+        into[s] = one[s] + table[begin + s]
 
 
-@compiled
+@compiled_for_scans
 def next_hit(
     table: Singles, place: Ints, run: Ints, field: Singles, sums: Singles, first: int, top: int, limit: float
 ) -> int:
-    """The next variable i from first on, below top, that has a t-subset within the limit; top if there is none."""
+    """The next variable i from first on, below top, that has a t-subset within the limit; top if there is none.
+
+    Hits are counted in float32, which keeps the loop in vectors.
+    """
+    one, none = np.float32(1.0), np.float32(0.0)
     for i in range(first, top):
-        length = (run[i] + LANES - 1) // LANES * LANES
-        if hits(sums[:length], table[place[i] : place[i] + length], np.float32(limit - field[i])) > 0:
+        most, begin, count = np.float32(limit - field[i]), np.uint64(place[i]), none
+        for s in range(np.uint64((run[i] + LANES - 1) // LANES * LANES)):
+            count += one if sums[s] + table[begin + s] <= most else none
+        if count > 0:
             return i
     return top
 
@@ -293,15 +311,6 @@ def offer_run(
         if sums[s] + table[s] <= limit:
             offer(terms, plan, picks, i, s, pool)
     cut[0] = min(cut[0], worst(pool))
-
-
-@compiled_for_scans
-def hits(sums: Singles, table: Singles, limit: np.float32) -> np.float32:
-    """How many entries of sums + table are within the limit; counted in float32, which keeps it in vectors."""
-    count, one, none = np.float32(0.0), np.float32(1.0), np.float32(0.0)
-    for s in range(len(sums)):
-        count += one if sums[s] + table[s] <= limit else none
-    return count
 
 
 @compiled
