@@ -60,6 +60,7 @@ def wanted(name: str, removed: tuple[int, ...]) -> bool:
         "one kind": moe == 2 and len(removed) == 2 and 1 not in removed,
         "whole kind": moe == 3 and len(removed) == 4,
         "first order": len(removed) == 2,
+        "first order of the expansion": len(removed) == 2,
         "budget": size >= 0.45 and len(removed) < 7,
     }[name]
 
