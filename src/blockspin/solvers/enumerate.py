@@ -27,7 +27,7 @@ from .stopping import Stop
 from .tabu import search
 from .threads import in_threads
 
-PER_SECOND = 1e9  # removals looked at, roughly; a budget's walk makes a hundredth of it
+PER_SECOND = 3e9  # removals looked at, roughly; a budget's walk makes a hundredth of it
 MOST_SECONDS = 600.0
 LANES = 32  # runs are filled up to a multiple of this with infinities
 PER_PREFIX = 250  # wanted number of removals per prefix
