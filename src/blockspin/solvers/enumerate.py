@@ -27,7 +27,7 @@ from .stopping import Stop
 from .tabu import search
 from .threads import in_threads
 
-PER_SECOND = 3e9  # removals looked at, roughly; a budget's walk makes a hundredth of it
+PER_SECOND, PER_SECOND_OF_BUDGET = 3e9, 1e7  # removals looked at, roughly
 MOST_SECONDS = 600.0
 LANES = 32  # runs are filled up to a multiple of this with infinities
 PER_PREFIX = 250  # wanted number of removals per prefix
@@ -61,7 +61,7 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
     Raises ValueError, naming the count and the time, where that would take longer than the time limit or ten minutes.
     """
     count, budget = problem.num_candidates, not problem.reduced.equality
-    seconds = count / (PER_SECOND / 100 if budget else PER_SECOND)
+    seconds = count / (PER_SECOND_OF_BUDGET if budget else PER_SECOND)
     if seconds > (MOST_SECONDS if time_limit is None else time_limit):
         raise ValueError(
             f"solver='enumerate' would look at {count:.3g} removals, for about {seconds:.3g} s; "
