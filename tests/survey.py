@@ -1,0 +1,193 @@
+"""Puts every causal model type of transformers through removal, and writes what works to docs/architectures.md.
+
+    python tests/survey.py [MODEL_TYPE ...]      # without arguments: all of them, and docs/architectures.md is written
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers as tf
+from tiny import MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
+
+from blockspin.blocks import find_blocks, find_stack
+from blockspin.gates import gated, skipped, trace_blocks
+from blockspin.surgery import prune_checkpoint, remove_blocks
+
+# Of six blocks: the first, the last, a middle one, neighbours, scattered ones; most break a period of two or three.
+REMOVALS = ((0,), (5,), (2,), (0, 1), (2, 3), (1, 4), (0, 2, 5))
+
+
+@dataclass
+class Row:
+    """What happened to one model type: faults are what must not happen, refusals are clear and before any harm."""
+
+    model_type: str
+    kinds: list[str] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
+    works: list[tuple[int, ...]] = field(default_factory=list)
+    refused: dict[tuple[int, ...], str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    cannot_start: str = ""  # transformers itself cannot build or run it here
+    not_a_decoder: str = ""  # refused as a whole
+
+
+def examine(model_type: str, removals: tuple[tuple[int, ...], ...] = REMOVALS) -> Row:
+    row = Row(model_type)
+    try:
+        model = tiny_random_model(tiny_config(model_type))
+        ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+        whole = logits(model, ids)
+    except Exception as error:
+        row.cannot_start = first_line(error)
+        return row
+    try:
+        row.kinds = [block.kind for block in find_blocks(model)]
+        traces = trace_blocks(model)
+    except ValueError as error:
+        row.not_a_decoder = first_line(error)
+        return row
+    row.branches = [trace.branches for trace in traces]
+    check_gates(row, model, ids, whole)
+    has_cache = generation_agrees(model, ids)
+    for removed in removals:
+        if max(removed) >= len(traces):
+            continue
+        with guard(row, f"{removed}"):
+            try:
+                by_surgery = remove_blocks(model, removed)
+            except ValueError as error:
+                row.refused[removed] = first_line(error)
+                continue
+            check_removal(row, model, by_surgery, removed, ids)
+            if has_cache and not generation_agrees(by_surgery, ids):
+                row.faults.append(f"{removed}: cached generation differs")
+            check_disk(row, model, by_surgery, removed, ids, has_cache)
+            row.works.append(removed)
+    if not torch.equal(logits(model, ids), whole):
+        row.faults.append("the model was changed")
+    return row
+
+
+def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torch.Tensor) -> None:
+    """Gates of one change no bit; a gate of zero makes each layer the identity on its hidden states."""
+    traces, layers = trace_blocks(model), find_stack(model)[1]
+    with guard(row, "gates"):
+        with gated(model, torch.ones(2, len(traces)), traces):
+            if not torch.equal(logits(model, ids), whole):
+                row.faults.append("gates of one change the logits")
+        for i, layer in enumerate(layers):
+            alphas = torch.ones(2, len(traces))
+            alphas[:, i] = 0
+            seen: list[bool] = []
+
+            def compare(module: object, args: tuple, kwargs: dict, output: object, seen: list[bool] = seen) -> None:
+                entered = args[0] if args else kwargs["hidden_states"]
+                left = output[0] if isinstance(output, tuple | list) else output
+                seen.append(torch.allclose(entered, left, atol=1e-5 * float(entered.abs().max())))
+
+            handle = layer.register_forward_hook(compare, with_kwargs=True)
+            with gated(model, alphas, traces):
+                logits(model, ids)
+            handle.remove()
+            if seen != [True]:
+                row.faults.append(f"a gate of zero does not make layer {i} the identity")
+
+
+def check_removal(
+    row: Row, model: torch.nn.Module, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor
+) -> None:
+    """Gates of zero, skipping and removal agree."""
+    traces = trace_blocks(model)
+    alphas = torch.ones(2, len(traces))
+    alphas[:, list(removed)] = 0
+    expected = logits(smaller, ids)
+    with gated(model, alphas, traces):
+        by_gates = logits(model, ids)
+    with skipped(model, removed, traces):
+        by_skipping = logits(model, ids)
+    for name, found in (("gates", by_gates), ("skipping", by_skipping)):
+        if not close(found, expected):
+            row.faults.append(f"{removed}: {name} and removal differ by {difference(found, expected)}")
+    if close(logits(model, ids), expected):
+        row.faults.append(f"{removed}: the removal changes nothing")
+
+
+def check_disk(
+    row: Row,
+    model: torch.nn.Module,
+    smaller: torch.nn.Module,
+    removed: tuple[int, ...],
+    ids: torch.Tensor,
+    has_cache: bool,
+) -> None:
+    """What comes back from the shortened folder is the model shortened in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/whole")
+        prune_checkpoint(f"{folder}/whole", removed, f"{folder}/short", progress=False)
+        loaded, report = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/short", output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        row.faults.append(f"{removed}: from_pretrained reports {report}")
+    found, expected = logits(loaded.eval(), ids), logits(smaller, ids)
+    if not close(found, expected):
+        row.faults.append(f"{removed}: disk and memory differ by {difference(found, expected)}")
+    if has_cache and not generation_agrees(loaded, ids):
+        row.faults.append(f"{removed}: cached generation differs after loading")
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"{float((a - b).abs().max() / b.abs().max()):.2g}"
+
+
+def generation_agrees(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    try:
+        cached, uncached = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    except Exception as error:
+        print("   generate:", first_line(error), file=sys.stderr)
+        return False
+    return torch.equal(cached, uncached)
+
+
+@contextlib.contextmanager
+def guard(row: Row, what: str):
+    try:
+        yield
+    except Exception as error:
+        row.faults.append(f"{what}: {type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    for model_type in sys.argv[1:] or MODEL_TYPES:
+        with contextlib.redirect_stdout(io.StringIO()):
+            row = examine(model_type)
+        note = row.cannot_start or row.not_a_decoder or "; ".join(row.faults) or "fine"
+        print(f"{model_type}: {note[:400]}")
+        if row.kinds:
+            print(f"   {row.kinds} {row.branches} works {len(row.works)} {row.works}")
+        for removed, reason in row.refused.items():
+            print(f"   {removed} refused: {reason[:300]}")
+        sys.stdout.flush()
