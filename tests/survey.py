@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import multiprocessing
 import sys
 import tempfile
 import warnings
@@ -37,6 +39,7 @@ class Row:
     faults: list[str] = field(default_factory=list)
     cannot_start: str = ""  # transformers itself cannot build or run it here
     not_a_decoder: str = ""  # refused as a whole
+    only_in_memory: str = ""  # why the checkpoint on disk is refused
 
 
 def examine(model_type: str, removals: tuple[tuple[int, ...], ...] = REMOVALS) -> Row:
@@ -131,7 +134,11 @@ def check_disk(
     """What comes back from the shortened folder is the model shortened in memory."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/whole")
-        prune_checkpoint(f"{folder}/whole", removed, f"{folder}/short", progress=False)
+        try:
+            prune_checkpoint(f"{folder}/whole", removed, f"{folder}/short", progress=False)
+        except ValueError as error:
+            row.only_in_memory = first_line(error).replace(f"{folder}/", "")
+            return
         loaded, report = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/short", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         row.faults.append(f"{removed}: from_pretrained reports {report}")
@@ -177,17 +184,71 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-if __name__ == "__main__":
+def quiet_examine(model_type: str) -> Row:
     warnings.filterwarnings("ignore")
     tf.logging.set_verbosity_error()
     tf.logging.disable_progress_bar()
-    for model_type in sys.argv[1:] or MODEL_TYPES:
-        with contextlib.redirect_stdout(io.StringIO()):
-            row = examine(model_type)
-        note = row.cannot_start or row.not_a_decoder or "; ".join(row.faults) or "fine"
-        print(f"{model_type}: {note[:400]}")
-        if row.kinds:
-            print(f"   {row.kinds} {row.branches} works {len(row.works)} {row.works}")
-        for removed, reason in row.refused.items():
-            print(f"   {removed} refused: {reason[:300]}")
-        sys.stdout.flush()
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return examine(model_type)
+
+
+def runs(values: list) -> str:
+    """Neighbouring equal values counted: [a, a, b] -> "2 a, 1 b"."""
+    return ", ".join(f"{len(list(group))} {value}" for value, group in itertools.groupby(values))
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    if row.cannot_start or row.not_a_decoder:
+        verdict = f"not tested: {row.cannot_start}" if row.cannot_start else f"refused: {row.not_a_decoder}"
+        return f"| {row.model_type} | {runs(row.kinds)} | | | {verdict.replace('|', '/')} |"
+    gates = "block" if not any(row.branches) else "branch" if all(row.branches) else "branch or block"
+    expressible = f"{len(row.works)} of {len(row.works) + len(row.refused)}"
+    notes = [f"FAULT {fault}" for fault in row.faults]
+    notes += [f"only in memory: {row.only_in_memory}"] if row.only_in_memory else []
+    notes += [f"without {list(removed)}: {reason}" for removed, reason in list(row.refused.items())[:1]]
+    return f"| {row.model_type} | {runs(row.kinds)} | {gates} | {expressible} | {'; '.join(notes).replace('|', '/')} |"
+
+
+def document(rows: list[Row]) -> str:
+    decoders = [row for row in rows if not row.cannot_start and not row.not_a_decoder]
+    good = [row for row in decoders if row.works and not row.faults and not row.only_in_memory]
+    return HEAD.format(
+        version=tf.__version__,
+        all=len(rows),
+        decoders=len(decoders),
+        good=len(good),
+        refused=sum(bool(row.not_a_decoder) for row in rows),
+        cannot=sum(bool(row.cannot_start) for row in rows),
+    ) + "".join(line(row) + "\n" for row in rows)
+
+
+HEAD = """# Architectures
+
+Made by `python tests/survey.py` with transformers {version}. Each of the {all} causal model types gets a random model of
+six small layers; {refused} are refused as a whole (encoders, parts of encoder-decoders, layers that are no blocks) and
+{cannot} cannot be built or run here by transformers itself. Of the {decoders} others {good} pass everything: blocks and
+kinds are found; gates of one change no bit and a gate of zero makes its layer the identity; removal in memory equals
+gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals removal in
+memory; generation with the cache equals generation without it.
+
+Seven removals are tried: the first, the last, a middle block, two pairs of neighbours, and scattered ones. Those that
+the configuration cannot express are refused with the reason and the single blocks that can be removed; the table shows
+the reason for the first of them. "gate" says whether alpha acts on each residual branch or on the block as a whole
+(where branches cannot be told apart, or are scaled after the addition).
+
+| model type | kinds | gate | removals | refused, and why |
+|---|---|---|---|---|
+"""
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or MODEL_TYPES
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for row in pool.imap(quiet_examine, chosen):
+            rows.append(row)
+            print(line(row), flush=True)
+    if not sys.argv[1:]:
+        (Path(__file__).parents[1] / "docs" / "architectures.md").write_text(document(rows))

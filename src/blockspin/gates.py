@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,11 +31,13 @@ class BlockTrace:
     branches: its number of residual branches; 0: they could not be told apart, so the gate acts on the whole block.
     outputs: the length of the tuple or list that it returns; 0: a bare tensor.
     batch_dim: the dimension of the residual stream that counts samples.
+    passed: for each further output, the argument in which the next block takes it ("": it does not).
     """
 
     branches: int
     outputs: int
     batch_dim: int = 0
+    passed: tuple[str, ...] = ()
 
 
 class _Residual(TorchFunctionMode):
@@ -114,6 +116,7 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
     stack = find_stack(model)[1]
     traces: list[list[BlockTrace]] = [[] for _ in stack]
     streams: list[tuple[Tensor, Tensor]] = []
+    further: list[Any] = []
 
     def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +127,10 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
             if not isinstance(whole, Tensor) or whole.shape != stream.shape:
                 raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
             batch_dim = next((d for d, size in enumerate(stream.shape) if size == len(token_ids)), 0)
+            if further:
+                passed = tuple(next((key for key, v in kwargs.items() if v is x is not None), "") for x in further[-1])
+                traces[i - 1][:] = [replace(trace, passed=passed) for trace in traces[i - 1]]
+            further.append(output[1:] if outputs else ())
             traces[i].append(BlockTrace(branches, outputs, batch_dim))
             streams.append((stream, whole))
             return output
@@ -213,16 +220,17 @@ def skipped(model: nn.Module, removed: Sequence[int], traces: Sequence[BlockTrac
     """Inside, the removed blocks pass their input on at no cost: the shortened model without building it."""
     _, stack = find_stack(model)
 
-    def passing(outputs: int) -> Callable[..., Any]:
+    def passing(trace: BlockTrace) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = _stream_of(args, kwargs)
-            return [stream, *[None] * (outputs - 1)] if outputs else stream
+            further = [kwargs.get(name) for name in trace.passed] or [None] * (trace.outputs - 1)
+            return (stream, *further) if trace.outputs else stream
 
         return forward
 
     with ExitStack() as patches:
         for i in check_removal(removed, len(stack)):
-            patches.enter_context(_patched_forward(stack[i], passing(traces[i].outputs)))
+            patches.enter_context(_patched_forward(stack[i], passing(traces[i])))
         yield
 
 

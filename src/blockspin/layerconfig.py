@@ -79,18 +79,16 @@ def _first_proven(
     """The first proven configuration, or None and what is wrong with the first one tried."""
     problems: list[str] = []
     for values in (written, config.to_dict()):
-        for first_index in (0, 1):
-            if values is not None:
-                trial = _rewritten(config, original, values, kept, first_index)
-                shortened, differences = _prove(config, original, trial, kept, build)
-                if shortened is not None:
-                    return shortened, ""
-                problems += differences[:1]
+        if values is not None:
+            shortened, differences = _prove(config, original, _rewritten(config, original, values, kept), kept, build)
+            if shortened is not None:
+                return shortened, ""
+            problems += differences[:1]
     return _search(config, original, kept, build, thorough), problems[0]
 
 
 def _rewritten(
-    config: PretrainedConfig, original: nn.Module, values: dict[str, Any], kept: Sequence[int], first_index: int = 0
+    config: PretrainedConfig, original: nn.Module, values: dict[str, Any], kept: Sequence[int]
 ) -> dict[str, Any]:
     """A copy of `values` in which everything that describes layers describes the kept ones."""
     stack_name, stack = find_stack(original)
@@ -100,7 +98,7 @@ def _rewritten(
     usual = config.get_text_config(decoder=True).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     for name in text:
         if name != "quantization_config":
-            text[name] = _shorten(name, text[name], kept, len(stack), first_index)
+            text[name] = _shorten(name, text[name], kept, len(stack))
     for name in depth_names or [usual]:
         text[name] = len(kept)
     for part in (result, text):
@@ -136,31 +134,36 @@ def _text_values(values: dict[str, Any]) -> dict[str, Any]:
     return nested[0] if nested else values
 
 
-def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, first_index: int) -> Any:
-    """One setting for the kept layers, by its form; as it was where it does not speak of layers.
-
-    first_index: what lists of layer indices call the first layer, 0 or 1.
-    """
+def _shorten(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
+    """One setting for the kept layers, by its form; as it was where it does not speak of layers."""
     if isinstance(value, dict):
         if value and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in value):
             return {type(key)(p): value[key] for p, i in enumerate(kept) for key in value if int(key) == i}
-        return {key: _shorten(str(key), entry, kept, depth, first_index) for key, entry in value.items()}
+        first = int(any(_are_indices(v, depth, 1) and depth in v for v in value.values() if isinstance(v, list)))
+        if first:  # a table of lists of layer indices that count from 1
+            return {key: _new_indices(v, kept, 1) if _are_indices(v, depth, 1) else v for key, v in value.items()}
+        return {key: _shorten(str(key), entry, kept, depth) for key, entry in value.items()}
     if isinstance(value, str):
         return "".join(value[i] for i in kept) if len(value) == depth and "pattern" in name else value
     if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
         return value
-    if _LISTS_INDICES.search(name) and _are_indices(value, depth, first_index):
-        return [p + first_index for p, i in enumerate(kept) if i + first_index in value]
+    if _LISTS_INDICES.search(name) and _are_indices(value, depth, 0):
+        return _new_indices(value, kept, 0)
     if _are_runs(value) and sum(len(pattern) * times for pattern, times in value) == depth:
         entries = [entry for pattern, times in value for entry in pattern * times]
         return [[[entries[i] for i in kept], 1]]
     return [value[i] for i in kept] if len(value) == depth else value
 
 
-def _are_indices(value: Sequence[Any], depth: int, first_index: int) -> bool:
-    """Whether a list holds distinct layer indices in order (a list of 0 and 1 with an entry a layer does not)."""
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-    return whole and sorted(set(value)) == list(value) and all(first_index <= i < depth + first_index for i in value)
+def _are_indices(value: Any, depth: int, first: int) -> bool:
+    """Whether a value lists distinct layer indices in order, where the first layer is called `first`."""
+    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        return False
+    return sorted(set(value)) == list(value) and all(first <= i < depth + first for i in value)
+
+
+def _new_indices(value: Sequence[int], kept: Sequence[int], first: int) -> list[int]:
+    return [p + first for p, i in enumerate(kept) if i + first in value]
 
 
 def _are_runs(value: Sequence[Any]) -> bool:
@@ -218,12 +221,32 @@ def _prove(
         return None, [str(error).strip().split("\n")[-1].strip()] * 10**6
     if len(stack) != len(kept):
         return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * 10**6
-    differences = list(_layer_differences(original, model, kept))
+    differences = [*_layer_differences(original, model, kept), *_broken_sharing(config, original, kept)]
+    differences += _tie_differences(original, model, kept)
     slices: dict[str, int] = {}
     differences += _outside_differences(original, model, kept, slices)
     if differences:
         return None, differences
     return Shortened(model.config, values, model, slices, _tied(original)), []  # type: ignore[arg-type]
+
+
+def _broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence[int]) -> Iterator[str]:
+    """Which kept blocks use more of a removed block than the residual stream.
+
+    Where a list calls layers "shared", each uses what the last layer before it that is not shared has computed.
+    Otherwise a forward argument that starts with "prev" is something that the block before has computed.
+    """
+    lists = [value for value in vars(config.get_text_config(decoder=True)).values() if isinstance(value, list)]
+    sharing = [value for value in lists if "shared" in value and value[0] != "shared"]
+    for value in sharing:
+        for i in kept:
+            source = max(j for j in range(min(i + 1, len(value))) if value[j] != "shared")
+            if source not in kept:
+                yield f"block {i} uses what block {source} computes"
+    for i, layer in enumerate(find_stack(original)[1]):
+        takes = [name for name in inspect.signature(layer.forward).parameters if name.startswith("prev")]
+        if takes and not sharing and i in kept and i > 0 and i - 1 not in kept:
+            yield f"block {i} takes {takes[0]} from block {i - 1}"
 
 
 def _layer_differences(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> Iterator[str]:
@@ -264,12 +287,30 @@ def _same_attribute(module: nn.Module, key: str, a: Any, b: Any, i: int, kept: S
     return bool(a == b)
 
 
+def _tie_differences(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> Iterator[str]:
+    """Which tensors the kept layers would no longer share, or share anew."""
+    inside = re.compile(rf"({re.escape(find_stack(original)[0])}\.)(\d+)(\..+)")
+
+    def new_names(group: list[str]) -> frozenset[str]:
+        matches = [(name, inside.fullmatch(name)) for name in group]
+        left = [(name, match) for name, match in matches if match is None or int(match[2]) in kept]
+        return frozenset(match.expand(rf"\g<1>{kept.index(int(match[2]))}\g<3>") if match else name for name, match in left)
+
+    before, after = {new_names(group) for group in _tied(original)}, {frozenset(group) for group in _tied(model)}
+    for group in before ^ after:
+        if len(group) > 1:
+            yield f"{min(group)} would no longer share its weights as before"
+
+
 def _outside_differences(
     original: nn.Module, model: nn.Module, kept: Sequence[int], slices: dict[str, int]
 ) -> Iterator[str]:
     """What differs outside the layers. Tensors with a slice a layer are not a difference; they are noted in `slices`."""
     stack_name, stack = find_stack(original)
-    before, after = ({n: t for n, t in _tensors(m) if not n.startswith(f"{stack_name}.")} for m in (original, model))
+    before, after = (
+        {n: t for n, t in m.state_dict(keep_vars=True).items() if not n.startswith(f"{stack_name}.")}
+        for m in (original, model)
+    )
     for name in before.keys() | after.keys():
         if name not in before or name not in after:
             yield f"{name} would be lost or added"

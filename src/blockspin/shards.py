@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class Entry:
     rows: int = 1
     slices: int = 1
     kept: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements in the target."""
+        return math.prod(self.header["shape"])
 
     @property
     def size(self) -> int:
@@ -68,7 +74,7 @@ def plan_shards(
     headers = [(path, *read_header(path)) for path in paths]
     names = {name for _, header, _ in headers for name in header}
     prefix = layer_prefix(sorted(names), stack_name, depth)
-    renamed = _renaming(names, prefix, kept, stack_name, tied)
+    renamed = _renaming(names, prefix, kept, depth, stack_name, tied)
     shards = []
     for path, header, start in headers:
         metadata = header.pop("__metadata__", {})
@@ -84,7 +90,7 @@ def plan_shards(
 
 
 def _renaming(
-    names: set[str], prefix: str, kept: Sequence[int], stack_name: str, tied: Sequence[Sequence[str]]
+    names: set[str], prefix: str, kept: Sequence[int], depth: int, stack_name: str, tied: Sequence[Sequence[str]]
 ) -> dict[str, str | None]:
     """The new name of each tensor; None for those that are dropped."""
     position = {i: p for p, i in enumerate(kept)}
@@ -93,7 +99,9 @@ def _renaming(
         match = re.match(rf"({re.escape(prefix)}\.)(\d+)(\..+)", name)
         if match is None:
             return name
-        return f"{match[1]}{position[int(match[2])]}{match[3]}" if int(match[2]) in position else None
+        i = int(match[2])
+        new = position.get(i) if i < depth else len(kept) + i - depth  # layers beyond: for multi-token prediction
+        return None if new is None else f"{match[1]}{new}{match[3]}"
 
     renamed = {name: new_name(name) for name in names}
     for group in tied:
@@ -124,7 +132,7 @@ def _entry(
         if same_name or (name.split(".")[-2:] == model_name.split(".")[-2:] and tuple(tensor["shape"]) == shape):
             smaller = list(shape)
             smaller[dimension] = shape[dimension] // depth * len(kept)
-            rows = int(np.prod(shape[:dimension], dtype=np.int64))
+            rows = math.prod(shape[:dimension])
             return Entry(new_name, {**tensor, "shape": smaller}, begin, end, rows, depth, tuple(kept))
     return Entry(new_name, tensor, begin, end)
 
@@ -158,7 +166,7 @@ def layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
     for name in names:
         for match in re.finditer(r"\.(\d+)\.", name):
             indices.setdefault(name[: match.start()], set()).add(int(match[1]))
-    complete = [prefix for prefix, found in indices.items() if found == set(range(depth))]
+    complete = [prefix for prefix, found in indices.items() if found >= set(range(depth))]
 
     def shared_parts(prefix: str) -> int:
         pairs = zip(reversed(prefix.split(".")), reversed(stack_name.split(".")), strict=False)

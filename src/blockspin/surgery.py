@@ -69,12 +69,12 @@ def _check_attention(model: nn.Module, kept: Sequence[int]) -> None:
 
 
 def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], depth: int) -> None:
-    """Take the configurations and the whole numbers (layer indices, depths) of the model built from the shortened
+    """Take the configurations, numbers and tables (layer indices, depths) of the model built from the shortened
     configuration, and cut the tensors that hold a slice for each layer."""
     twins = dict(shortened.model.named_modules())
     for name, module in smaller.named_modules():
         for key, value in vars(twins[name]).items():
-            if isinstance(value, PretrainedConfig) or (isinstance(value, int) and not isinstance(value, bool)):
+            if isinstance(value, PretrainedConfig) or (_is_plain(value) and not isinstance(value, bool | str | None)):
                 setattr(module, key, value)
     for name, dimension in shortened.slices.items():
         owner, _, leaf = name.rpartition(".")
@@ -83,6 +83,13 @@ def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], 
         cut = whole.detach().unflatten(dimension, (depth, -1)).index_select(dimension, torch.tensor(kept, device=whole.device))
         cut = cut.flatten(dimension, dimension + 1)
         setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers and text only."""
+    if isinstance(value, dict):
+        return all(_is_plain(entry) for entry in [*value, *value.values()])
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | None)
 
 
 def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
@@ -182,8 +189,21 @@ def _planned(
         raise ValueError(f"{folder} has no .safetensors or .bin weights")
     with tempfile.TemporaryDirectory() as converted:
         paths = paths or convert_bin(bins, Path(converted))
+        everything = plan_shards(paths, range(len(stack)), stack_name, len(stack), {}, [])
         shards = plan_shards(paths, kept, stack_name, len(stack), sliced, shortened.tied)
+        if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
+            raise ValueError(f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead")
         yield shortened, shards, kept, stack_name
+
+
+def _numel(shards: Sequence[Shard]) -> int:
+    return sum(entry.numel for shard in shards for entry in shard.entries)
+
+
+def _parameters(model: nn.Module) -> int:
+    """Elements of a model's checkpoint, each shared tensor counted once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _copy_small_files(folder: Path, target: Path, stack_name: str, kept: Sequence[int]) -> None:
