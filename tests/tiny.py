@@ -18,7 +18,15 @@ _DEPTHS += ("num_decoder_layers", "encoder_layers", "num_encoder_layers", "num_h
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads")
 _HEADS += ("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads")
 _HEADS += ("swa_num_attention_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads", "num_query_groups")
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "attention_hidden_size")
+_WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embedding_size",
+    "emb_dim",
+    "word_embed_proj_dim",
+    "attention_hidden_size",
+)
 _WIDTHS += ("embedding_dim", "lru_width", "input_embedding_size", "output_embedding_size")
 _INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size", "dff")
 _INNER += ("moe_intermediate_size", "shared_expert_intermediate_size", "dim_ff", "d_inner", "intermediate_size_mlp")
@@ -32,7 +40,17 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(_INNER, 48),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "v_head_dim", "linear_head_dim", "linear_key_head_dim", "d_head"), 8),
-    **dict.fromkeys(("linear_value_head_dim", "attention_head_dim", "kv_channels", "index_head_dim", "dim_head", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(
+        (
+            "linear_value_head_dim",
+            "attention_head_dim",
+            "kv_channels",
+            "index_head_dim",
+            "dim_head",
+            "qk_rope_head_dim",
+        ),
+        8,
+    ),
     **dict.fromkeys(("qk_nope_head_dim", "rotary_dim", "attention_head_size"), 4),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "laurel_rank", "adapter_rank"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -66,7 +84,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots3_note": {"text_config": _DOTS3},
     "dots3_note_text": _DOTS3,
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -81,13 +102,24 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "moshi": {"audio_vocab_size": VOCABULARY},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe", "mlp"]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe", "mlp"]
+    },
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 3, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"] * 3,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (16, 16),
+    },
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3, "num_mem_blocks": 2},
     "zaya": {"num_experts_per_tok": 1},
 }

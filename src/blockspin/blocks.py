@@ -62,7 +62,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     foreign = tuple(
         f"{name}."
         for name, module in model.named_modules()
-        if name and isinstance(getattr(module, "config", None), PretrainedConfig)
+        if name
+        and isinstance(getattr(module, "config", None), PretrainedConfig)
         and type(module.config) not in (type(config), type(text))
     )
     stacks = [

@@ -162,12 +162,13 @@ def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     """The residual branches of a block; 0 unless gates of zero on them make it the identity and gates of one nothing."""
     stream = _stream_of(args, kwargs)
     untouched, _ = _whole(run(*args, **kwargs))
-    for gate, expected in ((torch.zeros_like, stream), (lambda branch: branch * 1, untouched)):
-        with _Residual(stream, gate) as residual:
+    for factor, expected in ((0, stream), (1, untouched)):
+        with _Residual(stream, lambda branch, factor=factor: branch * factor) as residual:
             whole, _ = _whole(run(*args, **kwargs))
+        branches: int = residual.branches
         if whole is not residual.stream or not torch.equal(whole, expected.to(whole.device)):
             return 0
-    return residual.branches
+    return branches
 
 
 def _whole(output: Any) -> tuple[Any, int]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,7 @@ _LONGEST_PERIOD = 16
 class Shortened:
     """A configuration proven to describe the kept layers.
 
-    config: the configuration; values: the same as it is written to config.json.
+    config: the configuration. values: what to write to config.json for it.
     model: the model of this configuration, without weights.
     slices: tensors outside the layers with a slice for each layer: name in the model -> dimension of the slices.
     tied: groups of names that are one and the same parameter in the original model.
@@ -80,9 +81,10 @@ def _first_proven(
     problems: list[str] = []
     for values in (written, config.to_dict()):
         if values is not None:
-            shortened, differences = _prove(config, original, _rewritten(config, original, values, kept), kept, build)
+            trial = _rewritten(config, original, values, kept)
+            shortened, differences = _prove(config, original, trial, kept, build)
             if shortened is not None:
-                return shortened, ""
+                return replace(shortened, values=trial) if values is written else shortened, ""
             problems += differences[:1]
     return _search(config, original, kept, build, thorough), problems[0]
 
@@ -168,7 +170,9 @@ def _new_indices(value: Sequence[int], kept: Sequence[int], first: int) -> list[
 
 def _are_runs(value: Sequence[Any]) -> bool:
     """Whether a list has the form [[[a, b], times], ...]."""
-    return all(isinstance(v, list | tuple) and len(v) == 2 and isinstance(v[0], list) and isinstance(v[1], int) for v in value)
+    return all(
+        isinstance(v, list | tuple) and len(v) == 2 and isinstance(v[0], list) and isinstance(v[1], int) for v in value
+    )
 
 
 def _search(
@@ -213,7 +217,7 @@ def _prove(
 ) -> tuple[Shortened | None, list[str]]:
     """Build the model of `values` and compare it with the original; the differences in words where there are any."""
     try:
-        shortened = type(config).from_dict(copy.deepcopy(values))
+        shortened = type(config).from_dict(_decoded(values))
         shortened._attn_implementation = config._attn_implementation
         model = build(shortened)
         stack = find_stack(model)[1]
@@ -227,7 +231,14 @@ def _prove(
     differences += _outside_differences(original, model, kept, slices)
     if differences:
         return None, differences
-    return Shortened(model.config, values, model, slices, _tied(original)), []  # type: ignore[arg-type]
+    return Shortened(model.config, json.loads(shortened.to_json_string()), model, slices, _tied(original)), []
+
+
+def _decoded(value: Any) -> Any:
+    """A copy of JSON values with the numbers that JSON lacks; transformers writes {"__float__": "Infinity"} for them."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence[int]) -> Iterator[str]:
@@ -294,7 +305,9 @@ def _tie_differences(original: nn.Module, model: nn.Module, kept: Sequence[int])
     def new_names(group: list[str]) -> frozenset[str]:
         matches = [(name, inside.fullmatch(name)) for name in group]
         left = [(name, match) for name, match in matches if match is None or int(match[2]) in kept]
-        return frozenset(match.expand(rf"\g<1>{kept.index(int(match[2]))}\g<3>") if match else name for name, match in left)
+        return frozenset(
+            match.expand(rf"\g<1>{kept.index(int(match[2]))}\g<3>") if match else name for name, match in left
+        )
 
     before, after = {new_names(group) for group in _tied(original)}, {frozenset(group) for group in _tied(model)}
     for group in before ^ after:
@@ -305,7 +318,7 @@ def _tie_differences(original: nn.Module, model: nn.Module, kept: Sequence[int])
 def _outside_differences(
     original: nn.Module, model: nn.Module, kept: Sequence[int], slices: dict[str, int]
 ) -> Iterator[str]:
-    """What differs outside the layers. Tensors with a slice a layer are not a difference; they are noted in `slices`."""
+    """What differs outside the layers. Tensors with a slice a layer are no difference; they are noted in `slices`."""
     stack_name, stack = find_stack(original)
     before, after = (
         {n: t for n, t in m.state_dict(keep_vars=True).items() if not n.startswith(f"{stack_name}.")}
@@ -348,7 +361,9 @@ def _possible(config: PretrainedConfig, original: nn.Module, build: Build) -> st
     depth = len(find_stack(original)[1])
     without = [[*range(i), *range(i + 1, depth)] for i in range(depth)]
     single = [i for i in range(depth) if _first_proven(config, original, without[i], build, thorough=False)[0]]
-    return f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
+    return (
+        f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
+    )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:

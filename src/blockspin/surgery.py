@@ -80,7 +80,11 @@ def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], 
         owner, _, leaf = name.rpartition(".")
         module = smaller.get_submodule(owner)
         whole = getattr(module, leaf)
-        cut = whole.detach().unflatten(dimension, (depth, -1)).index_select(dimension, torch.tensor(kept, device=whole.device))
+        cut = (
+            whole.detach()
+            .unflatten(dimension, (depth, -1))
+            .index_select(dimension, torch.tensor(kept, device=whole.device))
+        )
         cut = cut.flatten(dimension, dimension + 1)
         setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
 
@@ -89,7 +93,9 @@ def _is_plain(value: Any) -> bool:
     """Whether a value is made of numbers and text only."""
     if isinstance(value, dict):
         return all(_is_plain(entry) for entry in [*value, *value.values()])
-    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | None)
+    return (
+        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | None)
+    )
 
 
 def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
@@ -192,7 +198,9 @@ def _planned(
         everything = plan_shards(paths, range(len(stack)), stack_name, len(stack), {}, [])
         shards = plan_shards(paths, kept, stack_name, len(stack), sliced, shortened.tied)
         if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
-            raise ValueError(f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead")
+            raise ValueError(
+                f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead"
+            )
         yield shortened, shards, kept, stack_name
 
 
