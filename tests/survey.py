@@ -236,10 +236,10 @@ def document(rows: list[Row]) -> str:
 HEAD = """# Architectures
 
 Made by `python tests/survey.py` with transformers {version}. Each of the {all} causal model types gets a random model
-of six small layers; {refused} are refused as a whole (encoders, parts of encoder-decoders, layers that are no blocks) and
-{cannot} cannot be built or run here by transformers itself. Of the {decoders} others {good} pass everything: blocks and
-kinds are found; gates of one change no bit and a gate of zero makes its layer the identity; removal in memory equals
-gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals removal in
+of six small layers; {refused} are refused as a whole (encoders, parts of encoder-decoders, layers that are no blocks)
+and {cannot} cannot be built or run here by transformers itself. Of the {decoders} others {good} pass everything: blocks
+and kinds are found; gates of one change no bit and a gate of zero makes its layer the identity; removal in memory
+equals gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals removal in
 memory; generation with the cache equals generation without it.
 
 Five removals are tried: the first, the last, two neighbours in the middle, and scattered ones. Those that

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     text = config.get_text_config(decoder=True)
     if any(re.search(r"^(num_)?encoder_layers$", name) for name in vars(text)):
         raise ValueError(
-            f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only language models"
+            f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
         )
     depths = {value for name, value in vars(text).items() if DEPTH.search(name)} | {text.num_hidden_layers}
     foreign = tuple(
@@ -115,8 +114,10 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> tuple[int, ...]:
 
 def _kind(layer: nn.Module) -> str:
     """The mixers inside the block, e.g. "attention+mlp"; "block" where none is recognised."""
-    classes = {type(module).__name__ for module in layer.modules() if type(module).__module__ == type(layer).__module__}
-    family = os.path.commonprefix(sorted(classes)) if len(classes) > 1 else ""
+    file = type(layer).__module__
+    classes = sorted({type(module).__name__ for module in layer.modules() if type(module).__module__ == file})
+    alike = [a == b for a, b in zip(classes[0], classes[-1], strict=False)]
+    family = classes[0][: [*alike, False].index(False)] if len(classes) > 1 else ""
     found = set(_mixers(layer, family))
     return "+".join(kind for kind in _ORDER if kind in found) or "block"
 

@@ -159,16 +159,20 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
 
 
 def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The residual branches of a block; 0 unless gates of zero on them make it the identity and gates of one nothing."""
+    """The residual branches of a block; 0 unless gates of zero on them make it the identity, of one nothing."""
     stream = _stream_of(args, kwargs)
     untouched, _ = _whole(run(*args, **kwargs))
-    for factor, expected in ((0, stream), (1, untouched)):
-        with _Residual(stream, lambda branch, factor=factor: branch * factor) as residual:
-            whole, _ = _whole(run(*args, **kwargs))
-        branches: int = residual.branches
-        if whole is not residual.stream or not torch.equal(whole, expected.to(whole.device)):
-            return 0
-    return branches
+    with _Residual(stream, torch.zeros_like) as closed:
+        identity, _ = _whole(run(*args, **kwargs))
+    with _Residual(stream, torch.clone) as opened:
+        same, _ = _whole(run(*args, **kwargs))
+    if identity is not closed.stream or same is not opened.stream:
+        return 0
+    rounding = 50 * torch.finfo(stream.dtype).eps * float(untouched.abs().max())
+    proven = torch.equal(identity, stream.to(identity.device)) and torch.allclose(
+        same, untouched, rtol=0, atol=rounding
+    )
+    return opened.branches if proven else 0
 
 
 def _whole(output: Any) -> tuple[Any, int]:
@@ -232,6 +236,25 @@ def skipped(model: nn.Module, removed: Sequence[int], traces: Sequence[BlockTrac
     with ExitStack() as patches:
         for i in check_removal(removed, len(stack)):
             patches.enter_context(_patched_forward(stack[i], passing(traces[i])))
+        yield
+
+
+@contextmanager
+def closed(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
+    """Inside, the removed blocks run but leave the residual stream as it was: gates of zero without any rounding."""
+    stack = find_stack(model)[1]
+
+    def closing(run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            stream = _stream_of(args, kwargs)
+            return type(output)((stream, *output[1:])) if _whole(output)[1] else stream
+
+        return forward
+
+    with ExitStack() as patches:
+        for i in check_removal(removed, len(stack)):
+            patches.enter_context(_patched_forward(stack[i], closing(stack[i].forward)))
         yield
 
 

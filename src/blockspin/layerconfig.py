@@ -62,7 +62,6 @@ def shorten_config(
         ValueError: no configuration of this class expresses the removal; says which single blocks can be removed.
     """
     original = build(config)
-    depth = len(find_stack(original)[1])
     shortened, problem = _first_proven(config, original, kept, build, written)
     if shortened is not None:
         return shortened
@@ -235,7 +234,7 @@ def _prove(
 
 
 def _decoded(value: Any) -> Any:
-    """A copy of JSON values with the numbers that JSON lacks; transformers writes {"__float__": "Infinity"} for them."""
+    """A copy of JSON values with the numbers that JSON lacks, which are written {"__float__": "Infinity"} there."""
     if isinstance(value, dict):
         return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
     return [_decoded(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)

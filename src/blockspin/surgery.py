@@ -22,7 +22,7 @@ from . import __version__
 from .batches import frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack
 from .files import replacing, write_json
-from .gates import gated, trace_blocks
+from .gates import closed, trace_blocks
 from .layerconfig import Shortened, renumber_names, shorten_config
 from .models import load_config, model_without_weights
 from .shards import Shard, convert_bin, plan_shards, write_shards
@@ -30,7 +30,7 @@ from .shards import Shard, convert_bin, plan_shards, write_shards
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
 
 
-def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
+def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     """An ordinary transformers model without the removed blocks. It shares its weights with `model`, which stays whole.
 
     A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero.
@@ -38,14 +38,15 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
     Raises:
         ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
     name, stack = find_stack(model)
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
     _check_attention(model, kept)
-    assert isinstance(model, PreTrainedModel)
     shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    smaller = copy.deepcopy(model, tensors)
+    smaller: PreTrainedModel = copy.deepcopy(model, tensors)
     smaller.set_submodule(name, nn.ModuleList(find_stack(smaller)[1][i] for i in kept))
     _adopt(smaller, shortened, kept, len(stack))
     if next(model.parameters()).device.type != "meta":
@@ -53,10 +54,10 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
     return smaller
 
 
-def _like(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module:
+def _like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A model of the same class without weights."""
     with torch.device("meta"):
-        built: nn.Module = type(model)._from_config(copy.deepcopy(config))
+        built: PreTrainedModel = type(model)._from_config(copy.deepcopy(config))
     return built
 
 
@@ -73,7 +74,9 @@ def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], 
     configuration, and cut the tensors that hold a slice for each layer."""
     twins = dict(shortened.model.named_modules())
     for name, module in smaller.named_modules():
-        for key, value in vars(twins[name]).items():
+        for key, value in vars(twins[name]).items() if name in twins else ():
+            if key.startswith("_"):
+                continue
             if isinstance(value, PretrainedConfig) or (_is_plain(value) and not isinstance(value, bool | str | None)):
                 setattr(module, key, value)
     for name, dimension in shortened.slices.items():
@@ -100,13 +103,11 @@ def _is_plain(value: Any) -> bool:
 
 def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
     """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
-    traces = trace_blocks(model)
+    trace_blocks(model)
     token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
-    alphas = torch.ones(1, len(traces), device=token_ids.device)
-    alphas[:, list(removed)] = 0
     with frozen(model), frozen(smaller), torch.no_grad():
         found: Tensor = smaller(token_ids, use_cache=False).logits.float()
-        with gated(model, alphas, traces):
+        with closed(model, removed):
             expected: Tensor = model(token_ids, use_cache=False).logits.float()
     dtype = next(model.parameters()).dtype
     tolerance = 1e-2 if dtype.itemsize < 4 else 1e-3
@@ -142,23 +143,26 @@ def prune_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
     folder = _local_folder(source)
-    with _planned(folder, removed, trust_remote_code) as (shortened, shards, kept, stack_name):
-        with replacing(target) as temporary:
-            temporary.mkdir()
-            _copy_small_files(folder, temporary, stack_name, kept)
-            write_json(temporary / "config.json", shortened.values)
-            write_shards(shards, temporary, progress)
-            write_json(
-                temporary / "blockspin.json",
-                {
-                    "source": str(source),
-                    "removed": sorted(int(i) for i in removed),
-                    "kept": kept,
-                    "blockspin": __version__,
-                    "transformers": transformers.__version__,
-                    **(details or {}),
-                },
-            )
+    removed = sorted(int(i) for i in removed)
+    with (
+        _planned(folder, removed, trust_remote_code) as (shortened, shards, kept, stack_name),
+        replacing(target) as temporary,
+    ):
+        temporary.mkdir()
+        _copy_small_files(folder, temporary, stack_name, kept)
+        write_json(temporary / "config.json", shortened.values)
+        write_shards(shards, temporary, progress)
+        write_json(
+            temporary / "blockspin.json",
+            {
+                "source": str(source),
+                "removed": removed,
+                "kept": kept,
+                "blockspin": __version__,
+                "transformers": transformers.__version__,
+                **(details or {}),
+            },
+        )
 
 
 def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_remote_code: bool = False) -> int:
@@ -179,7 +183,7 @@ def _planned(
     weights lie converted in a temporary folder."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
 
-    def build(config: PretrainedConfig) -> nn.Module:
+    def build(config: PretrainedConfig) -> PreTrainedModel:
         return model_without_weights(config, trust_remote_code=trust_remote_code)
 
     model = build(config)
