@@ -105,7 +105,7 @@ def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torc
             def compare(module: object, args: tuple, kwargs: dict, output: object, seen: list[bool] = seen) -> None:
                 entered = args[0] if args else kwargs["hidden_states"]
                 left = output[0] if isinstance(output, tuple | list) else output
-                seen.append(torch.allclose(entered, left, atol=1e-5 * float(entered.abs().max())))
+                seen.append(torch.allclose(entered, left, atol=1e-5 * max(1.0, float(entered.abs().max()))))
 
             handle = layer.register_forward_hook(compare, with_kwargs=True)
             with gated(model, alphas, traces):
@@ -239,8 +239,8 @@ Made by `python tests/survey.py` with transformers {version}. Each of the {all} 
 of six small layers; {refused} are refused as a whole (encoders, parts of encoder-decoders, layers that are no blocks)
 and {cannot} cannot be built or run here by transformers itself. Of the {decoders} others {good} pass everything: blocks
 and kinds are found; gates of one change no bit and a gate of zero makes its layer the identity; removal in memory
-equals gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals removal in
-memory; generation with the cache equals generation without it.
+equals gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals
+removal in memory; generation with the cache equals generation without it.
 
 Five removals are tried: the first, the last, two neighbours in the middle, and scattered ones. Those that
 the configuration cannot express are refused with the reason and the single blocks that can be removed; the table shows

@@ -37,7 +37,7 @@ UNLIKE = {
         [(0, 5)],
         [(3,)],
     ),
-    "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2)], []),
+    "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2), (1,)], []),
     "zamba": (["mamba", "attention+mamba+mlp"] * 3, [(1,)], []),  # shared blocks, the first of them removed
     "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
 }

@@ -24,6 +24,7 @@ _MIXERS = (
     ("moe", r"moe|expert", r"\bexperts?\b"),
     ("mlp", r"mlp|feed_?forward|ffn|fc\d|fc_|dense|linear", None),
 )
+_NO_MIXER = re.compile(r"^\w+ (?!\w*att)\w*norm|hyper_?connection|residual$", re.IGNORECASE)
 _LAYER = re.compile(r"decoder_?layer|transf", re.IGNORECASE)  # a layer inside a layer is looked into
 _ORDER = ("attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
 
@@ -126,7 +127,7 @@ def _mixers(module: nn.Module, family: str) -> Iterator[str]:
     """What the children of a module are; children that are not recognised are looked into."""
     for name, child in module.named_children():
         own = f"{name} {type(child).__name__.removeprefix(family)}"
-        if _num_parameters([child]) == 0 or re.search(r"norm", type(child).__name__, re.IGNORECASE):
+        if _num_parameters([child]) == 0 or _NO_MIXER.search(own):
             continue
         inside = " ".join(part for part, _ in [*child.named_parameters(), *child.named_modules()])
         kinds = [

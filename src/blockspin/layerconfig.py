@@ -199,7 +199,9 @@ def _search(
 
 
 def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorough: bool) -> list[Any]:
-    """What a whole number that speaks of layers might become; also a scale that depends on the depth."""
+    """What a whole number that speaks of layers might become; also a repeated pattern or a depth-dependent scale."""
+    if isinstance(value, list | tuple) and 0 < len(value) < depth and _LISTS_INDICES.search(name):
+        return [[value[i % len(value)] for i in kept]]  # a pattern that is repeated over the layers, written out
     if isinstance(value, float) and "depth" in name:
         return [value * math.sqrt(len(kept) / depth), value * len(kept) / depth]
     if not isinstance(value, int) or isinstance(value, bool) or DEPTH.search(name) or not _COUNTS_LAYERS.search(name):
@@ -247,7 +249,7 @@ def _broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequenc
     Otherwise a forward argument that starts with "prev" is something that the block before has computed.
     """
     lists = [value for value in vars(config.get_text_config(decoder=True)).values() if isinstance(value, list)]
-    sharing = [value for value in lists if "shared" in value and value[0] != "shared"]
+    sharing = [v for v in lists if v and v[0] != "shared" and ("shared" in v or set(map(str, v)) == {"full"})]
     for value in sharing:
         for i in kept:
             source = max(j for j in range(min(i + 1, len(value))) if value[j] != "shared")
@@ -336,7 +338,7 @@ def _outside_differences(
     for name, module in original.named_modules():
         if not f"{name}.".startswith(f"{stack_name}."):
             for key, value in _plain(module).items():
-                if isinstance(value, float) and value != _plain(modules.get(name, module)).get(key):
+                if isinstance(value, float) and value != _plain(modules.get(name, module)).get(key, value):
                     yield f"{name}.{key} would change"
 
 
