@@ -57,7 +57,7 @@ def test_lists_with_an_entry_a_layer_follow_the_removal() -> None:
 
 
 def test_a_removal_that_the_configuration_cannot_express_is_refused() -> None:
-    """Jamba places its attention layers by a period: without block 0, block 1 would have to be a mamba layer."""
+    """Jamba places its attention layers by a period and an offset, of which none leaves mamba, attention, attention."""
     config = tf.JambaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -70,8 +70,10 @@ def test_a_removal_that_the_configuration_cannot_express_is_refused() -> None:
         num_experts=1,
         use_mamba_kernels=False,
     )
-    with pytest.raises(ValueError, match="block 1 would become a different layer 0"):
-        remove_blocks(tf.AutoModelForCausalLM.from_config(config), [0])
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"block 3 would become a different layer 2.* each of the blocks \[0, 3\]"):
+        remove_blocks(model, [2])
+    assert remove_blocks(model, [0]).config.attn_layer_offset == 0
 
 
 @pytest.mark.parametrize("removed", [(4,), (-1,), (1, 1), (0, 1, 2, 3)])
@@ -128,7 +130,7 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("blockspin.surgery._write_shards", full)
+    monkeypatch.setattr("blockspin.surgery.write_shards", full)
     with pytest.raises(ValueError, match=r"cannot write .*No space left"):
         prune_checkpoint(folder, [0], tmp_path / "short")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -143,5 +145,5 @@ def test_bad_sources_and_targets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated"):
         prune_checkpoint(folder, [0], tmp_path / "short")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no \.safetensors weights"):
+    with pytest.raises(ValueError, match=r"no \.safetensors or \.bin weights"):
         prune_checkpoint(folder, [0], tmp_path / "short")

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
-# What a child of a block is, by the class names inside it. The first match counts: experts made of MLPs are a moe.
+# Settings that hold the number of layers.
+DEPTH = re.compile(r"^(num|n)_(hidden_|decoder_)?(layers?|blocks)$|^decoder_layers$")
+
+# What a module is, in the order of the parts of a kind: by its own name and class (the family's name left out), or by
+# the names of what is inside it.
 _MIXERS = (
-    ("moe", re.compile(r"moe|expert|router", re.IGNORECASE)),
-    ("mamba", re.compile(r"mamba|ssm", re.IGNORECASE)),
-    ("linear_attention", re.compile(r"gateddelta|linearattention|lightningattention", re.IGNORECASE)),
-    ("attention", re.compile(r"attention|attn", re.IGNORECASE)),
-    ("mlp", re.compile(r"mlp|feedforward|ffn", re.IGNORECASE)),
+    ("linear_attention", r"delta|linear_?att|lightning", r"time_decay"),
+    ("mamba", r"mamba|ssm", r"(?=.*\bA_log\b)(?=.*\bD\b)"),
+    ("recurrent", r"recurrent|lstm|rglru", None),
+    ("conv", r"conv", None),
+    ("attention", r"att", None),
+    ("moe", r"moe|expert", r"\bexperts?\b"),
+    ("mlp", r"mlp|feed_?forward|ffn|fc\d|fc_|dense|linear", None),
 )
+_NO_MIXER = re.compile(r"^\w+ (?!\w*att)\w*norm|hyper_?connection|residual$", re.IGNORECASE)
+_LAYER = re.compile(r"decoder_?layer|transf", re.IGNORECASE)  # a layer inside a layer is looked into
+_ORDER = ("attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -35,24 +46,45 @@ class Block:
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The repeated layers of the decoder: (name inside the model, the layers).
 
-    The stack is the list of `num_hidden_layers` modules that holds the most parameters.
+    The stack is the list of as many modules as the text configuration has layers that holds the most parameters; parts
+    with a configuration of their own (an image encoder) do not count.
 
     Raises:
-        ValueError: the model has no such list, so its blocks cannot be told apart.
+        ValueError: the model has no such list, so its blocks cannot be told apart, or it is part of an encoder-decoder.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    depth = getattr(config, "num_hidden_layers", None)
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    if any(re.search(r"^(num_)?encoder_layers$", name) for name in vars(text)):
+        raise ValueError(
+            f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
+        )
+    depths = {value for name, value in vars(text).items() if DEPTH.search(name)} | {text.num_hidden_layers}
+    foreign = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name
+        and isinstance(getattr(module, "config", None), PretrainedConfig)
+        and type(module.config) not in (type(config), type(text))
+    )
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
+        if isinstance(module, nn.ModuleList) and len(module) in depths and not name.startswith(foreign)
     ]
     if not stacks:
         raise ValueError(
-            f"no removable blocks found in {type(model).__name__}: it has no list of {depth} layers "
+            f"no removable blocks found in {type(model).__name__}: it has no list of {text.num_hidden_layers} layers "
             "(num_hidden_layers); blockspin shortens decoder-only transformers"
         )
-    return max(stacks, key=lambda stack: _num_parameters([stack[1]]))
+    name, stack = max(stacks, key=lambda stack: _num_parameters([stack[1]]))
+    parent = name.rpartition(".")[0]
+    others = [other for other, module in stacks if other.rpartition(".")[0] == parent and len(module) == len(stack)]
+    if any(_num_parameters([model.get_submodule(other)]) for other in others if other != name):
+        raise ValueError(
+            f"the layers of {type(model).__name__} are spread over the lists {', '.join(others)}; "
+            "blockspin removes blocks that are modules of their own"
+        )
+    return name, stack
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -81,28 +113,29 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def shorten_config(config: object, kept: Sequence[int], depth: int) -> None:
-    """Make a transformers configuration describe the kept layers only, in place.
-
-    Sets the number of layers, and picks the kept entries of every list that has one entry a layer (layer_types, ...).
-    """
-    text = config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == depth:
-            setattr(text, name, [value[i] for i in kept])
-    text.num_hidden_layers = len(kept)
-
-
 def _kind(layer: nn.Module) -> str:
-    """The mixers among the block's children, e.g. "attention+mlp"; "block" where none is recognised."""
-    found = []
-    for child in layer.children():
-        if _num_parameters([child]) == 0 or re.search(r"norm", type(child).__name__, re.IGNORECASE):
+    """The mixers inside the block, e.g. "attention+mlp"; "block" where none is recognised."""
+    file = type(layer).__module__
+    classes = sorted({type(module).__name__ for module in layer.modules() if type(module).__module__ == file})
+    alike = [a == b for a, b in zip(classes[0], classes[-1], strict=False)]
+    family = classes[0][: [*alike, False].index(False)] if len(classes) > 1 else ""
+    found = set(_mixers(layer, family))
+    return "+".join(kind for kind in _ORDER if kind in found) or "block"
+
+
+def _mixers(module: nn.Module, family: str) -> Iterator[str]:
+    """What the children of a module are; children that are not recognised are looked into."""
+    for name, child in module.named_children():
+        own = f"{name} {type(child).__name__.removeprefix(family)}"
+        if _num_parameters([child]) == 0 or _NO_MIXER.search(own):
             continue
-        names = " ".join(type(module).__name__ for module in child.modules())
-        names = "mlp" if isinstance(child, nn.Linear) else names
-        found += [kind for kind, pattern in _MIXERS if pattern.search(names)][:1]
-    return "+".join(dict.fromkeys(found)) or "block"
+        inside = " ".join(part for part, _ in [*child.named_parameters(), *child.named_modules()])
+        kinds = [
+            kind
+            for kind, own_pattern, inside_pattern in _MIXERS
+            if re.search(own_pattern, own, re.IGNORECASE) or (inside_pattern and re.search(inside_pattern, inside))
+        ]
+        yield from kinds[:1] if kinds and not _LAYER.search(own) else _mixers(child, family)
 
 
 def _num_parameters(modules: Iterable[nn.Module]) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,11 +26,18 @@ _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What a block did when it ran: its number of residual branches (0: they could not be told apart, so the gate acts
-    on the whole block) and the length of the tuple that it returns (0: a bare tensor)."""
+    """What a block did when it ran.
+
+    branches: its number of residual branches; 0: they could not be told apart, so the gate acts on the whole block.
+    outputs: the length of the tuple or list that it returns; 0: a bare tensor.
+    batch_dim: the dimension of the residual stream that counts samples.
+    passed: for each further output, the argument in which the next block takes it ("": it does not).
+    """
 
     branches: int
     outputs: int
+    batch_dim: int = 0
+    passed: tuple[str, ...] = ()
 
 
 class _Residual(TorchFunctionMode):
@@ -101,26 +109,40 @@ def _patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 def trace_blocks(model: nn.Module) -> list[BlockTrace]:
-    """Run a few tokens through the model and note what each block does. Returns one trace a block.
+    """Run a few tokens through the model, note what each block does, and prove that gates can act on it.
+
+    Returns one trace a block. Proven at run time: gates of one change no bit of a block's output; gates of zero on the
+    branches found make it the identity, otherwise the gate acts on the whole block; each block receives what the one
+    before it returned.
 
     Raises:
-        ValueError: a block did not run exactly once, or the model is not causal (an encoder).
+        ValueError: one of these does not hold, a block did not run exactly once, or the model is not causal.
     """
-    _, stack = find_stack(model)
+    stack = find_stack(model)[1]
     traces: list[list[BlockTrace]] = [[] for _ in stack]
+    streams: list[tuple[Tensor, Tensor]] = []
+    further: list[Any] = []
 
     def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Residual(_stream_of(args, kwargs), None) as residual:
-                output = run(*args, **kwargs)
-            is_tuple = isinstance(output, tuple)
-            ends = (output[0] if is_tuple else output) is residual.stream
-            traces[i].append(BlockTrace(residual.branches if ends else 0, len(output) if is_tuple else 0))
+            stream = _stream_of(args, kwargs)
+            branches = _proven_branches(run, args, kwargs)
+            output = run(*args, **kwargs)
+            whole, outputs = _whole(output)
+            if not isinstance(whole, Tensor) or whole.shape != stream.shape:
+                raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
+            batch_dim = next((d for d, size in enumerate(stream.shape) if size == len(token_ids)), 0)
+            if further:
+                passed = tuple(next((key for key, v in kwargs.items() if v is x is not None), "") for x in further[-1])
+                traces[i - 1][:] = [replace(trace, passed=passed) for trace in traces[i - 1]]
+            further.append(output[1:] if outputs else ())
+            traces[i].append(BlockTrace(branches, outputs, batch_dim))
+            streams.append((stream, whole))
             return output
 
         return forward
 
-    token_ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=input_device(model))
+    token_ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8]], device=input_device(model))
     with ExitStack() as patches, torch.no_grad():
         patches.enter_context(frozen(model))
         for i, layer in enumerate(stack):
@@ -135,7 +157,32 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
     for i, trace in enumerate(traces):
         if len(trace) != 1:
             raise ValueError(f"block {i} of {type(model).__name__} ran {len(trace)} times in one pass, not once")
+    for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
+        if not torch.equal(left.to(entered.device), entered):
+            raise ValueError(f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}")
     return [trace[0] for trace in traces]
+
+
+def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The residual branches of a block; 0 unless gates of zero on them make it the identity, of one nothing."""
+    stream = _stream_of(args, kwargs)
+    untouched, _ = _whole(run(*args, **kwargs))
+    with _Residual(stream, torch.zeros_like) as closed:
+        identity, _ = _whole(run(*args, **kwargs))
+    with _Residual(stream, torch.clone) as opened:
+        same, _ = _whole(run(*args, **kwargs))
+    if identity is not closed.stream or same is not opened.stream:
+        return 0
+    rounding = 50 * torch.finfo(stream.dtype).eps * float(untouched.abs().max())
+    proven = torch.equal(identity, stream.to(identity.device)) and torch.allclose(
+        same, untouched, rtol=0, atol=rounding
+    )
+    return opened.branches if proven else 0
+
+
+def _whole(output: Any) -> tuple[Any, int]:
+    """The residual stream in what a block returned, and the length of the tuple or list that held it."""
+    return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)
 
 
 @contextmanager
@@ -162,10 +209,11 @@ def gated(
 
         def by_block(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
-            whole = output[0] if isinstance(output, tuple) else output
-            delta = whole - _stream_of(args, kwargs).to(whole.device)
-            whole = whole + (gate(delta) - delta)  # in this order it is exactly the block's output at alpha = 1
-            return (whole, *output[1:]) if isinstance(output, tuple) else whole
+            whole, outputs = _whole(output)
+            delta = (whole - _stream_of(args, kwargs).to(whole.device)).movedim(traces[i].batch_dim, 0)
+            change = (gate(delta) - delta).movedim(0, traces[i].batch_dim)
+            whole = whole + change  # in this order it is exactly the block's output at alpha = 1
+            return type(output)((whole, *output[1:])) if outputs else whole
 
         forward = by_branch if traces[i].branches else by_block
         if not gradient_checkpointing:
@@ -183,16 +231,36 @@ def skipped(model: nn.Module, removed: Sequence[int], traces: Sequence[BlockTrac
     """Inside, the removed blocks pass their input on at no cost: the shortened model without building it."""
     _, stack = find_stack(model)
 
-    def passing(outputs: int) -> Callable[..., Any]:
+    def passing(trace: BlockTrace) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = _stream_of(args, kwargs)
-            return (stream, *[None] * (outputs - 1)) if outputs else stream
+            further = [kwargs.get(name) for name in trace.passed] or [None] * (trace.outputs - 1)
+            return (stream, *further) if trace.outputs else stream
 
         return forward
 
     with ExitStack() as patches:
         for i in check_removal(removed, len(stack)):
-            patches.enter_context(_patched_forward(stack[i], passing(traces[i].outputs)))
+            patches.enter_context(_patched_forward(stack[i], passing(traces[i])))
+        yield
+
+
+@contextmanager
+def closed(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
+    """Inside, the removed blocks run but leave the residual stream as it was: gates of zero without any rounding."""
+    stack = find_stack(model)[1]
+
+    def closing(run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            stream = _stream_of(args, kwargs)
+            return type(output)((stream, *output[1:])) if _whole(output)[1] else stream
+
+        return forward
+
+    with ExitStack() as patches:
+        for i in check_removal(removed, len(stack)):
+            patches.enter_context(_patched_forward(stack[i], closing(stack[i].forward)))
         yield
 
 

@@ -6,88 +6,116 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__
-from .blocks import check_removal, find_stack, shorten_config
+from .batches import frozen, input_device
+from .blocks import check_removal, find_blocks, find_stack
 from .files import replacing, write_json
+from .gates import closed, trace_blocks
+from .layerconfig import Shortened, renumber_names, shorten_config
 from .models import load_config, model_without_weights
-from .progress import bar
+from .shards import Shard, convert_bin, plan_shards, write_shards
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
-_COPY_BYTES = 16 * 2**20
 
 
-def remove_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
+def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     """An ordinary transformers model without the removed blocks. It shares its weights with `model`, which stays whole.
 
+    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero.
+
     Raises:
-        ValueError: unusable block indices, or a removal that the model's configuration cannot express.
+        ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
     name, stack = find_stack(model)
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
+    _check_attention(model, kept)
+    shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    smaller = copy.deepcopy(model, tensors)
-    layers = nn.ModuleList(find_stack(smaller)[1][i] for i in kept)
-    for position, layer in enumerate(layers):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                setattr(module, "layer_idx", position)  # noqa: B010
-    smaller.set_submodule(name, layers)
-    shorten_config(smaller.config, kept, len(stack))
-    check_layers(model.config, smaller.config, kept)
+    smaller: PreTrainedModel = copy.deepcopy(model, tensors)
+    smaller.set_submodule(name, nn.ModuleList(find_stack(smaller)[1][i] for i in kept))
+    _adopt(smaller, shortened, kept, len(stack))
+    if next(model.parameters()).device.type != "meta":
+        _check_logits(model, smaller, removed)
     return smaller
 
 
-def check_layers(config: Any, shortened: Any, kept: Sequence[int], trust_remote_code: bool = False) -> None:
-    """Prove that each layer built from the shortened configuration is of the same make as the one it came from.
-
-    Both models are instantiated without weights; module types, parameter shapes and plain attributes (attention type,
-    sliding window, ...) of the layers are compared.
-
-    Raises:
-        ValueError: a layer differs: the configuration cannot express this removal.
-    """
-    before = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))[1]
-    after = find_stack(model_without_weights(shortened, trust_remote_code=trust_remote_code))[1]
-    for position, i in enumerate(kept):
-        expected, found = _make_of(before[i]), _make_of(after[position])
-        differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        if differing:
-            raise ValueError(
-                f"block {i} would become a different layer {position} in the shortened {type(config).__name__} "
-                f"({', '.join(differing[:3])}); its configuration cannot express this removal"
-            )
+def _like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the same class without weights."""
+    with torch.device("meta"):
+        built: PreTrainedModel = type(model)._from_config(copy.deepcopy(config))
+    return built
 
 
-def _make_of(layer: nn.Module) -> dict[str, Any]:
-    """What a layer is, without its weights: names to module types, parameter shapes and plain attribute values."""
-    make: dict[str, Any] = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    for name, module in layer.named_modules():
-        make[name or "layer"] = type(module)
-        for key, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | None) and not key.startswith("layer_id"):
-                make[f"{name}.{key}"] = value
-    return make
+def _check_attention(model: nn.Module, kept: Sequence[int]) -> None:
+    """The cache of a hybrid model counts tokens in its attention layers: the last of them must stay."""
+    kinds = [set(block.kind.split("+")) for block in find_blocks(model)]
+    attending = [i for i, kind in enumerate(kinds) if "attention" in kind]
+    if attending and not any(i in kept for i in attending):
+        raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a shard: its name in the source and in the target, its header, and where its bytes lie."""
+def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], depth: int) -> None:
+    """Take the configurations, numbers and tables (layer indices, depths) of the model built from the shortened
+    configuration, and cut the tensors that hold a slice for each layer."""
+    twins = dict(shortened.model.named_modules())
+    for name, module in smaller.named_modules():
+        for key, value in vars(twins[name]).items() if name in twins else ():
+            if key.startswith("_"):
+                continue
+            if isinstance(value, PretrainedConfig) or (_is_plain(value) and not isinstance(value, bool | str | None)):
+                setattr(module, key, value)
+    for name, dimension in shortened.slices.items():
+        owner, _, leaf = name.rpartition(".")
+        module = smaller.get_submodule(owner)
+        whole = getattr(module, leaf)
+        cut = (
+            whole.detach()
+            .unflatten(dimension, (depth, -1))
+            .index_select(dimension, torch.tensor(kept, device=whole.device))
+        )
+        cut = cut.flatten(dimension, dimension + 1)
+        setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
 
-    source_name: str
-    name: str
-    header: dict[str, Any]
-    begin: int
-    end: int
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers and text only."""
+    if isinstance(value, dict):
+        return all(_is_plain(entry) for entry in [*value, *value.values()])
+    return (
+        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | None)
+    )
+
+
+def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
+    """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
+    trace_blocks(model)
+    token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
+    with frozen(model), frozen(smaller), torch.no_grad():
+        found: Tensor = smaller(token_ids, use_cache=False).logits.float()
+        with closed(model, removed):
+            expected: Tensor = model(token_ids, use_cache=False).logits.float()
+    dtype = next(model.parameters()).dtype
+    tolerance = 1e-2 if dtype.itemsize < 4 else 1e-3
+    if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()), equal_nan=True):
+        raise ValueError(
+            f"without the blocks {list(removed)} the other blocks of {type(model).__name__} compute something else: "
+            "they use more of the removed blocks than the residual stream; choose other blocks"
+        )
 
 
 def prune_checkpoint(
@@ -101,10 +129,11 @@ def prune_checkpoint(
 ) -> None:
     """Write the checkpoint without the removed blocks, shard by shard; the model is never loaded.
 
-    Only names change: the bytes of each tensor are copied, whatever its dtype. The tokenizer and the other small files
-    are taken along, and `blockspin.json` says what was removed from what. The target appears when it is whole.
+    Only names change: the bytes of each tensor are copied, whatever its dtype. Entries of a quantisation configuration
+    that name layers follow. The tokenizer and the other small files are taken along, and `blockspin.json` says what
+    was removed from what. PyTorch `.bin` weights become safetensors. The target appears when it is whole.
 
-    source: a hub id or a folder with safetensors weights.
+    source: a hub id or a folder with safetensors (or .bin) weights.
     details: added to `blockspin.json`.
 
     Raises:
@@ -114,27 +143,20 @@ def prune_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
     folder = _local_folder(source)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    stack_name, stack = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))
-    depth = len(stack)
-    removed = check_removal(removed, depth)
-    kept = [i for i in range(depth) if i not in removed]
-    shortened = copy.deepcopy(config)
-    shorten_config(shortened, kept, depth)
-    check_layers(config, shortened, kept, trust_remote_code)
-    shards = _plan(folder, kept, stack_name, depth)
-    with replacing(target) as temporary:
+    removed = sorted(int(i) for i in removed)
+    with (
+        _planned(folder, removed, trust_remote_code) as (shortened, shards, kept, stack_name),
+        replacing(target) as temporary,
+    ):
         temporary.mkdir()
-        for file in folder.iterdir():
-            if file.is_file() and not _WEIGHTS.search(file.name) and file.name != "config.json":
-                shutil.copy2(file, temporary / file.name)
-        shortened.save_pretrained(temporary)
-        _write_shards(shards, temporary, progress)
+        _copy_small_files(folder, temporary, stack_name, kept)
+        write_json(temporary / "config.json", shortened.values)
+        write_shards(shards, temporary, progress)
         write_json(
             temporary / "blockspin.json",
             {
                 "source": str(source),
-                "removed": list(removed),
+                "removed": removed,
                 "kept": kept,
                 "blockspin": __version__,
                 "transformers": transformers.__version__,
@@ -147,14 +169,67 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
     """Bytes of the weights on disk that the checkpoint would have without the removed blocks.
 
     Raises:
-        ValueError: the source has no safetensors weights, or they are truncated.
+        ValueError: the source has no usable weights, or the removal cannot be expressed.
     """
-    folder = _local_folder(source)
+    with _planned(_local_folder(source), removed, trust_remote_code) as (_, shards, _, _):
+        return sum(entry.size for shard in shards for entry in shard.entries)
+
+
+@contextmanager
+def _planned(
+    folder: Path, removed: Iterable[int], trust_remote_code: bool
+) -> Iterator[tuple[Shortened, list[Shard], list[int], str]]:
+    """The proven configuration, what to copy, the kept blocks and the name of the stack. While it is open, .bin
+    weights lie converted in a temporary folder."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    stack_name, stack = find_stack(model_without_weights(config, trust_remote_code=trust_remote_code))
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        return model_without_weights(config, trust_remote_code=trust_remote_code)
+
+    model = build(config)
+    stack_name, stack = find_stack(model)
     removed = check_removal(removed, len(stack))
-    shards = _plan(folder, [i for i in range(len(stack)) if i not in removed], stack_name, len(stack))
-    return sum(entry.end - entry.begin for _, _, entries in shards for entry in entries)
+    kept = [i for i in range(len(stack)) if i not in removed]
+    _check_attention(model, kept)
+    shortened = shorten_config(config, kept, build, json.loads((folder / "config.json").read_text()))
+    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
+    sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}
+    paths, bins = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
+    if not paths and not bins:
+        raise ValueError(f"{folder} has no .safetensors or .bin weights")
+    with tempfile.TemporaryDirectory() as converted:
+        paths = paths or convert_bin(bins, Path(converted))
+        everything = plan_shards(paths, range(len(stack)), stack_name, len(stack), {}, [])
+        shards = plan_shards(paths, kept, stack_name, len(stack), sliced, shortened.tied)
+        if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
+            raise ValueError(
+                f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead"
+            )
+        yield shortened, shards, kept, stack_name
+
+
+def _numel(shards: Sequence[Shard]) -> int:
+    return sum(entry.numel for shard in shards for entry in shard.entries)
+
+
+def _parameters(model: nn.Module) -> int:
+    """Elements of a model's checkpoint, each shared tensor counted once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _copy_small_files(folder: Path, target: Path, stack_name: str, kept: Sequence[int]) -> None:
+    """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if not file.is_file() or hidden or _WEIGHTS.search(file.name) or str(inside) == "config.json":
+            continue
+        (target / inside).parent.mkdir(parents=True, exist_ok=True)
+        if re.search(r"quant\w*\.json$", file.name):
+            write_json(target / inside, renumber_names(json.loads(file.read_text()), stack_name, kept))
+        else:
+            shutil.copy2(file, target / inside)
 
 
 def _local_folder(source: str | Path) -> Path:
@@ -163,115 +238,6 @@ def _local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
     except Exception as error:  # the hub client raises errors of many kinds
         raise ValueError(f"cannot open the model {str(source)!r}: {str(error).splitlines()[0]}") from error
-
-
-def _plan(
-    folder: Path, kept: Sequence[int], stack_name: str, depth: int
-) -> list[tuple[Path, dict[str, str], list[_Entry]]]:
-    """What to copy: for each shard that keeps a tensor (path, metadata, entries in the order of their bytes)."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} has no .safetensors weights; load the model and save it with save_pretrained first")
-    headers = [(path, *_read_header(path)) for path in paths]
-    prefix = _layer_prefix([name for _, header, _ in headers for name in header], stack_name, depth)
-    position = {i: p for p, i in enumerate(kept)}
-    shards = []
-    for path, header, start in headers:
-        metadata = header.pop("__metadata__", {})
-        entries = []
-        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = tensor["data_offsets"]
-            match = re.match(rf"({re.escape(prefix)}\.)(\d+)(\..+)", name)
-            if match and int(match[2]) not in position:
-                continue
-            new_name = f"{match[1]}{position[int(match[2])]}{match[3]}" if match else name
-            entries.append(_Entry(name, new_name, tensor, start + begin, start + end))
-        if entries:
-            shards.append((path, metadata, entries))
-    return shards
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data starts (8 bytes of length, header, data).
-
-    Raises:
-        ValueError: the file is truncated or not a safetensors file.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
-        try:
-            header: dict[str, Any] = json.loads(file.read(length)) if start <= path.stat().st_size else {}
-        except ValueError:
-            header = {}
-    data = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    if not data or start + max(data) != path.stat().st_size:
-        raise ValueError(f"{path} is truncated or not a safetensors file; download it again")
-    return header, start
-
-
-def _layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
-    """How the checkpoint calls the stack: it may lack or add leading parts ("h" for "transformer.h")."""
-    indices: dict[str, set[int]] = {}
-    for name in names:
-        for match in re.finditer(r"\.(\d+)\.", name):
-            indices.setdefault(name[: match.start()], set()).add(int(match[1]))
-    complete = [prefix for prefix, found in indices.items() if found == set(range(depth))]
-
-    def shared_parts(prefix: str) -> int:
-        pairs = zip(reversed(prefix.split(".")), reversed(stack_name.split(".")), strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prefix), len(stack_name)))
-
-    matching = [prefix for prefix in complete if shared_parts(prefix) > 0]
-    if not matching:
-        raise ValueError(f"the checkpoint has no tensors named like the {depth} layers {stack_name}.0 and so on")
-    return max(matching, key=shared_parts)
-
-
-def _write_shards(shards: Sequence[tuple[Path, dict[str, str], list[_Entry]]], target: Path, progress: bool) -> None:
-    """Write the planned shards and, where there are several, their index."""
-    total = sum(entry.end - entry.begin for _, _, entries in shards for entry in entries)
-    weight_map: dict[str, str] = {}
-    with bar() as display:
-        task = display.add_task("Writing (MiB)", total=total / 2**20, visible=progress)
-        for number, (path, metadata, entries) in enumerate(shards, 1):
-            single = len(shards) == 1
-            name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            with path.open("rb") as source, (target / name).open("wb") as file:
-                file.write(_header_bytes(entries, metadata))
-                for begin, end in _runs(entries):
-                    source.seek(begin)
-                    for start in range(begin, end, _COPY_BYTES):
-                        file.write(source.read(min(_COPY_BYTES, end - start)))
-                        display.advance(task, min(_COPY_BYTES, end - start) / 2**20)
-            weight_map |= {entry.name: name for entry in entries}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / "model.safetensors.index.json", index)
-
-
-def _header_bytes(entries: Sequence[_Entry], metadata: dict[str, str]) -> bytes:
-    """The length and the JSON header of a safetensors file that holds the entries one after another."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for entry in entries:
-        size = entry.end - entry.begin
-        header[entry.name] = {**entry.header, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _runs(entries: Sequence[_Entry]) -> list[tuple[int, int]]:
-    """Byte ranges of the source, neighbours joined so that they are read in one go."""
-    runs: list[tuple[int, int]] = []
-    for entry in entries:
-        if runs and runs[-1][1] == entry.begin:
-            runs[-1] = (runs[-1][0], entry.end)
-        else:
-            runs.append((entry.begin, entry.end))
-    return runs

@@ -1,0 +1,263 @@
+"""Puts every causal model type of transformers through removal, and writes what works to docs/architectures.md.
+
+python tests/survey.py [MODEL_TYPE ...]      # without arguments: all of them, and docs/architectures.md is written
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers as tf
+from tiny import MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
+
+from blockspin.blocks import find_blocks, find_stack
+from blockspin.gates import gated, skipped, trace_blocks
+from blockspin.surgery import prune_checkpoint, remove_blocks
+
+# Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
+REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))
+
+
+Removals = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Row:
+    """What happened to one model type: faults are what must not happen, refusals are clear and before any harm."""
+
+    model_type: str
+    kinds: list[str] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
+    works: list[tuple[int, ...]] = field(default_factory=list)
+    refused: dict[tuple[int, ...], str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    cannot_start: str = ""  # transformers itself cannot build or run it here
+    not_a_decoder: str = ""  # refused as a whole
+    only_in_memory: str = ""  # why the checkpoint on disk is refused
+
+
+def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
+    row = Row(model_type)
+    try:
+        model = tiny_random_model(tiny_config(model_type))
+        ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+        whole = logits(model, ids)
+    except Exception as error:
+        row.cannot_start = first_line(error)
+        return row
+    try:
+        row.kinds = [block.kind for block in find_blocks(model)]
+        traces = trace_blocks(model)
+    except ValueError as error:
+        row.not_a_decoder = first_line(error)
+        return row
+    row.branches = [trace.branches for trace in traces]
+    check_gates(row, model, ids, whole)
+    has_cache = generation_agrees(model, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/whole")
+        check_removals(row, model, removals, ids, Path(folder), has_cache)
+    if not torch.equal(logits(model, ids), whole):
+        row.faults.append("the model was changed")
+    return row
+
+
+def check_removals(
+    row: Row, model: torch.nn.Module, removals: Removals, ids: torch.Tensor, folder: Path, has_cache: bool
+) -> None:
+    """Each removal works in memory and on disk, or is refused."""
+    for removed in removals:
+        with guard(row, f"{removed}"):
+            try:
+                by_surgery = remove_blocks(model, removed)
+            except ValueError as error:
+                row.refused[removed] = first_line(error)
+                continue
+            check_removal(row, model, by_surgery, removed, ids)
+            if has_cache and not generation_agrees(by_surgery, ids):
+                row.faults.append(f"{removed}: cached generation differs")
+            check_disk(row, by_surgery, removed, ids, folder, has_cache)
+            row.works.append(removed)
+
+
+def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torch.Tensor) -> None:
+    """Gates of one change no bit; a gate of zero makes each layer the identity on its hidden states."""
+    traces, layers = trace_blocks(model), find_stack(model)[1]
+    with guard(row, "gates"):
+        with gated(model, torch.ones(2, len(traces)), traces):
+            if not torch.equal(logits(model, ids), whole):
+                row.faults.append("gates of one change the logits")
+        for i, layer in enumerate(layers):
+            alphas = torch.ones(2, len(traces))
+            alphas[:, i] = 0
+            seen: list[bool] = []
+
+            def compare(module: object, args: tuple, kwargs: dict, output: object, seen: list[bool] = seen) -> None:
+                entered = args[0] if args else kwargs["hidden_states"]
+                left = output[0] if isinstance(output, tuple | list) else output
+                seen.append(torch.allclose(entered, left, atol=1e-5 * max(1.0, float(entered.abs().max()))))
+
+            handle = layer.register_forward_hook(compare, with_kwargs=True)
+            with gated(model, alphas, traces):
+                logits(model, ids)
+            handle.remove()
+            if seen != [True]:
+                row.faults.append(f"a gate of zero does not make layer {i} the identity")
+
+
+def check_removal(
+    row: Row, model: torch.nn.Module, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor
+) -> None:
+    """Gates of zero, skipping and removal agree."""
+    traces = trace_blocks(model)
+    alphas = torch.ones(2, len(traces))
+    alphas[:, list(removed)] = 0
+    expected = logits(smaller, ids)
+    with gated(model, alphas, traces):
+        by_gates = logits(model, ids)
+    with skipped(model, removed, traces):
+        by_skipping = logits(model, ids)
+    for name, found in (("gates", by_gates), ("skipping", by_skipping)):
+        if not close(found, expected):
+            row.faults.append(f"{removed}: {name} and removal differ by {difference(found, expected)}")
+    if close(logits(model, ids), expected):
+        row.faults.append(f"{removed}: the removal changes nothing")
+
+
+def check_disk(
+    row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor, folder: Path, has_cache: bool
+) -> None:
+    """What comes back from the shortened folder is the model shortened in memory, to the last bit of its cache."""
+    shutil.rmtree(folder / "short", ignore_errors=True)
+    try:
+        prune_checkpoint(folder / "whole", removed, folder / "short", progress=False)
+    except ValueError as error:
+        row.only_in_memory = first_line(error).replace(f"{folder}/", "")
+        return
+    loaded, report = tf.AutoModelForCausalLM.from_pretrained(folder / "short", output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        row.faults.append(f"{removed}: from_pretrained reports {report}")
+    found, expected = logits(loaded.eval(), ids), logits(smaller, ids)
+    if not close(found, expected):
+        row.faults.append(f"{removed}: disk and memory differ by {difference(found, expected)}")
+    if has_cache and not torch.equal(generated(loaded, ids), generated(smaller, ids)):
+        row.faults.append(f"{removed}: generation differs after loading")
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"{float((a - b).abs().max() / b.abs().max()):.2g}"
+
+
+def generated(model: torch.nn.Module, ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    return model.generate(ids, use_cache=use_cache, **options)
+
+
+def generation_agrees(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+    """With and without the cache; False also where the model type cannot generate at all."""
+    try:
+        return torch.equal(generated(model, ids), generated(model, ids, use_cache=False))
+    except Exception as error:
+        print("   generate:", first_line(error), file=sys.stderr)
+        return False
+
+
+@contextlib.contextmanager
+def guard(row: Row, what: str):
+    try:
+        yield
+    except Exception as error:
+        row.faults.append(f"{what}: {type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def quiet_examine(model_type: str) -> Row:
+    warnings.filterwarnings("ignore")
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return examine(model_type)
+
+
+def runs(values: list) -> str:
+    """Neighbouring equal values counted: [a, a, b] -> "2 a, 1 b"."""
+    return ", ".join(f"{len(list(group))} {value}" for value, group in itertools.groupby(values))
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    if row.cannot_start or row.not_a_decoder:
+        verdict = f"not tested: {row.cannot_start}" if row.cannot_start else f"refused: {row.not_a_decoder}"
+        return f"| {row.model_type} | {runs(row.kinds)} | | | {verdict.replace('|', '/')} |"
+    gates = "block" if not any(row.branches) else "branch" if all(row.branches) else "branch or block"
+    expressible = f"{len(row.works)} of {len(row.works) + len(row.refused)}"
+    notes = [f"FAULT {fault}" for fault in row.faults]
+    notes += [f"only in memory: {row.only_in_memory}"] if row.only_in_memory else []
+    notes += [f"without {list(removed)}: {reason}" for removed, reason in list(row.refused.items())[:1]]
+    return f"| {row.model_type} | {runs(row.kinds)} | {gates} | {expressible} | {'; '.join(notes).replace('|', '/')} |"
+
+
+def document(rows: list[Row]) -> str:
+    decoders = [row for row in rows if not row.cannot_start and not row.not_a_decoder]
+    good = [row for row in decoders if row.works and not row.faults and not row.only_in_memory]
+    return HEAD.format(
+        version=tf.__version__,
+        all=len(rows),
+        decoders=len(decoders),
+        good=len(good),
+        refused=sum(bool(row.not_a_decoder) for row in rows),
+        cannot=sum(bool(row.cannot_start) for row in rows),
+    ) + "".join(line(row) + "\n" for row in rows)
+
+
+HEAD = """# Architectures
+
+Made by `python tests/survey.py` with transformers {version}. Each of the {all} causal model types gets a random model
+of six small layers; {refused} are refused as a whole (encoders, parts of encoder-decoders, layers that are no blocks)
+and {cannot} cannot be built or run here by transformers itself. Of the {decoders} others {good} pass everything: blocks
+and kinds are found; gates of one change no bit and a gate of zero makes its layer the identity; removal in memory
+equals gates at zero and skipping; the shortened checkpoint loads without missing or unexpected tensors and equals
+removal in memory; generation with the cache equals generation without it.
+
+Five removals are tried: the first, the last, two neighbours in the middle, and scattered ones. Those that
+the configuration cannot express are refused with the reason and the single blocks that can be removed; the table shows
+the reason for the first of them. "gate" says whether alpha acts on each residual branch or on the block as a whole
+(where branches cannot be told apart, or are scaled after the addition).
+
+| model type | kinds | gate | removals | refused, and why |
+|---|---|---|---|---|
+"""
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or MODEL_TYPES
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for row in pool.imap(quiet_examine, chosen):
+            rows.append(row)
+            print(line(row), flush=True)
+    if not sys.argv[1:]:
+        (Path(__file__).parents[1] / "docs" / "architectures.md").write_text(document(rows))

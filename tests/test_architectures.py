@@ -1,0 +1,200 @@
+"""A dozen unlike architectures by default, all of them in the slow test; quantised and unusual checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from survey import REMOVALS, examine, quiet_examine
+from tiny import MODEL_TYPES, tiny_config, tiny_random_model
+
+from blockspin.blocks import find_blocks
+from blockspin.gates import skipped, trace_blocks
+from blockspin.layerconfig import renumber_names
+from blockspin.surgery import prune_checkpoint, remove_blocks
+
+# model type -> (the kinds of its blocks, removals that must work, removals that must be refused)
+UNLIKE = {
+    "bloom": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # adds the residual inside its sub-modules
+    "opt": (["attention+mlp"] * 6, [(1, 4)], []),
+    "gpt_oss": (["attention+moe"] * 6, [(0, 2, 5)], []),
+    "deepseek_v3": (["attention+mlp"] + ["attention+moe"] * 5, [(0,), (2, 3)], []),  # first_k_dense_replace
+    "jamba": (["mamba+mlp", "attention+moe"] * 3, [(0,), (2, 3)], [(2,)]),  # periods
+    "bamba": (
+        ["mamba+mlp", "attention+mlp", "mamba+mlp", "mamba+mlp", "attention+mlp", "mamba+mlp"],
+        [(0, 2)],  # a list of layer indices
+        [(1, 4)],  # all the attention there is
+    ),
+    "gemma3n_text": (["attention+mlp"] * 6, [(0,), (5,)], [(2,)]),  # shared keys and values, a slice for each layer
+    "minicpm3": (["attention+mlp"] * 6, [(1, 4)], []),  # residuals scaled by the depth
+    "nemotron_h": (["mamba", "moe", "attention", "mamba", "moe", "mlp"], [(1, 4), (0,)], [(2,)]),
+    "qwen3_next": (
+        ["linear_attention+moe"] * 3 + ["attention+moe"] + ["linear_attention+moe"] * 2,
+        [(0, 5)],
+        [(3,)],
+    ),
+    "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2), (1,)], []),
+    "zamba": (["mamba", "attention+mamba+mlp"] * 3, [(1,)], []),  # shared blocks, the first of them removed
+    "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
+}
+
+
+@pytest.mark.parametrize("model_type", UNLIKE)
+def test_unlike_architectures(model_type: str) -> None:
+    kinds, works, refused = UNLIKE[model_type]
+    row = examine(model_type, (*works, *refused))
+    assert row.kinds == kinds
+    assert not row.faults
+    assert row.works == works
+    assert list(row.refused) == refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_architecture(model_type: str) -> None:
+    """Passes, is refused as a whole, or is refused removal by removal; nothing in between."""
+    row = quiet_examine(model_type)
+    assert not row.faults
+    if not row.cannot_start and not row.not_a_decoder:
+        assert len(row.works) + len(row.refused) == len(REMOVALS)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders_are_refused(model_type: str) -> None:
+    with pytest.raises(ValueError, match="not causal"):
+        trace_blocks(tiny_random_model(tiny_config(model_type)))
+
+
+@pytest.mark.parametrize("model_type", ["bart", "whisper"])
+def test_parts_of_encoder_decoders_are_refused(model_type: str) -> None:
+    with pytest.raises(ValueError, match="part of an encoder-decoder"):
+        find_blocks(tiny_random_model(tiny_config(model_type)))
+
+
+def test_layers_spread_over_several_lists_are_refused() -> None:
+    with pytest.raises(ValueError, match="spread over the lists"):
+        find_blocks(tiny_random_model(tiny_config("xlm")))
+
+
+def test_an_image_encoder_as_deep_as_the_decoder_is_not_taken_for_it() -> None:
+    config = tiny_config("git")
+    assert config.vision_config.num_hidden_layers == config.num_hidden_layers
+    model = tiny_random_model(config)
+    assert sum(block.num_parameters for block in find_blocks(model)) == sum(
+        p.numel() for p in model.git.encoder.layer.parameters()
+    )
+
+
+def test_hidden_states_changed_between_blocks_are_refused() -> None:
+    """RWKV halves the stream after every so many blocks, and scales the weights of the blocks to match."""
+    model = tiny_random_model(tiny_config("rwkv", rescale_every=2))
+    with pytest.raises(ValueError, match="changes the hidden states between its blocks 1 and 2"):
+        remove_blocks(model, [2])
+
+
+def test_written_configurations_keep_their_form(tmp_path: Path) -> None:
+    """An old Nemotron-H folder says hybrid_override_pattern; so does the shortened one, with nothing else changed."""
+    model = tiny_random_model(tiny_config("nemotron_h"))
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    written = json.loads(path.read_text())
+    del written["layers_block_type"]
+    written |= {"hybrid_override_pattern": "ME*ME-", "num_hidden_layers": 6, "auto_map": {"AutoConfig": "own.Config"}}
+    path.write_text(json.dumps(written))
+    prune_checkpoint(tmp_path / "whole", [1, 3], tmp_path / "short", progress=False)
+    expected = written | {"hybrid_override_pattern": "M*E-", "num_hidden_layers": 4}
+    assert json.loads((tmp_path / "short" / "config.json").read_text()) == expected
+
+
+def test_names_in_quantisation_settings_follow_the_layers() -> None:
+    value = {
+        "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.12.mixer.conv1d"],
+        "ignore": [r"re:backbone\.layers\.2\..*", r"re:.*layers\.1\..*"],
+        "dynamic": {r"-:backbone\.layers\.1\.mixer": {"bits": 8}, r"+:backbone\.layers\.2\.mixer.experts.1": {}},
+        "weight_block_size": [128, 128],
+    }
+    kept = [0, 2, *range(4, 13)]
+    assert renumber_names(value, "model.layers", kept) == {
+        "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.10.mixer.conv1d"],
+        "ignore": [r"re:backbone\.layers\.1\..*"],
+        "dynamic": {r"+:backbone\.layers\.1\.mixer.experts.1": {}},
+        "weight_block_size": [128, 128],
+    }
+
+
+def test_a_quantised_nemotron_h_checkpoint(tmp_path: Path) -> None:
+    """FP8 weights with scales beside them, and a list of what is not quantised, by layer."""
+    model = tiny_random_model(tiny_config("nemotron_h"))
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
+    tensors = {}
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        quantised = "mixer" in name and tensor.ndim == 2
+        tensors[name] = tensor.to(torch.float8_e4m3fn) if quantised else tensor
+        if quantised:
+            tensors[name.replace(".weight", ".weight_scale")] = torch.tensor(float(name.split("layers.")[1][0]))
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((whole / "config.json").read_text())
+    left_out = {"exclude_modules": ["lm_head", "backbone.layers.0.mixer.conv1d", "backbone.layers.3.mixer.conv1d"]}
+    (whole / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8", **left_out}})
+    )
+    (whole / "hf_quant_config.json").write_text(json.dumps({"quantization": left_out}))
+    (whole / "code").mkdir()
+    (whole / "code" / "own.py").write_text("pass")
+    prune_checkpoint(whole, [1, 4], tmp_path / "short", progress=False)
+    short = load_file(tmp_path / "short" / "model.safetensors")
+    scales = {name: float(value) for name, value in short.items() if name.endswith("in_proj.weight_scale")}
+    prefix = next(name for name in tensors if "layers.0" in name).split("layers.0")[0]
+    assert scales == {
+        f"{prefix}layers.0.mixer.in_proj.weight_scale": 0,
+        f"{prefix}layers.2.mixer.in_proj.weight_scale": 3,
+    }
+    expected = {"exclude_modules": ["lm_head", "backbone.layers.0.mixer.conv1d", "backbone.layers.2.mixer.conv1d"]}
+    written = json.loads((tmp_path / "short" / "config.json").read_text())["quantization_config"]
+    assert written == {"quant_method": "fp8", **expected}
+    assert json.loads((tmp_path / "short" / "hf_quant_config.json").read_text()) == {"quantization": expected}
+    assert (tmp_path / "short" / "code" / "own.py").read_text() == "pass"
+
+
+def test_pytorch_weights_are_converted(tmp_path: Path) -> None:
+    model = tiny_random_model(tiny_config("llama"))
+    model.config.save_pretrained(tmp_path / "whole")
+    tensors = model.state_dict()
+    halves = list(tensors)[::2], list(tensors)[1::2]
+    for number, names in enumerate(halves, 1):
+        path = tmp_path / "whole" / f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in names}, path)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    prune_checkpoint(tmp_path / "whole", [0, 3], tmp_path / "short", progress=False)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    torch.testing.assert_close(loaded.state_dict(), remove_blocks(model, [0, 3]).state_dict(), rtol=0, atol=0)
+    assert not list((tmp_path / "short").glob("*.bin"))
+
+
+def test_layers_for_multi_token_prediction_stay_behind_the_last(tmp_path: Path) -> None:
+    model = tiny_random_model(tiny_config("deepseek_v3"))
+    model.save_pretrained(tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    extra = {"model.layers.6.eh_proj.weight": torch.ones(2, 2)}
+    save_file(tensors | extra, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "whole", [0, 4], tmp_path / "short", progress=False)
+    short = load_file(tmp_path / "short" / "model.safetensors")
+    assert torch.equal(short["model.layers.4.eh_proj.weight"], torch.ones(2, 2))
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["first_k_dense_replace"] == 0
+
+
+def test_skipping_passes_on_what_the_next_block_takes() -> None:
+    """In HY-V4 a block may take the choice of tokens that an earlier one has made, handed on from block to block."""
+    model = tiny_random_model(tiny_config("hy_v4"))
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad(), skipped(model, [2], trace_blocks(model)):
+        by_skipping = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(by_skipping, remove_blocks(model, [2])(ids, use_cache=False).logits)
