@@ -76,6 +76,7 @@ def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> 
     for point in comparison.landscape["2"]:
         loss = mean_loss(remove_blocks(model, point["removed"]), drawn[12:16])
         assert point["loss"] == pytest.approx(loss, rel=1e-5)
+        assert (point["drawn"] == "original") == (point["removed"] == [])
 
 
 def test_costs_are_counted_in_forward_passes() -> None:

@@ -82,7 +82,8 @@ class Comparison:
     """Everything `comparison.json` holds.
 
     settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
-    landscape: goal -> removals with energy, loss on the selection samples, and whether they were "low" or "random".
+    landscape: goal -> removals with energy, loss on the selection samples, and how they were drawn: "low", "random" or,
+    for the loss of the whole model, "original".
     left_out: "method, goal" -> why it has no result.
     """
 
@@ -364,14 +365,15 @@ def landscape(bench: Bench, problem: RemovalProblem, goal: str) -> list[dict[str
     """Energies and losses on the selection samples: the first states, and random removals."""
     low = bench.spectra[goal].states[: bench.config.max_candidates]
     drawn = {random_candidate(problem, bench.config.seed + 1000 + k).removed for k in range(LANDSCAPE_DRAWS)}
-    removals = sorted(drawn - {state.removed for state in low})
+    removals = [(), *sorted(drawn - {state.removed for state in low})]
     losses = shared_losses(
         bench.model, removals, bench.samples.selection, batch_size=bench.config.batch_size, progress=True
     )
     rows = zip([s.removed for s in low], bench.losses_of_states(goal), ["low"] * len(low), strict=True)
+    others = zip(removals, losses, ["original", *["random"] * (len(removals) - 1)], strict=True)
     return [
         {"removed": removed, "energy": problem.energy(removed), "loss": loss, "drawn": drawn_as}
-        for removed, loss, drawn_as in [*rows, *zip(removals, losses, ["random"] * len(removals), strict=True)]
+        for removed, loss, drawn_as in [*rows, *others]
     ]
 
 

@@ -200,14 +200,14 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def hessian_figure(hessian: ArrayLike) -> Figure:
-    """Heat map of H, its sign in red and blue; the scale is that of the entries off the diagonal."""
+    """Heat map of H, its sign in red and blue; the scale ends at the 98th percentile of the sizes off the diagonal."""
     h = np.asarray(hessian)
-    off = np.abs(h - np.diag(np.diag(h)))
-    scale = float(off.max()) or float(np.abs(h).max()) or 1.0
+    off = np.abs(h[~np.eye(len(h), dtype=bool)])
+    scale = float(np.quantile(off, 0.98)) or float(np.abs(h).max()) or 1.0
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(h, cmap="RdBu_r", vmin=-scale, vmax=scale)
-    figure.colorbar(image, ax=axes, extend="max", label="H (nats²)")
+    figure.colorbar(image, ax=axes, extend="both", label="H (nats²)")
     axes.set(xlabel="block", ylabel="block", title="Hessian of the loss in the block gates")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -227,26 +227,32 @@ def states_figure(spectra: dict[str, Spectrum], depth: int, states: int = 20) ->
 
 
 def energy_figure(landscape: dict[str, list[dict[str, Any]]]) -> Figure:
-    """For each goal a panel: energy against measured loss, with rank correlations."""
+    """For each goal a panel: energy against the loss above the original's, with rank correlations.
+
+    Both axes are logarithmic; the loss is linear below 0.01 nats, as some removals lower it.
+    """
     figure, panels = _panels(landscape, 3.9, 4.0)
     for (goal, points), axes in zip(landscape.items(), panels, strict=True):
-        handles = []
-        every = [(p["energy"], p["loss"]) for p in points]
-        for drawn, colour, marker in (("low", BLUE, "o"), ("random", ORANGE, "^")):
-            chosen = [(p["energy"], p["loss"]) for p in points if p["drawn"] == drawn]
+        whole = next(p["loss"] for p in points if p["drawn"] == "original")
+        series = {
+            drawn: [(p["energy"], p["loss"] - whole) for p in points if p["drawn"] == drawn]
+            for drawn in ("low", "random")
+        }
+        for (drawn, chosen), colour, marker in zip(series.items(), (BLUE, ORANGE), "o^", strict=True):
             if chosen:
                 x, y = zip(*chosen, strict=True)
                 name = "lowest energies" if drawn == "low" else "random removals"
-                label = f"{name}, ρ = {spearman(x, y):.2f}"
-                handles.append(axes.scatter(x, y, s=18, color=colour, marker=marker, label=label))
-        if 0 < 10 * min(e for e, _ in every) < max(e for e, _ in every):
+                axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{name}, ρ = {spearman(x, y):.2f}")
+        energies, losses = zip(*series["low"], *series["random"], strict=True)
+        if 0 < 10 * min(energies) < max(energies):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.ticklabel_format(axis="x", scilimits=(-2, 3))
-        axes.set(xlabel="energy", ylabel="measured loss (nats)")
-        axes.set_title(f"remove {goal}: ρ = {spearman(*zip(*every, strict=True)):.2f} in all", fontsize=10)
-        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set(xlabel="energy", ylabel="loss above the original's (nats)")
+        axes.set_title(f"remove {goal}: ρ = {spearman(energies, losses):.2f} in all", fontsize=10)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
     return figure
 
@@ -261,7 +267,7 @@ def spectrum_figure(spectra: dict[str, Spectrum], tabu: dict[str, Spectrum]) -> 
         axes.plot([s.energy for s in found.states], "o", color=ORANGE, ms=3, mfc="none", label="tabu search")
         missed = len({s.removed for s in exact.states} - {s.removed for s in found.states})
         axes.set(xlabel="state k", ylabel="energy")
-        axes.set_title(f"remove {goal}: tabu misses {missed} of {len(exact.states)}", fontsize=10)
+        axes.set_title(f"remove {goal}: tabu misses {missed} of {len(exact.states)}", fontsize=10, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
@@ -310,7 +316,7 @@ def blocks_figure(rows: Sequence[Row], depth: int) -> Figure:
             grid[line, [lo for lo, _ in row.windows]] = 2
         _grid(axes, grid, [BLUE, GREEN])
         axes.set(xlabel="block", title=f"remove {goal}", yticks=range(len(group)))
-        axes.set_yticklabels([f"{row.method}  {row.loss:.2f}" for row in group], fontsize=8)
+        axes.set_yticklabels([f"{row.method}  {row.loss:.3f}" for row in group], fontsize=8)
     handles = [Patch(color=BLUE, label="removed"), Patch(color=GREEN, label="holds merged weights")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure

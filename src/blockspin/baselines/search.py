@@ -38,7 +38,7 @@ def evopress(
     samples: Sequence[Tensor],
     problem: RemovalProblem,
     *,
-    generations: int = 50,
+    generations: int = 25,
     offspring: int = 16,
     survivors: int = 4,
     seed: int = 0,
@@ -50,7 +50,8 @@ def evopress(
     A generation makes `offspring` mutants of the parent; they are measured on an eighth of the samples, drawn anew each
     time, the best `survivors` of them on all, and the best of those replaces the parent if its KL is lower. The first
     parent is the best of a generation of random removals. A mutation puts back s removed blocks and removes others at
-    random, s the smaller of two draws from 1 to 3. Generations and sizes are a budget, chosen here, not the paper's.
+    random, s the smaller of two draws from 1 to 3. Generations and sizes are not the paper's, but chosen to cost
+    about as much as SLEB.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
