@@ -19,10 +19,11 @@ from conftest import random_samples, save_tiny, tiny_model
 from blockspin import baselines, cli
 from blockspin.batches import make_batches, mean_loss
 from blockspin.calibration import load_calibration
-from blockspin.comparison import Comparison, Row, averaged, compare, counted
+from blockspin.comparison import Comparison, Row, averaged, compare
 from blockspin.config import CompressConfig
 from blockspin.gates import skipped, trace_blocks
 from blockspin.hessian import estimate_gradients
+from blockspin.methods import counted
 from blockspin.report import spearman, text_rows, write_report
 from blockspin.surgery import remove_blocks
 
