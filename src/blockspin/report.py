@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 from rich import box
 from rich.table import Table
@@ -229,7 +229,7 @@ def states_figure(spectra: dict[str, Spectrum], depth: int, states: int = 20) ->
 def energy_figure(landscape: dict[str, list[dict[str, Any]]]) -> Figure:
     """For each goal a panel: energy against the loss above the original's, with rank correlations.
 
-    Both axes are logarithmic; the loss is linear below 0.01 nats, as some removals lower it.
+    The axes are logarithmic where they can be; where a removal lowers the loss, below 0.01 nats it is linear.
     """
     figure, panels = _panels(landscape, 3.9, 4.0)
     for (goal, points), axes in zip(landscape.items(), panels, strict=True):
@@ -244,12 +244,18 @@ def energy_figure(landscape: dict[str, list[dict[str, Any]]]) -> Figure:
                 name = "lowest energies" if drawn == "low" else "random removals"
                 axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{name}, ρ = {spearman(x, y):.2f}")
         energies, losses = zip(*series["low"], *series["random"], strict=True)
-        if 0 < 10 * min(energies) < max(energies):
+        if 0 < 3 * min(energies) < max(energies):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.ticklabel_format(axis="x", scilimits=(-2, 3))
-        axes.set_yscale("symlog", linthresh=0.01)
+        if min(losses) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_yscale("symlog", linthresh=0.01)
+            axes.set_ylim(min(losses) - 0.003, 2 * max(losses))
         axes.set(xlabel="energy", ylabel="loss above the original's (nats)")
         axes.set_title(f"remove {goal}: ρ = {spearman(energies, losses):.2f} in all", fontsize=10)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
@@ -327,8 +333,8 @@ def _gone(row: Row, original: Row) -> float:
 
 
 def _panels(groups: dict[str, Any], width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each group, three in a line."""
-    columns = min(3, len(groups))
+    """A figure with a panel for each group; in a line as many as fit on 15 inches."""
+    columns = max(1, min(int(15 / width), len(groups)))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     return figure, [figure.add_subplot(lines, columns, k + 1) for k in range(len(groups))]
