@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,15 +36,38 @@ def states_as_candidates(spectrum: Spectrum) -> list[Candidate]:
     return [Candidate(state.removed, f"CBO:{k}", state.energy) for k, state in enumerate(spectrum.states)]
 
 
+def open_blocks(problem: RemovalProblem, removed: Iterable[int]) -> list[int]:
+    """The blocks that may go next on the way from `removed` to a removal that the problem allows; none once it is one.
+
+    `removed` holds the blocks that every allowed removal contains (`problem.reduced.always`).
+    """
+    r = problem.reduced
+    gone = np.isin(r.block, list(removed))
+    missing = r.need - np.bincount(r.group[gone], r.weight[gone], minlength=len(r.need))
+    free = np.flatnonzero(~gone & (missing[r.group] > 0))
+    if r.max_removed < len(r.block) and not r.equality:  # one block stays: it must be small enough to reach the budget
+        spare = r.weight.sum() - r.need[0]
+        free = np.array([i for i in free if any(r.weight[j] <= spare for j in np.flatnonzero(~gone) if j != i)], int)
+    return sorted(r.block[free].tolist())
+
+
+def fill(problem: RemovalProblem, order: Iterable[int]) -> tuple[int, ...]:
+    """The removal made by taking blocks in this order of preference, each where the problem still allows it.
+
+    order: block indices, most dispensable first; every block of the problem once. With a number of blocks to remove
+    it is simply the first that are not protected; kinds fill up one by one; a parameter budget is filled until met.
+    """
+    removed = set(problem.reduced.always)
+    for block in order:
+        if block in open_blocks(problem, removed):
+            removed.add(block)
+    return tuple(sorted(removed))
+
+
 def random_candidate(problem: RemovalProblem, seed: int = 0) -> Candidate:
     """A removal drawn at random among those that the problem allows: the baseline that every method must beat."""
-    reduced = problem.reduced
-    rows = np.zeros((1, len(reduced.block)), dtype=bool)
-    for i in np.random.default_rng(seed).permutation(len(reduced.block)).tolist():
-        same = reduced.group == reduced.group[i]
-        taken = reduced.weight[same & rows[0]].sum()
-        rows[0, i] = taken < reduced.need[reduced.group[i]] and rows.sum() < reduced.max_removed
-    removed = problem.blocks_of(rows)[0]
+    order = np.random.default_rng(seed).permutation(problem.num_blocks).tolist()
+    removed = fill(problem, order)
     return Candidate(removed, "random", problem.energy(removed))
 
 

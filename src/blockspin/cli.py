@@ -324,6 +324,68 @@ def evaluate(
         write_json(out, [row.as_json() for row in rows])
 
 
+@app.command()
+def compare(
+    model: Model,
+    remove: Annotated[
+        list[str],
+        typer.Option("--remove", help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1."),
+    ],
+    calibration: Annotated[str, typer.Option("--calibration", help="Hub id or local file.")],
+    out: Out = Path("blockspin-comparison"),
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", help="Text for the measures (default: held-out calibration samples).")
+    ] = None,
+    num_samples: NumSamples = None,
+    selection_samples: Annotated[
+        int | None,
+        _option("--selection-samples", "selection_samples", "Samples on which methods measure shortened models."),
+    ] = None,
+    evaluation_samples: Annotated[
+        int | None, _option("--evaluation-samples", "evaluation_samples", "Samples of the report.")
+    ] = None,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    split: Split = None,
+    batch_size: BatchSize = None,
+    gradient_checkpointing: Checkpointing = None,
+    protect: Protect = None,
+    beta: Beta = None,
+    solver: Solver = None,
+    states: States = None,
+    max_candidates: MaxCandidates = None,
+    time_limit: TimeLimit = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = None,
+) -> None:
+    """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
+
+    Run the same command again to continue; more goals may be added to a folder.
+
+    Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
+    """
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "remove")}
+    from .comparison import compare as run
+    from .report import terminal_table, write_report
+
+    if protect is not None:
+        given["protect"] = tuple(_indices(protect, "--protect"))
+    texts = [part.strip() for text in remove for part in ([text] if "=" in text else text.split(","))]
+    goals = {text: parse_remove(text) for text in texts}
+    comparison = run(CompressConfig(remove=next(iter(goals.values())), **given), goals, out)
+    _print(terminal_table([row for row in comparison.rows if row.goal in goals]))
+    console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
+    """Make the tables, figures and the HTML page of a comparison again."""
+    from .report import write_report
+
+    console.print(f"Wrote {write_report(out)}.", soft_wrap=True)
+
+
 def _compress(config: CompressConfig, out: Path) -> None:
     from .evaluation import results_table
     from .pipeline import compress

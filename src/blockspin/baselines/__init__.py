@@ -1,0 +1,38 @@
+"""The methods that block removal by binary optimisation is compared with, each written from its paper.
+
+Every method returns a `Candidate` for a `RemovalProblem`, whose constraints (kinds, protected blocks, budgets) it
+meets; the problem's energy plays no part in the choice and is only noted.
+"""
+
+from __future__ import annotations
+
+from .merging import Merged, merge_windows, sliding_window_merging
+from .scores import (
+    Activations,
+    angular_distance,
+    block_influence,
+    iterative_block_influence,
+    last_blocks,
+    measure_activations,
+    norm_ratio,
+)
+from .search import evopress, sleb
+from .shortened import losses_without_each, shortened_llama, weight_importance
+
+__all__ = [
+    "Activations",
+    "Merged",
+    "angular_distance",
+    "block_influence",
+    "evopress",
+    "iterative_block_influence",
+    "last_blocks",
+    "losses_without_each",
+    "measure_activations",
+    "merge_windows",
+    "norm_ratio",
+    "shortened_llama",
+    "sleb",
+    "sliding_window_merging",
+    "weight_importance",
+]

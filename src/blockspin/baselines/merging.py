@@ -1,0 +1,175 @@
+"""Sliding-window merging (arXiv 2502.19159): the one method here that changes weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batch, frozen, make_batches
+from ..blocks import find_stack
+from ..candidates import Candidate
+from ..gates import BlockTrace, skipped, trace_blocks
+from ..problem import RemovalProblem
+from ..progress import track
+from ..surgery import remove_blocks
+
+Windows = tuple[tuple[int, int], ...]  # (lo, hi): blocks lo to hi, both included, become one
+_BISECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The outcome: blocks lo+1..hi of every window are gone, and block lo holds the merged weights.
+
+    threshold: the highest cosine threshold, to 2^-15, at which enough blocks merge.
+    """
+
+    candidate: Candidate
+    windows: Windows
+    threshold: float
+
+
+def sliding_window_merging(
+    model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int = 8, progress: bool = False
+) -> Merged:
+    """From the last block but one downwards a window grows as long as the model with the window merged into one block
+    stays similar: cosine between its last hidden states and the original's (flattened per sample, mean over samples)
+    of at least a threshold. Else the last accepted window is committed, and a new one starts at the refused block.
+
+    The threshold is found by bisection: the highest at which M blocks disappear. Merging stops there when M have gone,
+    so M is always met exactly. Protected blocks, and blocks whose weights differ in shape from their neighbour's, end a
+    window. The removed blocks reported are all of a window but its lowest.
+
+    Raises:
+        ValueError: the goal is not a number of blocks in all, or so many cannot be merged.
+    """
+    if not isinstance(problem.remove, int):
+        raise ValueError("sliding-window merging takes a number of blocks in all, no kinds and no share of parameters")
+    goal = problem.remove
+    traces, stack = trace_blocks(model), find_stack(model)[1]
+    batches = make_batches(samples, batch_size)
+    originals = [last_hidden_states(model, batch) for batch in batches]
+    joinable = [_can_join(stack, i, problem.protect) for i in range(len(stack) - 1)]
+    known: dict[Windows, float] = {}
+
+    def similarity(windows: Windows) -> float:
+        if windows not in known:
+            with merged(model, windows, traces):
+                pairs = zip(batches, originals, strict=True)
+                total = sum(_cosines(last_hidden_states(model, batch), original, batch) for batch, original in pairs)
+            known[windows] = total / len(samples)
+        return known[windows]
+
+    def windows_at(threshold: float) -> Windows:
+        done: Windows = ()
+        hi = lo = len(stack) - 2
+        for block in range(hi - 1, -1, -1):
+            wanted = joinable[block] and _num_merged((*done, (lo, hi))) < goal
+            if wanted and similarity((*done, (block, hi))) >= threshold:
+                lo = block
+            else:
+                done = (*done, (lo, hi)) if lo < hi else done
+                hi = lo = block
+        return (*done, (lo, hi)) if lo < hi else done
+
+    low, high, windows = -1.0, 1.0, windows_at(-1.0)
+    if _num_merged(windows) < goal:
+        raise ValueError(f"sliding-window merging can merge away {_num_merged(windows)} blocks, not {goal}")
+    for _ in track(range(_BISECTIONS), "Sliding window", _BISECTIONS, show=progress):
+        middle = (low + high) / 2
+        found = windows_at(middle)
+        if _num_merged(found) == goal:
+            low, windows = middle, found
+        else:
+            high = middle
+    removed = tuple(sorted(gone_from(windows)))
+    return Merged(Candidate(removed, "sliding-window merging"), tuple(sorted(windows)), low)
+
+
+def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
+    """An ordinary transformers model with each window merged into one block; it shares the other weights with `model`.
+
+    Raises:
+        ValueError: a removal that the model's configuration cannot express.
+    """
+    gone = gone_from(windows)
+    smaller = remove_blocks(model, gone)
+    before, after = find_stack(model)[1], find_stack(smaller)[1]
+    for lo, hi in windows:
+        position = lo - sum(i < lo for i in gone)
+        layer = copy.deepcopy(after[position])
+        for parameter, weight in zip(layer.parameters(), merged_weights(before, lo, hi), strict=True):
+            parameter.data = weight
+        after[position] = layer
+    return smaller
+
+
+@contextmanager
+def merged(model: nn.Module, windows: Windows, traces: Sequence[BlockTrace]) -> Iterator[None]:
+    """Inside, each window of `model` runs as one block; the model is as it was afterwards."""
+    _, stack = find_stack(model)
+    with ExitStack() as undo:
+        undo.enter_context(skipped(model, gone_from(windows), traces))
+        for lo, hi in windows:
+            for parameter, weight in zip(stack[lo].parameters(), merged_weights(stack, lo, hi), strict=True):
+                undo.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = weight
+        yield
+
+
+def merged_weights(stack: nn.ModuleList, lo: int, hi: int) -> list[Tensor]:
+    """theta_lo + sum over k = lo+1..hi of (theta_k - theta_lo), parameter by parameter, summed in float32 or wider."""
+    weights = []
+    for tensors in zip(*(stack[k].parameters() for k in range(lo, hi + 1)), strict=True):
+        first, *others = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+        total = first.clone()
+        for other in others:
+            total += other.to(first.device) - first
+        weights.append(total.to(tensors[0].dtype))
+    return weights
+
+
+def last_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(batch, length, width): what enters the output embedding, the states after the final norm."""
+    caught: list[Tensor] = []
+
+    def hook(head: nn.Module, args: Any) -> None:
+        caught.append(args[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)  # type: ignore[operator]
+    try:
+        with frozen(model), torch.no_grad():
+            batch.forward(model)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def gone_from(windows: Windows) -> list[int]:
+    """The blocks that disappear: all of each window but its lowest."""
+    return sorted(k for lo, hi in windows for k in range(lo + 1, hi + 1))
+
+
+def _num_merged(windows: Windows) -> int:
+    return sum(hi - lo for lo, hi in windows)
+
+
+def _can_join(stack: nn.ModuleList, i: int, protect: Sequence[int]) -> bool:
+    """Whether blocks i and i + 1 may be in one window."""
+    shapes = [[(name, p.shape) for name, p in stack[k].named_parameters()] for k in (i, i + 1)]
+    return shapes[0] == shapes[1] and not {i, i + 1} & set(protect)
+
+
+def _cosines(hidden: Tensor, original: Tensor, batch: Batch) -> float:
+    """Sum over the samples of the cosine between their flattened hidden states, padding left out."""
+    total = 0.0
+    for ours, theirs, length in zip(hidden, original, batch.lengths.tolist(), strict=True):
+        flat, reference = ours[:length].flatten().double(), theirs[:length].flatten().double()
+        total += float(nn.functional.cosine_similarity(flat, reference, dim=0))
+    return total

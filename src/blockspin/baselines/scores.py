@@ -1,0 +1,159 @@
+"""Methods that score blocks by what they do to the hidden states; one pass over the data serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from ..batches import frozen, make_batches
+from ..blocks import find_stack
+from ..candidates import Candidate, fill, open_blocks
+from ..gates import skipped, trace_blocks
+from ..prefixes import stream_of
+from ..problem import RemovalProblem
+from ..progress import track
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the blocks do to the hidden states h_0 (enters block 0) to h_N (leaves the last block, before the norm).
+
+    cosine: (N,) mean over tokens of cos(h_i, h_{i+1}).
+    ratio: (N,) mean over tokens of |h_{i+1}| / |h_i|.
+    angle: (N+1, N+1) mean over samples of arccos(cos(h_i, h_j)) / pi at the sample's last token.
+    """
+
+    cosine: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    angle: NDArray[np.float64]
+
+
+def measure_activations(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    removed: Sequence[int] = (),
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Activations:
+    """One streaming pass: hidden states are reduced to sums as they come; only last-token states are kept for a batch.
+
+    removed: blocks to bypass; their cosine and ratio are 1.
+
+    Raises:
+        ValueError: unusable samples or blocks.
+    """
+    _, stack = find_stack(model)
+    depth = len(stack)
+    cosine, ratio, angle = (torch.zeros(*shape, dtype=torch.float64) for shape in [(depth,)] * 2 + [(depth + 1,) * 2])
+    mask = lengths = torch.empty(0)
+    last: list[Tensor] = []
+
+    def watching(i: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before = _wide(stream_of(args, kwargs))
+            after = _wide(output[0] if isinstance(output, tuple) else output).to(before.device)
+            real = mask.to(before.device)
+            norms = before.norm(dim=-1), after.norm(dim=-1)
+            cosine[i] += _total((before * after).sum(-1) / (norms[0] * norms[1]), real)
+            ratio[i] += _total(norms[1] / norms[0], real)
+            rows = torch.arange(len(lengths))
+            last.extend(h[rows, lengths - 1].cpu() for h in ([before, after] if i == 0 else [after]))
+
+        return hook
+
+    batches = make_batches(samples, batch_size)
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.enter_context(skipped(model, removed, trace_blocks(model)))
+        hooks.enter_context(frozen(model))
+        for i, layer in enumerate(stack):
+            hooks.callback(layer.register_forward_hook(watching(i), with_kwargs=True).remove)
+        for batch in track(batches, "Activations", len(batches), show=progress):
+            lengths = batch.lengths
+            mask = torch.arange(batch.token_ids.shape[1]) < lengths[:, None]
+            last.clear()
+            batch.forward(model)
+            directions = nn.functional.normalize(torch.stack(last, dim=1).double(), dim=-1)  # (batch, N+1, width)
+            angle += torch.arccos((directions @ directions.mT).clamp(-1, 1)).sum(dim=0) / np.pi
+    tokens = sum(len(sample) for sample in samples)
+    return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
+
+
+def from_scores(problem: RemovalProblem, scores: ArrayLike, source: str) -> Candidate:
+    """Remove the blocks of lowest score, as the problem allows; of equal scores the first.
+
+    scores: (N,), one for each block; low is dispensable.
+    """
+    removed = fill(problem, np.argsort(np.asarray(scores), kind="stable").tolist())
+    return Candidate(removed, source, problem.energy(removed))
+
+
+def last_blocks(problem: RemovalProblem) -> Candidate:
+    """Remove the last M blocks that may go: the simplest rule, as deep layers change the hidden states least."""
+    return from_scores(problem, -np.arange(problem.num_blocks), "last blocks")
+
+
+def block_influence(problem: RemovalProblem, activations: Activations) -> Candidate:
+    """ShortGPT (arXiv 2403.03853): BI_i = 1 - mean over tokens of cos(h_i, h_{i+1}); remove the M lowest at once."""
+    return from_scores(problem, 1 - activations.cosine, "block influence")
+
+
+def iterative_block_influence(
+    model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int = 8, progress: bool = False
+) -> Candidate:
+    """Block influence, measured again after each removal: the lowest goes, M times.
+
+    Removed blocks are bypassed, so all indices are those of the original model.
+    """
+    removed = problem.reduced.always
+    steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
+    for _ in track(range(steps), "Iterative block influence", steps, show=progress):
+        if free := open_blocks(problem, removed):
+            cosine = measure_activations(model, samples, removed=removed, batch_size=batch_size).cosine
+            removed = (*removed, max(free, key=lambda i: cosine[i]))
+    removed = tuple(sorted(removed))
+    return Candidate(removed, "iterative block influence", problem.energy(removed))
+
+
+def norm_ratio(problem: RemovalProblem, activations: Activations) -> Candidate:
+    """Ministral 3 (arXiv 2601.08584): s_i = mean over tokens of |h_{i+1}| / |h_i|; remove the M lowest."""
+    return from_scores(problem, activations.ratio, "norm ratio")
+
+
+def angular_distance(problem: RemovalProblem, activations: Activations) -> Candidate:
+    """Consecutive blocks (arXiv 2403.17887): d(l, n) = mean arccos(cos(h_l, h_{l+n})) / pi at the last token; remove
+    the n blocks from l* = argmin_l d(l, n).
+
+    From each l the shortest run that meets the problem is considered: n = M blocks, or as many as reach a budget.
+
+    Raises:
+        ValueError: no run of consecutive blocks meets the problem (protected blocks or kinds lie between).
+    """
+    n = problem.num_blocks
+    runs = []
+    for first in range(n):
+        ends = range(first + 1, n + 1)
+        end = next((end for end in ends if problem.allows(range(first, end))), None)
+        if end is not None:
+            runs.append((activations.angle[first, end], first, end))
+    if not runs:
+        raise ValueError("angular distance removes consecutive blocks, and no such run is what is to be removed")
+    _, first, end = min(runs)
+    removed = tuple(range(first, end))
+    return Candidate(removed, "angular distance", problem.energy(removed))
+
+
+def _wide(hidden: Tensor) -> Tensor:
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _total(values: Tensor, mask: Tensor) -> float:
+    """Sum of values (batch, length) over the tokens that are not padding."""
+    return float(values.double()[mask].sum())

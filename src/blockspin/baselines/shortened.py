@@ -1,0 +1,94 @@
+"""Shortened LLaMA (arXiv 2402.02834): one-shot scores from the loss without each block, or from its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..batches import check_finite, frozen, make_batches, sample_losses
+from ..blocks import find_stack
+from ..candidates import Candidate
+from ..prefixes import shared_losses
+from ..problem import RemovalProblem
+from ..progress import track
+from .scores import from_scores
+
+
+def losses_without_each(
+    model: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8, progress: bool = False
+) -> NDArray[np.float64]:
+    """(N,) loss of the model without block i, in nats; its order is that of the perplexity.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    removals = [(i,) for i in range(len(find_stack(model)[1]))]
+    return np.array(shared_losses(model, removals, samples, batch_size=batch_size, progress=progress))
+
+
+def weight_importance(
+    model: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8, progress: bool = False
+) -> NDArray[np.float64]:
+    """(N,) Taylor importance: sum over the weights w of block i of |w * dL/dw|, L the mean over samples of their loss.
+
+    The gradient is that of the whole set, taken before the absolute value. All parameters of a block count, norms
+    too. The only method here that needs weight gradients: memory for one more copy of the blocks.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    _, stack = find_stack(model)
+    weights = [list(layer.parameters()) for layer in stack]
+    flat = [w for layer in weights for w in layer]
+    sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in flat]
+    batches = make_batches(samples, batch_size)
+    with frozen(model), torch.enable_grad():
+        for w in flat:
+            w.requires_grad_(True)
+        try:
+            for batch in track(batches, "Weight gradients", len(batches), show=progress):
+                losses = sample_losses(batch.forward(model), batch)
+                check_finite(losses.detach(), batch)
+                gradients = torch.autograd.grad(losses.sum(), flat, materialize_grads=True)
+                for total, gradient in zip(sums, gradients, strict=True):
+                    total += gradient
+        finally:
+            for w in flat:
+                w.requires_grad_(False)  # `frozen` turns on again what was on before
+    products = iter((w.detach() * total).abs().sum().item() / len(samples) for w, total in zip(flat, sums, strict=True))
+    return np.array([sum(next(products) for _ in layer) for layer in weights])
+
+
+def shortened_llama(problem: RemovalProblem, scores: NDArray[np.float64], source: str, plus: bool = False) -> Candidate:
+    """Remove the M blocks of lowest score at once; the "+" variant never takes the first four and the last two.
+
+    scores: from `losses_without_each` (perplexity) or `weight_importance` (Taylor).
+
+    Raises:
+        ValueError: with "+", too few blocks are left to choose from.
+    """
+    if plus:
+        n = problem.num_blocks
+        problem = protecting(problem, [*range(min(4, n)), *range(max(0, n - 2), n)])
+    return from_scores(problem, scores, source)
+
+
+def protecting(problem: RemovalProblem, blocks: Sequence[int]) -> RemovalProblem:
+    """The same problem with more protected blocks.
+
+    Raises:
+        ValueError: no removal is left.
+    """
+    return RemovalProblem(
+        problem.hessian,
+        problem.remove,
+        blocks=problem.blocks,
+        protect=sorted({*problem.protect, *blocks}),
+        beta=problem.beta,
+        gradient=problem.gradient,
+        remove_parameters=problem.remove_parameters,
+    )

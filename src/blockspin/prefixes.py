@@ -1,0 +1,246 @@
+"""Measures many removals at once: those that agree on the first blocks share the forward pass up to there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, check_finite, frozen, make_batches, sample_losses
+from .blocks import find_stack
+from .gates import BlockTrace, skipped, trace_blocks
+from .progress import track
+
+Removal = Sequence[int]
+MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on a text, and how close to the original; means over all predicted tokens.
+
+    loss: cross-entropy in nats. kl: KL(original || this model) in nats. agreement: share of tokens where both models
+    predict the same most likely token.
+    """
+
+    loss: float
+    kl: float
+    agreement: float
+
+
+def shared_losses(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = False,
+) -> list[float]:
+    """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    totals, tokens = [0.0] * len(removals), 0
+    for batch, outputs in _passes(model, removals, samples, batch_size, memory_limit, progress):
+        tokens += int((batch.lengths - 1).sum())
+        for k, logits in outputs:
+            losses = sample_losses(logits, batch).double().cpu()
+            check_finite(losses, batch)
+            totals[k] += float((losses * (batch.lengths - 1)).sum())
+    return [total / tokens for total in totals]
+
+
+def shared_qualities(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = False,
+) -> list[Quality]:
+    """The quality of the model without the blocks of each removal, compared with the whole model.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    totals, tokens = torch.zeros(len(removals) + 1, 3, dtype=torch.float64), 0
+    for batch, outputs in _passes(model, [(), *removals], samples, batch_size, memory_limit, progress):
+        tokens += int((batch.lengths - 1).sum())
+        whole = None
+        for k, logits in outputs:  # nothing removed comes first in the order of the passes
+            whole = logits if whole is None else whole
+            totals[k] += quality_sums(logits, whole, batch)
+    return [Quality(*row) for row in (totals[1:] / tokens).tolist()]
+
+
+def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Quality:
+    """The quality of any model with the vocabulary of `original`.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    total, tokens = torch.zeros(3, dtype=torch.float64), 0
+    with frozen(model), frozen(original), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            total += quality_sums(batch.forward(model), batch.forward(original), batch)
+            tokens += int((batch.lengths - 1).sum())
+    return Quality(*(total / tokens).tolist())
+
+
+def quality_sums(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
+    """Loss, KL divergence and agreement summed over the predicted tokens of a batch: (3,) float64.
+
+    logits, whole: (batch, length, vocabulary). Row by row, so that the temporaries are those of one sample.
+    """
+    losses = sample_losses(logits, batch).double().cpu()
+    check_finite(losses, batch)
+    divergence, agreeing = 0.0, 0
+    for row, reference, length in zip(logits, whole, batch.lengths.tolist(), strict=True):
+        ours, theirs = row[: length - 1], reference[: length - 1].to(row.device)
+        wide = torch.promote_types(ours.dtype, torch.float32)
+        logs = nn.functional.log_softmax(ours.to(wide), -1), nn.functional.log_softmax(theirs.to(wide), -1)
+        divergence += float(nn.functional.kl_div(*logs, reduction="sum", log_target=True))
+        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return torch.tensor([float((losses * (batch.lengths - 1)).sum()), divergence, agreeing], dtype=torch.float64)
+
+
+def shared_logits(
+    model: nn.Module,
+    batch: Batch,
+    removals: Sequence[Removal],
+    traces: Sequence[BlockTrace],
+    memory_limit: int = MEMORY_LIMIT,
+) -> Iterator[tuple[int, Tensor]]:
+    """(k, logits of the model without removals[k]) for every k, in the order of a walk through their common prefixes.
+
+    Removals are ordered so that those with common first blocks are neighbours, nothing removed first. Each pass keeps
+    the hidden states at the blocks where later removals branch off, and starts from the deepest that it can use. Where
+    the states exceed `memory_limit` bytes, the shallowest are dropped and computed again. Call it on a `frozen` model.
+    """
+    depth = len(traces)
+    order = sorted(range(len(removals)), key=lambda k: [i in removals[k] for i in range(depth)])
+    branch = [_first_difference(removals[a], removals[b], depth) for a, b in pairwise(order)]
+    states: list[tuple[int, Tensor]] = []  # (block, hidden states that enter it), ascending
+    for place, k in enumerate(order):
+        shared = branch[place - 1] if place else 0
+        states = [state for state in states if state[0] <= shared]
+        start = states[-1] if states else None
+        wanted, low = set(), depth
+        for later in branch[place:]:
+            low = min(low, later)
+            if low <= (start[0] if start else 0):
+                break
+            wanted.add(low)
+        logits, kept = _pass(model, batch, removals[k], traces, start, wanted - {depth}, memory_limit)
+        states = _within([*states, *kept], memory_limit)
+        yield k, logits
+
+
+def plain_logits(
+    model: nn.Module,
+    batch: Batch,
+    removals: Sequence[Removal],
+    traces: Sequence[BlockTrace],
+    memory_limit: int = MEMORY_LIMIT,
+) -> Iterator[tuple[int, Tensor]]:
+    """As `shared_logits`, but every removal is a pass of its own."""
+    for k in sorted(range(len(removals)), key=lambda k: len(removals[k])):  # nothing removed first
+        with skipped(model, removals[k], traces):
+            yield k, batch.forward(model)
+
+
+def can_share(model: nn.Module, traces: Sequence[BlockTrace]) -> bool:
+    """Whether a pass can start in the middle: tried on four tokens, against whole passes.
+
+    It cannot where a block takes more from the blocks before it than their hidden states.
+    """
+    batch = Batch((0,), torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
+    depth = len(traces)
+    removals = [(), (depth - 1,), (depth // 2,)]
+    shared = dict(shared_logits(model, batch, removals, traces))
+    plain = dict(plain_logits(model, batch, removals, traces))
+    rounding = 50 * torch.finfo(plain[0].dtype).eps
+    return all(bool((shared[k] - plain[k]).abs().max() <= rounding * plain[k].abs().max()) for k in plain)
+
+
+def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a block, (batch, length, width)."""
+    stream: Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream
+
+
+def _passes(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    batch_size: int,
+    memory_limit: int,
+    progress: bool,
+) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
+    """Every batch with the logits of all removals, shared where the model allows it."""
+    traces = trace_blocks(model)
+    with frozen(model), torch.no_grad():
+        outputs = shared_logits if can_share(model, traces) else plain_logits
+        batches = make_batches(samples, batch_size)
+        for batch in track(batches, "Evaluating", len(batches), show=progress):
+            yield batch, outputs(model, batch, removals, traces, memory_limit)
+
+
+def _pass(
+    model: nn.Module,
+    batch: Batch,
+    removed: Removal,
+    traces: Sequence[BlockTrace],
+    start: tuple[int, Tensor] | None,
+    wanted: set[int],
+    memory_limit: int,
+) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """Logits without the removed blocks, and the hidden states that enter the wanted blocks.
+
+    start: (block, hidden states that enter it) of an earlier pass; the blocks before are skipped. The rest of the model
+    (embeddings, masks, final norm, head) runs as always, so that nothing needs to be known about it.
+    """
+    _, stack = find_stack(model)
+    skip = {*removed, *range(start[0] if start else 0)}
+    if len(skip) == len(stack):  # `skipped` refuses to skip every block; what block 0 computes here is not used
+        skip.remove(0)
+    kept: list[tuple[int, Tensor]] = []
+
+    def keeping(block: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            kept[:] = _within([*kept, (block, stream_of(args, kwargs))], memory_limit)
+
+        return hook
+
+    def replacing(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        assert start is not None
+        return ((start[1], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": start[1]})
+
+    with ExitStack() as hooks:
+        hooks.enter_context(skipped(model, sorted(skip), traces))
+        if start is not None:
+            hooks.callback(stack[start[0]].register_forward_pre_hook(replacing, with_kwargs=True).remove)
+        for block in wanted:
+            hooks.callback(stack[block].register_forward_pre_hook(keeping(block), with_kwargs=True).remove)
+        return batch.forward(model), kept
+
+
+def _within(states: list[tuple[int, Tensor]], memory_limit: int) -> list[tuple[int, Tensor]]:
+    """The deepest of the states that fit into the limit."""
+    if not states:
+        return states
+    fit = memory_limit // max(1, states[0][1].numel() * states[0][1].element_size())
+    return states[max(0, len(states) - fit) :]
+
+
+def _first_difference(a: Removal, b: Removal, depth: int) -> int:
+    """The first block that one removal takes and the other does not; `depth` where they are equal."""
+    return min(set(a) ^ set(b), default=depth)
