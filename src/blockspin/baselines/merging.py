@@ -99,7 +99,7 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
         ValueError: a removal that the model's configuration cannot express.
     """
     gone = gone_from(windows)
-    smaller = remove_blocks(model, gone)
+    smaller: nn.Module = remove_blocks(model, gone)
     before, after = find_stack(model)[1], find_stack(smaller)[1]
     for lo, hi in windows:
         position = lo - sum(i < lo for i in gone)
