@@ -2,8 +2,8 @@
 
 The starts are random, or the solution of the semidefinite relaxation rounded after adding noise.
 
-Every removal it evaluates, not only those it visits, is offered to the pool of the lowest, which makes it a good
-finder of whole spectra. It proves nothing.
+Every removal it evaluates, not only those it visits, is offered to the pool of the lowest, and at the end so are all
+neighbours of those in the pool, which makes it a good finder of whole spectra. It proves nothing.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from .stopping import Stop
 
 RESTARTS = 60
 STEPS_PER_VARIABLE = 8
+SPARE = 8  # so many times the states asked for are kept, since the way from one low removal to another leads over these
 NOISE = (0.0, 0.15, 0.3, 1.0)  # added to the relaxed solution in turn; the last is almost a random start
 
 
 def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
     """The lowest removals seen in a fixed number of seeded restarts, or until the time limit."""
     with Stop(time_limit) as stop:
-        pool, restarts = search(problem, states, seed, RESTARTS, stop)
+        pool, restarts = search(problem, SPARE * states, seed, RESTARTS, stop)
+        close(terms_of(problem.reduced, problem.resolution), pool, len(problem.reduced.block), stop)
     statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * len(problem.reduced.block)}
     return Found(pool_rows(pool, len(problem.reduced.block)), -np.inf, statistics | stop.reason())
 
@@ -57,6 +59,17 @@ def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop:
         score = relaxed + NOISE[done % len(NOISE)] * rng.normal(size=n)
         walk(terms, greedy_start(problem.reduced, score), STEPS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
     return pool, restarts
+
+
+def close(terms: Terms, pool: Pool, num_variables: int, stop: Stop) -> None:
+    """Offer the neighbours of every removal in the pool, those that enter it included, until none is left to do."""
+    looked_at: set[bytes] = set()
+    while rows := [row for row in pool_rows(pool, num_variables) if row.tobytes() not in looked_at]:
+        for row in rows:
+            if stop.expired():
+                return
+            looked_at.add(row.tobytes())
+            walk(terms, row.astype(np.uint8), 1, 0, pool)
 
 
 @compiled
