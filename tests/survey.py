@@ -98,20 +98,21 @@ def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torc
             if not torch.equal(logits(model, ids), whole):
                 row.faults.append("gates of one change the logits")
         for i, layer in enumerate(layers):
+            seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def note(module: object, args: tuple, kwargs: dict, output: object, seen: list = seen) -> None:
+                left = output[0] if isinstance(output, tuple | list) else output
+                seen.append((args[0] if args else kwargs["hidden_states"], left))
+
+            handle = layer.register_forward_hook(note, with_kwargs=True)
             alphas = torch.ones(2, len(traces))
             alphas[:, i] = 0
-            seen: list[bool] = []
-
-            def compare(module: object, args: tuple, kwargs: dict, output: object, seen: list[bool] = seen) -> None:
-                entered = args[0] if args else kwargs["hidden_states"]
-                left = output[0] if isinstance(output, tuple | list) else output
-                seen.append(torch.allclose(entered, left, atol=1e-5 * max(1.0, float(entered.abs().max()))))
-
-            handle = layer.register_forward_hook(compare, with_kwargs=True)
+            logits(model, ids)
             with gated(model, alphas, traces):
                 logits(model, ids)
             handle.remove()
-            if seen != [True]:
+            (_, ungated), (entered, left) = seen
+            if not torch.allclose(entered, left, rtol=0, atol=1e-6 * float(ungated.abs().max())):
                 row.faults.append(f"a gate of zero does not make layer {i} the identity")
 
 
