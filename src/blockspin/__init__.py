@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .blocks import Block, find_blocks
     from .calibration import load_calibration
     from .candidates import Candidate, select
+    from .config import DistillConfig
+    from .distillation import distill, distill_checkpoint
     from .evaluation import perplexity
     from .hessian import Gradients, estimate_gradients
     from .problem import RemovalProblem
@@ -24,6 +26,9 @@ _HOME = {
     "load_calibration": "calibration",
     "Candidate": "candidates",
     "select": "candidates",
+    "DistillConfig": "config",
+    "distill": "distillation",
+    "distill_checkpoint": "distillation",
     "perplexity": "evaluation",
     "Gradients": "hessian",
     "estimate_gradients": "hessian",
@@ -37,9 +42,12 @@ _HOME = {
 __all__ = [
     "Block",
     "Candidate",
+    "DistillConfig",
     "Gradients",
     "RemovalProblem",
     "Spectrum",
+    "distill",
+    "distill_checkpoint",
     "estimate_gradients",
     "find_blocks",
     "load_calibration",

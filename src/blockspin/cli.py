@@ -304,6 +304,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
+        console.quiet = False  # as it is in all processes of a distributed training but one
         message = " ".join(str(error).split())
         console.print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

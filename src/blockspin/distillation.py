@@ -81,20 +81,23 @@ def distill(
     return result
 
 
-def distill_checkpoint(student: str | Path, out: str | Path, config: DistillConfig, *, skip: int = 0) -> Distillation:
+def distill_checkpoint(
+    student: str | Path, out: str | Path, config: DistillConfig, *, leave_out: range = range(0)
+) -> Distillation:
     """Train the model in the folder `student` with `config.teacher` on `config.data`; write it to the folder `out`.
 
     While it runs the packed text and the latest checkpoint are in `<out>-training`, from which the same call continues
-    after an interruption; the folder goes when `out` is whole. `out` is a checkpoint of the same form and dtype as the
-    student's, with its tokenizer and other files; `blockspin.json` tells about the training. Started by `accelerate
-    launch` or `torchrun`, all processes train one model.
+    after an interruption; the folder goes when `out` is whole, but for TensorBoard's logs (`<out>-logs`). `out` is a
+    checkpoint of the same form and dtype as the student's, with its tokenizer and other files; `blockspin.json` tells
+    about the training. Started by `accelerate launch` or `torchrun`, all processes train one model.
 
-    skip: samples at the beginning of the data that must not be trained on.
+    leave_out: numbers of samples of the data that must not be trained on, in the order of `load_calibration`.
 
     Raises:
         ValueError: the models, the data or the settings do not fit each other or the machine; nothing is written.
     """
-    student, out, state = local_folder(student), Path(out), PartialState(timeout=timedelta(hours=6))
+    student, out = local_folder(student), Path(out)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # packing may take long
     console.quiet = not state.is_main_process
     if config.teacher is None or config.data is None:
         raise ValueError("distillation needs a teacher and data (--teacher, --data)")
@@ -105,13 +108,15 @@ def distill_checkpoint(student: str | Path, out: str | Path, config: DistillConf
     folder = out.with_name(f"{out.name}-training")
     kept = kept_blocks(student, config)
     with state.main_process_first():
-        samples, validation = _data(config, tokenizer, folder, student, skip, state.num_processes)
+        samples, validation = _data(config, tokenizer, folder, student, leave_out, state.num_processes)
     model = _load_student(student, config)
     dtype = getattr(load_config(student, trust_remote_code=config.trust_remote_code), "dtype", None) or model.dtype
     trainer, result = _train(model, _load_teacher(config, state), samples, validation, config, kept, folder)
     weights = _merged_weights(model, trainer, config, dtype)
     if state.is_main_process:
         _write(model, weights, student, out, result, asdict(config))
+        if (folder / "runs").is_dir():  # of TensorBoard
+            shutil.copytree(folder / "runs", out.with_name(f"{out.name}-logs"), dirs_exist_ok=True)
         shutil.rmtree(folder)
     state.wait_for_everyone()
     return result
@@ -129,7 +134,7 @@ def _train(
     """The trainer after all its steps, and what it measured."""
     if config.hidden_states and kept is None:
         raise ValueError("--hidden-states needs to know which blocks were kept (blockspin.json of the student)")
-    steps = _steps(config, len(samples), PartialState().num_processes)  # type: ignore[arg-type]
+    steps = _steps(config, len(samples), PartialState(cpu=not torch.cuda.is_available()).num_processes)  # type: ignore[arg-type]
     model: Any = student
     use_cache = student.config.use_cache
     with ExitStack() as stack:
@@ -191,7 +196,12 @@ class _Samples(Dataset[dict[str, Tensor]]):
 
 
 def _data(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, student: Path, skip: int, processes: int
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    student: Path,
+    leave_out: range,
+    processes: int,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """The packed text, written once: what is trained on, and what is only measured."""
     _check_settings(folder, {"student": str(student), **asdict(config), "report_to": list(config.report_to)})
@@ -206,7 +216,7 @@ def _data(
             limit=max(2, math.ceil(config.max_steps * step / (1 - config.validation_split))),
             seed=config.seed,
             split=config.split,
-            skip=skip,
+            leave_out=leave_out,
         )
     windows = Windows(path, config.max_length)
     held_out = max(1, round(len(windows) * config.validation_split))

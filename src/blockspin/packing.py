@@ -42,7 +42,7 @@ def write_windows(
     limit: int,
     seed: int = 42,
     split: str = "train",
-    skip: int = 0,
+    leave_out: range = range(0),
     progress: bool = True,
 ) -> None:
     """Write at most `limit` windows of `length` tokens: the samples of the dataset one after another, each whole and
@@ -52,13 +52,13 @@ def write_windows(
     distribution is right for what the student sees.
 
     source: as in `load_calibration`; conversations get the chat template.
-    skip: samples to leave out at the beginning (those that `load_calibration` with the same seed gives).
+    leave_out: numbers of samples to leave out, in the order of `load_calibration` with the same seed.
 
     Raises:
         ValueError: the dataset cannot be read, or fills fewer than two windows.
     """
     everything = tokenise(source, tokenizer, length, seed=seed, split=split, truncate=False)
-    samples = islice(everything, skip, None)
+    samples = (sample for i, sample in enumerate(everything) if i not in leave_out)
     windows = islice(pack(samples, length, tokenizer.eos_token_id), limit)
     written = 0
     with replacing(path) as temporary, temporary.open("wb") as file:

@@ -20,10 +20,12 @@ from .blocks import Block, find_blocks
 from .calibration import load_calibration
 from .candidates import Candidate, best, measure_candidates, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
+from .distillation import distill_checkpoint
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients, estimate_gradients
 from .models import load_config, load_model, load_tokenizer, model_without_weights
+from .preflight import check_requirements
 from .problem import RemovalProblem
 from .progress import console
 from .solvers import SOLVERS, Spectrum, solve
@@ -47,9 +49,10 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     spectrum.json         the lowest-energy removals, and what is proven of them
     candidates.json       the measured losses of the first of them
     checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
+    distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
 
-    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random.
+    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random, and distilled where wanted.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
@@ -57,7 +60,17 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     check_folder(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        return [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
+        rows = [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
+    else:
+        rows = shorten(config, out)
+    if config.distill is not None and rows[-1].name != "distilled":
+        rows.append(distillation_stage(config, out, rows[2].removed))
+        write_json(out / "evaluation.json", [row.as_json() for row in rows])
+    return rows
+
+
+def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
+    """All of `compress` but the training."""
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -126,6 +139,8 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
+    if config.distill is not None:
+        check_requirements(config.distill)
 
 
 def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:
@@ -134,8 +149,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     Raises:
         ValueError: the data cannot be read or is too small.
     """
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    max_length = min(config.max_length, longest or config.max_length)
+    max_length = _max_length(config, model_config)
 
     def draw(source: str, number: int) -> list[Tensor]:
         return load_calibration(
@@ -156,6 +170,11 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
         if config.evaluation
         else drawn[calibration + selection :],
     )
+
+
+def _max_length(config: CompressConfig, model_config: PretrainedConfig) -> int:
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(config.max_length, longest or config.max_length)
 
 
 def gradients_stage(
@@ -235,6 +254,36 @@ def candidates_stage(
 def read_candidates(path: Path) -> list[Candidate]:
     """Candidates from the JSON file that `candidates_stage` writes."""
     return [Candidate(**{**row, "removed": tuple(row["removed"])}) for row in json.loads(path.read_text())]
+
+
+def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
+    """Train the smaller model with the original as its teacher, and measure it as the others were.
+
+    It is trained on the calibration set, or on data of its own, but never on the samples of the evaluation.
+    """
+    assert config.distill is not None
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    samples = load_samples(config, tokenizer, model_config)
+    settings = replace(
+        config.distill,
+        teacher=config.model,
+        data=config.distill.data or config.calibration,
+        **{name: getattr(config, name) for name in ("split", "seed", "trust_remote_code")},
+        max_length=_max_length(config, model_config),
+    )
+    first = len(samples.calibration) + len(samples.selection)
+    held_out = settings.data == config.calibration and config.evaluation is None
+    leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
+    if not (out / "distilled").is_dir():
+        distill_checkpoint(out / "checkpoint", out / "distilled", settings, leave_out=leave_out)
+    remote = config.trust_remote_code
+    model = load_model(
+        str(out / "distilled"), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote
+    )
+    size = checkpoint_bytes(out / "distilled", trust_remote_code=remote)
+    (row,) = evaluate_models({"distilled": model}, [size], samples.evaluation, batch_size=config.batch_size)
+    return replace(row, removed=removed)
 
 
 def evaluate_removals(

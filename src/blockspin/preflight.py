@@ -18,6 +18,7 @@ from .models import load_config, load_tokenizer, model_without_weights
 
 def check_training(student: Path, config: DistillConfig, state: PartialState) -> PreTrainedTokenizerBase:
     """Refuse what cannot end well before anything is loaded; the tokenizer."""
+    check_requirements(config)
     remote = config.trust_remote_code
     configs = [load_config(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
     check_pair(configs[0], configs[1], config.max_length)
@@ -29,16 +30,26 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     if config.hidden_states and kept_blocks(student, config) is None:
         raise ValueError(f"{student} has no blockspin.json, which tells which blocks were kept (--hidden-states)")
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    if config.lora_rank is not None:
-        if importlib.util.find_spec("peft") is None:
-            raise ValueError("--lora-rank needs peft: pip install 'blockspin[distill]'")
-        if sharded:
-            raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
+    if config.lora_rank is not None and sharded:
+        raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
     sizes = [sum(p.numel() for p in model_without_weights(c, trust_remote_code=remote).parameters()) for c in configs]
     vocabulary = configs[0].get_text_config(decoder=True).vocab_size
     needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
     check_room(needed, _free_memory(state))
     return tokenizers[0]
+
+
+def check_requirements(config: DistillConfig) -> None:
+    """Refuse settings that need packages which are not installed.
+
+    Raises:
+        ValueError: what to install.
+    """
+    needs = {"bitsandbytes": config.teacher_quantization == "nf4", "peft": config.lora_rank is not None}
+    flags = {"bitsandbytes": "--teacher-quantization nf4", "peft": "--lora-rank"}
+    for package, needed in needs.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flags[package]} needs {package}: pip install 'blockspin[distill]', or leave it out")
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:
@@ -99,19 +110,12 @@ def memory_estimate(
 
 
 def choose_quantization(config: DistillConfig) -> str:
-    """nf4 or none.
-
-    Raises:
-        ValueError: nf4 is asked for and bitsandbytes is missing.
-    """
-    found = importlib.util.find_spec("bitsandbytes") is not None
-    if config.teacher_quantization == "nf4" and not found:
-        raise ValueError(
-            "--teacher-quantization nf4 needs bitsandbytes: pip install 'blockspin[distill]', or take none"
-        )
+    """nf4 or none: `auto` is nf4 where there are a GPU, bitsandbytes and a teacher that is not quantised already."""
     if config.teacher_quantization != "auto":
         return config.teacher_quantization
-    return "nf4" if found and torch.cuda.is_available() else "none"
+    found = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    return "nf4" if found and not hasattr(teacher, "quantization_config") else "none"
 
 
 def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:

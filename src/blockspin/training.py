@@ -49,6 +49,7 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
         save_total_limit=1,
         bf16=cuda and weights == torch.float32,
         use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         disable_tqdm=True,
