@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .blocks import Block, find_blocks
     from .calibration import load_calibration
-    from .candidates import Candidate, select
+    from .candidates import Candidate
     from .config import DistillConfig
     from .distillation import distill, distill_checkpoint
+    from .energies import estimate_energies
     from .evaluation import perplexity
     from .hessian import Gradients, estimate_gradients
+    from .interactions import Interactions, gauss_newton, load_energies, measure_pairs
     from .problem import RemovalProblem
+    from .selection import select
     from .solvers import Spectrum, solve
     from .surgery import prune_checkpoint, remove_blocks
 
@@ -25,10 +28,15 @@ _HOME = {
     "find_blocks": "blocks",
     "load_calibration": "calibration",
     "Candidate": "candidates",
-    "select": "candidates",
     "DistillConfig": "config",
     "distill": "distillation",
     "distill_checkpoint": "distillation",
+    "estimate_energies": "energies",
+    "Interactions": "interactions",
+    "gauss_newton": "interactions",
+    "load_energies": "interactions",
+    "measure_pairs": "interactions",
+    "select": "selection",
     "perplexity": "evaluation",
     "Gradients": "hessian",
     "estimate_gradients": "hessian",
@@ -44,13 +52,18 @@ __all__ = [
     "Candidate",
     "DistillConfig",
     "Gradients",
+    "Interactions",
     "RemovalProblem",
     "Spectrum",
     "distill",
     "distill_checkpoint",
+    "estimate_energies",
     "estimate_gradients",
     "find_blocks",
+    "gauss_newton",
     "load_calibration",
+    "load_energies",
+    "measure_pairs",
     "perplexity",
     "prune_checkpoint",
     "remove_blocks",

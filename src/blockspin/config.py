@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from .files import replacing
 
 Removal = int | dict[str, int] | float
+GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
+ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -180,7 +182,9 @@ class CompressConfig(Settings):
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     protect: tuple[int, ...] = setting("Blocks that must stay: 0,1,31.", (), parse_indices)
-    num_samples: int = setting("Calibration samples.", 2048)
+    energy: str = setting("What predicts the loss: secant, pairwise, gauss-newton, fisher, empirical-fisher.", "secant")
+    num_samples: int = setting("Calibration samples for the gradients (fisher, empirical-fisher).", 2048)
+    energy_samples: int = setting("Calibration samples for the other energies, which measure shortened models.", 64)
     selection_samples: int = setting("Samples the choice is made on.", 64)
     evaluation_samples: int = setting("Samples of the report.", 128)
     max_length: int = setting("Tokens of a sample at most.", 1024)
@@ -191,7 +195,11 @@ class CompressConfig(Settings):
     beta: float = setting("Weight of the first-order term.", 0.0)
     solver: str = setting("auto certifies its answer.", "auto")
     states: int = setting("How many lowest-energy removals to find.", 100)
-    max_candidates: int = setting("States whose loss is measured.", 20)
+    objective: Literal["kl", "loss"] = setting(
+        "What the choice minimises: kl (to the whole model) or loss (cross-entropy).", "kl"
+    )
+    budget: float = setting("Forward passes over the selection samples that the choice may take.", 64.0)
+    max_candidates: int = setting("Distinct low-energy states that enter the race.", 20)
     time_limit: float | None = setting("Seconds the solver may take.", None)
     dtype: str = setting("auto, float32, bfloat16 or float16.", "auto")
     device_map: str | None = setting("auto spreads the model over several GPUs.", None)
@@ -202,7 +210,18 @@ class CompressConfig(Settings):
         object.__setattr__(self, "protect", tuple(self.protect))
         if isinstance(self.distill, dict):  # as YAML has it
             object.__setattr__(self, "distill", DistillConfig(**DistillConfig.known(self.distill, "distill")))
-        positive = ("num_samples", "selection_samples", "evaluation_samples", "batch_size", "states", "max_candidates")
-        self._check_least({**dict.fromkeys(positive, 1), "max_length": 2})
+        sizes = ("num_samples", "energy_samples", "selection_samples", "evaluation_samples", "batch_size")
+        self._check_least({**dict.fromkeys((*sizes, "states", "max_candidates"), 1), "max_length": 2})
+        if self.energy not in ENERGY_NAMES:
+            raise ValueError(f"--energy must be one of {', '.join(ENERGY_NAMES)}, not {self.energy!r}")
+        if self.objective not in ("kl", "loss"):
+            raise ValueError(f"--objective must be kl or loss, not {self.objective!r}")
+        if self.budget < 0:
+            raise ValueError(f"--budget must not be negative, not {self.budget}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def calibration_samples(self) -> int:
+        """How many samples the energy is computed from."""
+        return self.num_samples if self.energy in GRADIENT_ENERGIES else self.energy_samples
