@@ -392,7 +392,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     for message, changes in refused:
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "out", **changes)
-    monkeypatch.setattr(preflight, "_free_memory", lambda state: 2.0**20)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 2.0**20)
     with pytest.raises(ValueError, match=r"no room for both models: .* GiB are needed .* 0.0 GiB are free"):
         run(tmp_path / "out")
     (tmp_path / "full").mkdir()
@@ -511,7 +511,7 @@ def test_the_shipped_settings_are_valid(path: Path) -> None:
     assert config.data
 
 
-LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m", "blockspin.cli")
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def command(student: Path, out: Path, teacher: Path, text: Path, *options: object) -> list[str]:
@@ -530,7 +530,7 @@ def test_two_processes_train_as_one(tiny_folder: Path, text_file: Path, student_
     one = command(student_folder, tmp_path / "one", tiny_folder, text_file, "--batch-size", 8, "--max-steps", 6)
     two = command(student_folder, tmp_path / "two", tiny_folder, text_file, "--batch-size", 4, "--max-steps", 6)
     subprocess.run([sys.executable, "-m", "blockspin.cli", *one], check=True)
-    subprocess.run([sys.executable, *LAUNCH, *two], check=True)
+    subprocess.run([sys.executable, *TWO_PROCESSES, "-m", "blockspin.cli", *two], check=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     torch.testing.assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), rtol=1e-3, atol=1e-5)
 
@@ -553,3 +553,38 @@ def test_a_process_killed_for_good_continues(
     assert process.wait() == -signal.SIGKILL
     subprocess.run(commands["killed"], check=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from conftest import tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from blockspin.objective import Objective, split, training_forward
+
+torch.distributed.init_process_group("gloo")
+mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
+teacher, whole, sharded = tiny_model("llama", seed=2), tiny_model("llama", seed=1), tiny_model("llama", seed=1)
+token_ids = torch.randint(2, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+for student, rows in ((whole, token_ids), (sharded, token_ids[2 * rank : 2 * rank + 2])):
+    with split(student) as ours, split(teacher) as theirs:
+        with training_forward(Objective(ours, theirs, chunk_tokens=5, kept=[0, 1, 2, 3])):
+            if student is sharded:
+                for layer in student.model.layers:
+                    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+                fully_shard(student, mesh=mesh, reshard_after_forward=True)
+            losses = student(input_ids=rows)
+            (losses["kl"].mean() + losses["hidden"].mean()).backward()
+for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
+    torch.testing.assert_close(b.grad.full_tensor(), a.grad, rtol=1e-3, atol=1e-5)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_student_sharded_by_fsdp_gets_the_same_gradients(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, *TWO_PROCESSES, str(tmp_path / "sharded.py"), here], check=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .baselines import measure_activations
-from .blocks import find_blocks
-from .calibration import load_calibration
+from .blocks import Block, find_blocks
+from .calibration import load_calibration, tokenise
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
 from .distillation import distill_checkpoint
@@ -27,7 +27,7 @@ from .files import write_json
 from .hessian import Gradients
 from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
-from .preflight import check_requirements
+from .preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .problem import RemovalProblem
 from .progress import console
 from .selection import ACTIVATION_SAMPLES, Selection, pool_of, run_selection
@@ -78,6 +78,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     samples = load_samples(config, tokenizer, model_config)
+    if config.distill is not None and config.distill.data is not None:
+        next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
     config.save(out / "run.yaml")
     model = load_model(
         config.model,
@@ -136,7 +138,24 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
     if config.distill is not None:
-        check_requirements(config.distill)
+        check_distillation(config, model_config, blocks)
+
+
+def check_distillation(config: CompressConfig, model_config: PretrainedConfig, blocks: Sequence[Block]) -> None:
+    """Refuse a training that lacks packages or room, even where the largest blocks are the ones that go."""
+    assert config.distill is not None
+    check_requirements(config.distill)
+    model = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
+    teacher = sum(p.numel() for p in model.parameters())
+    if isinstance(config.remove, float):
+        gone = int(config.remove * sum(block.num_parameters for block in blocks))
+    else:
+        number = sum(config.remove.values()) if isinstance(config.remove, dict) else config.remove
+        gone = sum(sorted(block.num_parameters for block in blocks)[-number:])
+    settings = replace(config.distill, teacher=config.model, max_length=_max_length(config, model_config))
+    settings = replace(settings, teacher_quantization=choose_quantization(settings))
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    check_room(memory_estimate(teacher - gone, teacher, vocabulary, settings, 1), free_memory())
 
 
 def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:

@@ -17,7 +17,11 @@ from .models import load_config, load_tokenizer, model_without_weights
 
 
 def check_training(student: Path, config: DistillConfig, state: PartialState) -> PreTrainedTokenizerBase:
-    """Refuse what cannot end well before anything is loaded; the tokenizer."""
+    """Refuse what cannot end well before anything is loaded; the tokenizer.
+
+    Raises:
+        ValueError: what is wrong.
+    """
     check_requirements(config)
     remote = config.trust_remote_code
     configs = [load_config(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
@@ -35,7 +39,7 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     sizes = [sum(p.numel() for p in model_without_weights(c, trust_remote_code=remote).parameters()) for c in configs]
     vocabulary = configs[0].get_text_config(decoder=True).vocab_size
     needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
-    check_room(needed, _free_memory(state))
+    check_room(needed, free_memory())
     return tokenizers[0]
 
 
@@ -119,14 +123,15 @@ def choose_quantization(config: DistillConfig) -> str:
 
 
 def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
-    """Which blocks of the teacher the student's blocks are."""
+    """Which blocks of the teacher the student's blocks are, where that is asked for and blockspin.json tells it."""
     if not config.hidden_states or not (student / "blockspin.json").is_file():
         return None
     kept: list[int] = json.loads((student / "blockspin.json").read_text())["kept"]
     return kept
 
 
-def _free_memory(state: PartialState) -> float:
+def free_memory() -> float:
+    """Bytes that are free on this process's GPU; without one, its share of what the machine has free."""
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info(state.device)[0])
+        return float(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0])
     return float(psutil.virtual_memory().available) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
