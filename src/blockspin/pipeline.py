@@ -15,12 +15,11 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .baselines import measure_activations
 from .blocks import find_blocks
 from .calibration import load_calibration
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
-from .energies import estimate_energies, robustness
+from .energies import estimate_energies
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients
@@ -28,7 +27,7 @@ from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
-from .selection import ACTIVATION_SAMPLES, Selection, pool_of, run_selection
+from .selection import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
 
@@ -221,27 +220,21 @@ def selection_stage(
     """The choice: read, or made, continuing where an interrupted run stopped."""
     partial = path.with_name(f"{path.stem}.partial.json")
     if not path.is_file():
-        trust = robustness(energies, problem, seed=config.seed)
-        console.print(trust.summary(), soft_wrap=True, highlight=False)
-        few = samples.calibration[:ACTIVATION_SAMPLES]
-        activations = measure_activations(model, few, batch_size=config.batch_size, progress=True)
-        selection = run_selection(
+        selection, trust = select_with_energies(
             model,
-            pool_of(
-                problem,
-                spectrum,
-                max_candidates=config.max_candidates,
-                ground_states=trust.ground_states,
-                activations=activations,
-            ),
+            energies,
+            problem,
+            spectrum,
             samples.selection,
-            problem=problem,
+            samples.calibration[:ACTIVATION_SAMPLES],
+            seed=config.seed,
+            max_candidates=config.max_candidates,
+            batch_size=config.batch_size,
             objective=config.objective,
             budget=config.budget,
-            batch_size=config.batch_size,
             partial=partial,
         )
-        console.print(selection.table(), selection.summary(), soft_wrap=True, highlight=False)
+        console.print(trust.summary(), selection.table(), selection.summary(), soft_wrap=True, highlight=False)
         write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
     partial.unlink(missing_ok=True)
     return Selection.load(path)
