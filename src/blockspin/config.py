@@ -2,60 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from .files import replacing
 
 Removal = int | dict[str, int] | float
+GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
+ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parse_remove(text: str) -> Removal:
+    """ "8" is a number of blocks, "moe=2,attention=1" a number for each kind, "25%" a share of the blocks' parameters.
+
+    Raises:
+        ValueError: it is none of them, or a number is not positive.
+    """
+    try:
+        if text.endswith("%") and 0 < float(text[:-1]) < 100:
+            return float(text[:-1]) / 100
+        pairs = [part.split("=") for part in text.split(",")] if "=" in text else [["", text]]
+        counts = {kind.strip(): int(number) for kind, number in pairs}
+    except ValueError:
+        raise ValueError(
+            f"--remove takes a number (8), a number for each kind (moe=2) or a share of parameters (25%), not {text!r}"
+        ) from None
+    if min(counts.values()) < 1:
+        raise ValueError(f"--remove must be at least 1, not {text}")
+    return counts.get("", counts)
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """ "20,23" as block indices.
+
+    Raises:
+        ValueError: it is not whole numbers separated by commas.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"block numbers are separated by commas (20,23), not {text!r}") from None
+
+
+def setting(help: str, value: Any = MISSING, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field with the help text of its command-line option; `parse` reads the option where it is not a plain value."""
+    return field(default=value, metadata={"help": help, "parse": parse})
 
 
 @dataclass(frozen=True)
 class CompressConfig:
     """Everything that decides the outcome of `blockspin compress`; stored as run.yaml in the run folder.
 
-    model: hub id or local folder.                     calibration: hub id or local file, see calibration.py.
     remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
-    protect: indices of blocks that must stay.
-    evaluation: text for the final report; None takes held-out samples of the calibration set.
-    num_samples: samples for the gradients; selection_samples and evaluation_samples come after them and are distinct.
+    The samples for the gradients, the selection and the evaluation come after each other and are distinct.
     """
 
-    model: str
-    calibration: str
-    remove: Removal
-    evaluation: str | None = None
-    protect: tuple[int, ...] = ()
-    num_samples: int = 2048
-    selection_samples: int = 64
-    evaluation_samples: int = 128
-    max_length: int = 1024
-    seed: int = 42
-    split: str = "train"
-    batch_size: int = 8
-    gradient_checkpointing: bool = False
-    beta: float = 0.0
-    solver: str = "auto"
-    states: int = 100
-    max_candidates: int = 20
-    time_limit: float | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
+    model: str = setting("Hub id or local folder of a causal language model.")
+    calibration: str = setting("Text the gradients are computed on: hub id or local file.")
+    remove: Removal = setting(
+        "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters.", parse=parse_remove
+    )
+    evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
+    protect: tuple[int, ...] = setting("Blocks that must stay: 0,1,31.", (), parse_indices)
+    energy: str = setting("What predicts the loss: secant, pairwise, gauss-newton, fisher, empirical-fisher.", "secant")
+    num_samples: int = setting("Calibration samples for the gradients (fisher, empirical-fisher).", 2048)
+    energy_samples: int = setting("Calibration samples for the other energies, which measure shortened models.", 64)
+    selection_samples: int = setting("Samples the choice is made on.", 64)
+    evaluation_samples: int = setting("Samples of the report.", 128)
+    max_length: int = setting("Tokens of a sample at most.", 1024)
+    seed: int = setting("Decides the order of the data and the solver's start values.", 42)
+    split: str = setting("Split of a hub dataset.", "train")
+    batch_size: int = setting("Samples in one pass.", 8)
+    gradient_checkpointing: bool = setting("Less memory for the gradients, a third more time.", False)
+    beta: float = setting("Weight of the first-order term.", 0.0)
+    solver: str = setting("auto certifies its answer.", "auto")
+    states: int = setting("How many lowest-energy removals to find.", 100)
+    objective: Literal["kl", "loss"] = setting(
+        "What the choice minimises: kl (to the whole model) or loss (cross-entropy).", "kl"
+    )
+    budget: float = setting("Forward passes over the selection samples that the choice may take.", 64.0)
+    max_candidates: int = setting("Distinct low-energy states that enter the race.", 20)
+    time_limit: float | None = setting("Seconds the solver may take.", None)
+    dtype: str = setting("auto, float32, bfloat16 or float16.", "auto")
+    device_map: str | None = setting("auto spreads the model over several GPUs.", None)
+    trust_remote_code: bool = setting("Run code that comes with the model.", False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "protect", tuple(self.protect))
-        least = {"num_samples": 1, "selection_samples": 1, "evaluation_samples": 1, "max_length": 2, "batch_size": 1}
-        for name, value in {**least, "states": 1, "max_candidates": 1}.items():
+        sizes = ("num_samples", "energy_samples", "selection_samples", "evaluation_samples", "batch_size")
+        for name, value in {**dict.fromkeys((*sizes, "states", "max_candidates"), 1), "max_length": 2}.items():
             if getattr(self, name) < value:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {value}, not {getattr(self, name)}")
+        if self.energy not in ENERGY_NAMES:
+            raise ValueError(f"--energy must be one of {', '.join(ENERGY_NAMES)}, not {self.energy!r}")
+        if self.objective not in ("kl", "loss"):
+            raise ValueError(f"--objective must be kl or loss, not {self.objective!r}")
+        if self.budget < 0:
+            raise ValueError(f"--budget must not be negative, not {self.budget}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def calibration_samples(self) -> int:
+        """How many samples the energy is computed from."""
+        return self.num_samples if self.energy in GRADIENT_ENERGIES else self.energy_samples
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
@@ -78,28 +134,3 @@ class CompressConfig:
             raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}; known are {', '.join(known)}")
         settings: dict[str, Any] = values
         return settings
-
-
-def default(name: str) -> Any:
-    """The default of a setting of `CompressConfig`."""
-    return next(f.default for f in fields(CompressConfig) if f.name == name)
-
-
-def parse_remove(text: str) -> Removal:
-    """ "8" is a number of blocks, "moe=2,attention=1" a number for each kind, "25%" a share of the blocks' parameters.
-
-    Raises:
-        ValueError: it is none of them, or a number is not positive.
-    """
-    try:
-        if text.endswith("%") and 0 < float(text[:-1]) < 100:
-            return float(text[:-1]) / 100
-        pairs = [part.split("=") for part in text.split(",")] if "=" in text else [["", text]]
-        counts = {kind.strip(): int(number) for kind, number in pairs}
-    except ValueError:
-        raise ValueError(
-            f"--remove takes a number (8), a number for each kind (moe=2) or a share of parameters (25%), not {text!r}"
-        ) from None
-    if min(counts.values()) < 1:
-        raise ValueError(f"--remove must be at least 1, not {text}")
-    return counts.get("", counts)
