@@ -155,6 +155,17 @@ def test_bad_sources_and_targets_are_refused(tmp_path: Path) -> None:
         prune_checkpoint(folder, [0], tmp_path / "short")
 
 
+@pytest.mark.parametrize(
+    ("family", "removed", "noted"), [("gemma2", [3], False), ("gemma2", [0], True), ("llama", [0], False)]
+)
+def test_a_new_order_of_sliding_windows_is_said(
+    family: str, removed: list[int], noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", removed, tmp_path / "short")
+    assert ("loading_elsewhere" in capsys.readouterr().err) == noted
+
+
 def test_killed_at_any_moment_it_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     """Kill the process at its first, second, ... change to the file system; then the same call succeeds."""
     folder, target = save_tiny(tmp_path / "model", max_shard_size="80KB"), tmp_path / "short"
@@ -164,7 +175,9 @@ def test_killed_at_any_moment_it_leaves_nothing_under_the_final_name(tmp_path: P
         seen = itertools.count(1)
 
         def watch(event: str, arguments: tuple) -> None:
-            writes = event == "open" and str(arguments[0]).startswith(str(tmp_path)) and set(str(arguments[1])) & set("wa")
+            writes = (
+                event == "open" and str(arguments[0]).startswith(str(tmp_path)) and set(str(arguments[1])) & set("wa")
+            )
             if (writes or event in changes) and next(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -245,7 +258,9 @@ def test_quantised_checkpoints(method: str, tmp_path: Path) -> None:
         if layer is None or int(layer[1]) in new:
             expected[name if layer is None else name.replace(layer[0], f"layers.{new[int(layer[1])]}.")] = tensor
     assert short.keys() == expected.keys()
-    assert all(torch.equal(short[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items())
+    assert all(
+        torch.equal(short[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
+    )
     left = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.self_attn"]
     new_lists = {key: {name: {"bits": 8} for name in left} if key == "dynamic" else left for key in form["lists"]}
     written = json.loads((tmp_path / "short" / "config.json").read_text())

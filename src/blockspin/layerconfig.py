@@ -397,7 +397,9 @@ def _possible(config: PretrainedConfig, original: nn.Module, build: Build) -> st
         if time.monotonic() > deadline:
             break
     among = "" if tried == depth else f" (of the blocks 0 to {tried - 1}; the others were not tried)"
-    found = f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
+    found = (
+        f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
+    )
     return found + among
 
 
