@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from .blocks import Block, find_blocks
     from .calibration import load_calibration
     from .candidates import Candidate, select
-    from .evaluation import perplexity
+    from .evaluation import perplexity, text_perplexity
     from .hessian import Gradients, estimate_gradients
     from .problem import RemovalProblem
     from .solvers import Spectrum, solve
     from .surgery import prune_checkpoint, remove_blocks
+    from .tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOME = {
     "Candidate": "candidates",
     "select": "candidates",
     "perplexity": "evaluation",
+    "text_perplexity": "evaluation",
     "Gradients": "hessian",
     "estimate_gradients": "hessian",
     "RemovalProblem": "problem",
@@ -32,6 +34,7 @@ _HOME = {
     "solve": "solvers",
     "prune_checkpoint": "surgery",
     "remove_blocks": "surgery",
+    "evaluate": "tasks",
 }
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "RemovalProblem",
     "Spectrum",
     "estimate_gradients",
+    "evaluate",
     "find_blocks",
     "load_calibration",
     "perplexity",
@@ -48,6 +52,7 @@ __all__ = [
     "remove_blocks",
     "select",
     "solve",
+    "text_perplexity",
 ]
 
 
