@@ -13,12 +13,20 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from .batches import frozen, input_device
 from .evaluation import short
 from .progress import track
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# Torch counts attention on a GPU, but not the kernel that does it on a CPU.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def _timed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
 
 
 def _flops(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         _generate(model, prompt, new_tokens)
     return int(counter.get_total_flops())
 
@@ -214,7 +222,7 @@ def _lines(costs: Sequence[ModelCost]) -> list[list[str]]:
 
     def sizes(heading: str, numbers: Sequence[int | None]) -> list[str]:
         cells = [
-            "unknown" if number is None else short(number) + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
+            "unknown" if number is None else short(number).strip() + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
             for number in numbers
         ]
         return [heading, *cells]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import EvaluateConfig
 from .models import load_model
@@ -72,7 +72,7 @@ def run(lm: Any, loaded: Mapping[str, Any], config: EvaluateConfig, rollouts: in
     for name, task in loaded["tasks"].items():
         _set_up(task, config, rollouts)
         _check_generation(lm, name, task, rollouts)
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     with _explained_memory(config.batch_size), redirect_stdout(sys.stderr):
         results: dict[str, Any] = evaluate(
             lm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,6 @@ def _check(
     """Refuse what some model could not be scored on before any is; results kept on disk need no check."""
     for name, source in models.items():
         files = result_files(source, tokenizers[name], config)
-        missing = tuple(task for task in config.tasks if task not in files or not files[task].is_file())
+        missing = [task for task in config.tasks if task not in files or not files[task].is_file()]
         if missing:
-            check_tasks(replace(config, tasks=missing), tokenizers[name])
+            check_tasks(missing, config, tokenizers[name])

@@ -105,7 +105,7 @@ def evaluate_tasks(
     known = {task: _read(file) for task, file in files.items() if file.is_file()}
     missing = [task for task in config.tasks if task not in known]
     if missing:
-        loaded = check_tasks(replace(config, tasks=tuple(missing)), tokenizer)
+        loaded = check_tasks(missing, config, tokenizer)
         lm = harness.open_model(model, tokenizer, config)
     for number, task in enumerate(missing, 1):
         known[task], results = _score(lm, loaded.pop(task), task, config)
@@ -116,7 +116,9 @@ def evaluate_tasks(
     return [score for task in config.tasks for score in known[task]]
 
 
-def check_tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+def check_tasks(
+    tasks: Sequence[str], config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, Any]]:
     """Refuse what cannot be scored before any model is loaded; returns what `harness.find_tasks` found.
 
     Raises:
@@ -124,7 +126,7 @@ def check_tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> d
     """
     if config.apply_chat_template:
         harness.check_chat_template(tokenizer)
-    return harness.find_tasks(config.tasks, config.include_path)
+    return harness.find_tasks(tasks, config.include_path)
 
 
 def scorer(
@@ -139,7 +141,7 @@ def scorer(
         return lambda model: ()
     shared = {f.name: getattr(config, f.name) for f in fields(TaskSettings)}
     settings = EvaluateConfig(**shared, cache=str(cache), trust_remote_code=config.trust_remote_code)
-    check_tasks(settings, tokenizer)
+    check_tasks(settings.tasks, settings, tokenizer)
     return lambda model: tuple(evaluate_tasks(model, settings, tokenizer))
 
 
