@@ -24,7 +24,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockspin.batches import mean_loss
-from blockspin.candidates import Candidate, measure_candidates
+from blockspin.measures import shared_losses
 
 PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
 VOCABULARY = 4096
@@ -195,8 +195,8 @@ def export(text: Path, work: Path, hardware: str) -> None:
         sizes[document["source"]] += len(document["text"].encode())
     samples = load_windows(validation, tokenizer)[:64]
     whole = mean_loss(model, samples, 16)
-    single = [Candidate((i,), "single") for i in range(CONFIG["num_hidden_layers"])]
-    without = [c.loss for c in measure_candidates(model, single, samples, batch_size=16)]
+    single = [(i,) for i in range(CONFIG["num_hidden_layers"])]
+    without = shared_losses(model, single, samples, batch_size=16)
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         tokens=state["tokens"] / 1e6,

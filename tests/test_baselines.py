@@ -197,12 +197,12 @@ def divergence(model: tf.PreTrainedModel, removed: tuple[int, ...]) -> float:
 
 
 def test_evopress_finds_the_removal_closest_to_the_original() -> None:
-    """Among 35 removals a few generations find the best, and the same seed finds it again."""
+    """Among 35 removals a short evolution finds the best, and the same seed finds it again."""
     model, problem = deep_llama(), RemovalProblem(np.eye(7), 3)
     best = min(combinations(range(7), 3), key=lambda removed: divergence(model, removed))
-    found = baselines.evopress(model, SAMPLES, problem, generations=6, offspring=8, seed=3)
+    found = baselines.evopress(model, SAMPLES, problem, budget=40, offspring=8, seed=3)
     assert found.removed == best
-    again = baselines.evopress(model, SAMPLES, problem, generations=6, offspring=8, seed=3)
+    again = baselines.evopress(model, SAMPLES, problem, budget=40, offspring=8, seed=3)
     assert again == found
 
 
@@ -226,7 +226,7 @@ def test_every_method_keeps_to_kinds_protection_and_budgets() -> None:
             baselines.norm_ratio(problem, activations),
             baselines.iterative_block_influence(model, SAMPLES, problem),
             baselines.sleb(model, SAMPLES[:2], problem),
-            baselines.evopress(model, SAMPLES[:2], problem, generations=2, offspring=4),
+            baselines.evopress(model, SAMPLES[:2], problem, budget=2, offspring=4),
         ]
         for candidate in candidates:
             assert problem.allows(candidate.removed), (candidate, problem)

@@ -162,9 +162,9 @@ def test_a_bad_file_is_refused(tmp_path: Path) -> None:
 def test_a_partial_file_of_another_model_is_refused(tmp_path: Path) -> None:
     partial, samples = tmp_path / "partial.jsonl", random_samples()
     estimate_gradients(tiny_model("llama"), samples, partial=partial, progress=False)
-    with pytest.raises(ValueError, match="another model or other samples"):
+    with pytest.raises(ValueError, match="another model, other samples"):
         estimate_gradients(tiny_model("llama", seed=5), samples, partial=partial, progress=False)
-    with pytest.raises(ValueError, match="another model or other samples"):
+    with pytest.raises(ValueError, match="another model, other samples"):
         estimate_gradients(tiny_model("llama"), samples[1:], partial=partial, progress=False)
 
 

@@ -74,7 +74,7 @@ def test_the_demo_prints_its_table(demo_run: Path) -> None:
 
 def test_the_demo_leaves_a_whole_run(demo_run: Path) -> None:
     names = {path.name for path in (demo_run / "empty" / "blockspin-demo").iterdir()}
-    assert names >= {"run.yaml", "gradients.safetensors", "spectrum.json", "candidates.json", "checkpoint"}
+    assert names >= {"run.yaml", "energies.safetensors", "spectrum.json", "candidates.json", "checkpoint"}
     assert not any("partial" in name for name in names)
 
 

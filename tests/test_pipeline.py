@@ -18,17 +18,25 @@ from conftest import Command, save_tiny
 from blockspin.batches import mean_loss
 from blockspin.blocks import Block
 from blockspin.calibration import load_calibration
-from blockspin.candidates import Candidate, random_candidate, select
-from blockspin.config import CompressConfig, parse_remove
-from blockspin.hessian import Gradients
-from blockspin.pipeline import compress, read_candidates
+from blockspin.candidates import Candidate, random_candidate
+from blockspin.config import ENERGY_NAMES, CompressConfig, parse_remove
+from blockspin.interactions import load_energies
+from blockspin.pipeline import compress
 from blockspin.problem import RemovalProblem
+from blockspin.selection import Selection, select
 from blockspin.solvers import Spectrum
 from blockspin.surgery import remove_blocks
 
 
 def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
-    small = {"num_samples": 24, "selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
+    small = {
+        "energy_samples": 24,
+        "num_samples": 24,
+        "selection_samples": 8,
+        "evaluation_samples": 8,
+        "max_length": 32,
+        "states": 6,
+    }
     return CompressConfig(str(model), str(text), **{"remove": 2, **small, **changes})
 
 
@@ -38,13 +46,15 @@ def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_pat
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "run.yaml",
-        "gradients.safetensors",
+        "energies.safetensors",
         "spectrum.json",
         "candidates.json",
         "checkpoint",
         "evaluation.json",
     }
-    chosen = min(read_candidates(tmp_path / "run" / "candidates.json"), key=lambda candidate: candidate.loss)
+    selection = Selection.load(tmp_path / "run" / "candidates.json")
+    chosen = selection.chosen
+    assert chosen.loss == min(trial.loss for trial in selection.trials if trial.num_samples == 8)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint", dtype=torch.float32)
     whole = tf.AutoModelForCausalLM.from_pretrained(tiny_folder)
     torch.testing.assert_close(loaded.state_dict(), remove_blocks(whole, chosen.removed).state_dict())
@@ -65,7 +75,7 @@ def test_the_choice_is_the_candidate_of_lowest_measured_loss(tiny_folder: Path) 
     candidates = [Candidate((i, j), "test") for i in range(4) for j in range(i)]
     candidates = [Candidate(tuple(sorted(c.removed)), c.source) for c in candidates]
     losses = [mean_loss(remove_blocks(model, c.removed), samples) for c in candidates]
-    chosen = select(model, candidates, samples, progress=False)
+    chosen = select(model, candidates, samples, objective="loss", progress=False)
     assert chosen.removed == candidates[int(np.argmin(losses))].removed
     assert chosen.loss == pytest.approx(min(losses), rel=1e-5)
 
@@ -84,55 +94,61 @@ def test_stages_continue_after_any_of_them(tiny_folder: Path, text_file: Path, t
     config = settings(tiny_folder, text_file)
     rows = compress(config, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    for name in ("evaluation.json", "candidates.json", "gradients.safetensors"):
+    for name in ("evaluation.json", "candidates.json", "energies.safetensors"):
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / "evaluation.json").unlink(missing_ok=True)
         again = compress(config, tmp_path / "run")
         assert [(row.removed, row.loss) for row in again] == [(row.removed, row.loss) for row in rows]
         assert (tmp_path / "run" / name).exists()
-    assert (tmp_path / "run" / "gradients.safetensors").read_bytes() == before["gradients.safetensors"]
+    assert (tmp_path / "run" / "energies.safetensors").read_bytes() == before["energies.safetensors"]
 
 
+@pytest.mark.parametrize("energy", ["secant", "empirical-fisher"])
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
+    tiny_folder: Path, text_file: Path, tmp_path: Path, energy: str
 ) -> None:
-    config = settings(tiny_folder, text_file, num_samples=30, batch_size=1)
+    config = settings(tiny_folder, text_file, energy_samples=30, num_samples=30, batch_size=1, energy=energy)
     unbroken = compress(config, tmp_path / "unbroken")
     config.save(tmp_path / "settings.yaml")
     arguments = ["compress", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]
     run = [sys.executable, "-m", "blockspin.cli", *arguments]
     seen: set[str] = set()
-    for stage in ("gradients.partial.jsonl", "candidates.json", "checkpoint"):
+    for stage in ("energies.partial.jsonl", "candidates.partial.json", "candidates.json", "checkpoint"):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "run" / stage).exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen |= {path.name for path in (tmp_path / "run").iterdir()}
-    assert "gradients.partial.jsonl" in seen
+    assert "energies.partial.jsonl" in seen
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [(tuple(row["removed"]), row["loss"]) for row in rows] == [(row.removed, row.loss) for row in unbroken]
     np.testing.assert_array_equal(
-        Gradients.load(tmp_path / "run" / "gradients.safetensors").matrix,
-        Gradients.load(tmp_path / "unbroken" / "gradients.safetensors").matrix,
+        load_energies(tmp_path / "run" / "energies.safetensors").hessian,
+        load_energies(tmp_path / "unbroken" / "energies.safetensors").hessian,
     )
 
 
-def test_each_stage_has_its_command(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("energy", ENERGY_NAMES)
+def test_each_stage_has_its_command(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, energy: str
+) -> None:
     gradients, spectrum = tmp_path / "g.safetensors", tmp_path / "s.json"
     common = ("--max-length", 32)
-    data = ("--calibration", text_file, "--num-samples", 20)
+    data = ("--calibration", text_file, "--energy", energy, "--num-samples", 20, "--energy-samples", 6)
     assert command("gradients", tiny_folder, *data, *common, "--out", gradients)[0] == 0
     code, printed = command("solve", gradients, "--remove", 2, "--states", 5, "--protect", 0, "--out", spectrum)
     assert code == 0
     assert "CBO:0" in printed
     states = Spectrum.load(spectrum).states
-    problem = RemovalProblem(Gradients.load(gradients).hessian, 2, protect=(0,))
+    assert "Drawn anew" in printed
+    problem = RemovalProblem(load_energies(gradients).hessian, 2, protect=(0,))
     every = [(i, j) for j in range(4) for i in range(1, j)]
     assert states[0].removed == min(every, key=problem.energy)
     code, printed = command(
-        "select", tiny_folder, "--spectrum", spectrum, "--data", text_file, *common, "--out", tmp_path / "c.json"
+        *("select", tiny_folder, "--energies", gradients, "--remove", 2, "--data", text_file, "--num-samples", 8),
+        *("--budget", 4, *common, "--out", tmp_path / "c.json"),
     )
     assert code == 0
     chosen = next(line for line in printed.splitlines() if line.replace(",", "").isdigit())

@@ -11,7 +11,8 @@ from conftest import plain_loss, random_samples, tiny_model
 from blockspin import prefixes
 from blockspin.batches import make_batches, mean_loss
 from blockspin.gates import skipped, trace_blocks
-from blockspin.prefixes import can_share, quality_of, shared_logits, shared_losses, shared_qualities
+from blockspin.measures import quality_of, shared_losses, shared_qualities
+from blockspin.prefixes import can_share, shared_logits
 from blockspin.surgery import remove_blocks
 
 EVERY = [removal for m in range(4) for removal in combinations(range(4), m)]

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .blocks import Block, find_blocks
     from .calibration import load_calibration
-    from .candidates import Candidate, select
+    from .candidates import Candidate
+    from .energies import estimate_energies
     from .evaluation import perplexity, text_perplexity
     from .hessian import Gradients, estimate_gradients
+    from .interactions import Interactions, gauss_newton, load_energies, measure_pairs
     from .problem import RemovalProblem
+    from .selection import select
     from .solvers import Spectrum, solve
     from .surgery import prune_checkpoint, remove_blocks
     from .tasks import evaluate
@@ -24,7 +27,12 @@ _HOME = {
     "find_blocks": "blocks",
     "load_calibration": "calibration",
     "Candidate": "candidates",
-    "select": "candidates",
+    "estimate_energies": "energies",
+    "Interactions": "interactions",
+    "gauss_newton": "interactions",
+    "load_energies": "interactions",
+    "measure_pairs": "interactions",
+    "select": "selection",
     "perplexity": "evaluation",
     "text_perplexity": "evaluation",
     "Gradients": "hessian",
@@ -41,12 +49,17 @@ __all__ = [
     "Block",
     "Candidate",
     "Gradients",
+    "Interactions",
     "RemovalProblem",
     "Spectrum",
+    "estimate_energies",
     "estimate_gradients",
     "evaluate",
     "find_blocks",
+    "gauss_newton",
     "load_calibration",
+    "load_energies",
+    "measure_pairs",
     "perplexity",
     "prune_checkpoint",
     "remove_blocks",

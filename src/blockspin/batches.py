@@ -81,17 +81,32 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Token-mean cross-entropy of each sample, (batch,) in nats; every token but the first is a label."""
+def sample_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """Token-mean cross-entropy of each sample, (batch,) in nats; every token but the first is a label.
+
+    labels: (batch, length) other labels, the one at position t for the token after t.
+    """
     lengths = batch.lengths.to(logits.device)
-    labels = nn.functional.pad(batch.token_ids[:, 1:], (0, 1)).to(
-        logits.device
-    )  # the label of a token is its successor
+    if labels is None:
+        labels = nn.functional.pad(batch.token_ids[:, 1:], (0, 1))  # the label of a token is its successor
     last = lengths[:, None] - 1
+    labels = labels.to(logits.device)
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=logits.device) >= last, -100)
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="none")
     return losses.view_as(labels).sum(dim=1) / (lengths - 1)
+
+
+def drawn_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+    """(batch, length) tokens drawn from the model's own predictions; those of a sample depend on nothing but it."""
+    rows = []
+    for row, index in zip(logits.detach(), batch.indices, strict=True):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + index)
+        uniform = torch.rand(row.shape[0], 1, generator=generator).to(row.device)
+        cumulated = row.softmax(-1, dtype=torch.float32).cumsum(-1)
+        drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
+        rows.append(drawn[:, 0].clamp(max=row.shape[-1] - 1))
+    return torch.stack(rows)
 
 
 def check_finite(losses: Tensor, batch: Batch) -> None:

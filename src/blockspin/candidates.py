@@ -1,17 +1,13 @@
-"""Measures candidate removals on held-out samples and picks one."""
+"""Candidate removals: from the states of a spectrum, from an order of preference, at random."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
 
-from .batches import mean_loss
-from .gates import skipped, trace_blocks
 from .problem import RemovalProblem
-from .progress import track
 from .solvers import Spectrum
 
 
@@ -22,7 +18,8 @@ class Candidate:
     removed: sorted indices of the removed blocks.
     source: the method, e.g. "CBO:0" for the ground state.
     energy: predicted by the problem; None where the method has none.
-    loss: measured token-mean cross-entropy without these blocks, in nats; None before it is measured.
+    loss: what removing the blocks was measured to cost, by default the KL divergence from the whole model in nats a
+        token; None before it is measured.
     """
 
     removed: tuple[int, ...]
@@ -71,60 +68,25 @@ def random_candidate(problem: RemovalProblem, seed: int = 0) -> Candidate:
     return Candidate(removed, "random", problem.energy(removed))
 
 
-def measure_candidates(
-    model: nn.Module,
-    candidates: Sequence[Candidate],
-    samples: Sequence[Tensor],
-    *,
-    batch_size: int = 8,
-    on_measured: Callable[[Candidate], None] = lambda candidate: None,
-    progress: bool = True,
-) -> list[Candidate]:
-    """The candidates with their measured losses; those that have one already are not measured again.
+def distinct(candidates: Sequence[Candidate], apart: int = 2) -> list[Candidate]:
+    """One representative, the first, of each group of candidates that differ from it in at most `apart` blocks.
 
-    on_measured: called with each candidate as soon as it is measured, for example to keep it on disk.
-
-    Raises:
-        ValueError: unusable samples, or a loss that is NaN or infinite.
+    Blocks that one removes and the other keeps count; exchanging one block makes two. Neighbouring states of a spectrum
+    are often nearly the same removal.
     """
-    traces = trace_blocks(model)
-    measured = []
-    for candidate in track(candidates, "Candidates", len(candidates), show=progress):
-        if candidate.loss is None:
-            with skipped(model, candidate.removed, traces):
-                candidate = replace(candidate, loss=mean_loss(model, samples, batch_size))
-            on_measured(candidate)
-        measured.append(candidate)
-    return measured
+    kept: list[Candidate] = []
+    for candidate in candidates:
+        if all(len({*candidate.removed} ^ {*other.removed}) > apart for other in kept):
+            kept.append(candidate)
+    return kept
 
 
-def select(
-    model: nn.Module,
-    spectrum_or_candidates: Spectrum | Sequence[Candidate],
-    samples: Sequence[Tensor],
-    *,
-    max_candidates: int = 20,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> Candidate:
-    """The candidate with the lowest loss on `samples`, which should not be those the gradients were computed from.
-
-    The ground state is often not the best: the energy is a prediction, and neighbouring states are close. So the first
-    `max_candidates` states are measured, in order of energy.
-
-    Raises:
-        ValueError: there is no candidate, the samples are unusable, or a loss is NaN or infinite.
-    """
-    if isinstance(spectrum_or_candidates, Spectrum):
-        candidates = states_as_candidates(spectrum_or_candidates)
-    else:
-        candidates = list(spectrum_or_candidates)
-    if not candidates or max_candidates < 1:
-        raise ValueError("there are no candidates to select from")
-    measured = measure_candidates(model, candidates[:max_candidates], samples, batch_size=batch_size, progress=progress)
-    return best(measured)
-
-
-def best(measured: Sequence[Candidate]) -> Candidate:
-    """The measured candidate of lowest loss; of equals the first."""
-    return min(measured, key=lambda candidate: candidate.loss if candidate.loss is not None else float("inf"))
+def swaps(problem: RemovalProblem, removed: Iterable[int]) -> list[tuple[int, ...]]:
+    """The allowed removals that put one block back and remove another in its place, lowest energy first."""
+    out = set(removed)
+    r = problem.reduced
+    free = r.block.tolist()
+    moves = [(i, j) for i in sorted(out & {*free}) for j in free if j not in out]
+    neighbours = [tuple(sorted(out - {i} | {j})) for i, j in moves]
+    allowed = [neighbour for neighbour in neighbours if problem.allows(neighbour)]
+    return sorted(allowed, key=lambda neighbour: (problem.energy(neighbour), neighbour))

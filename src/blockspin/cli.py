@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config import CompressConfig, EvaluateConfig, parse_indices, parse_remove
+from .config import GRADIENT_ENERGIES, CompressConfig, EvaluateConfig, parse_indices, parse_remove
 from .options import complete, with_settings
 from .progress import console
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from .interactions import Energies
+    from .problem import RemovalProblem
 
 app = typer.Typer(
     name="blockspin",
@@ -54,10 +57,11 @@ def demo(
         calibration=CALIBRATION,
         evaluation=VALIDATION,
         remove=parse_remove(remove),
-        num_samples=128,
+        energy_samples=16,
         selection_samples=16,
         evaluation_samples=64,
         max_length=256,
+        budget=24.0,
     )
     _compress(config, out)
     console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r}).", soft_wrap=True)
@@ -87,18 +91,21 @@ def compress(
 
 
 @app.command()
-@with_settings("num_samples", *SAMPLING, "gradient_checkpointing", *LOADING)
-def gradients(
-    model: Model, calibration: Calibration, out: Out = Path("gradients.safetensors"), **settings: Any
-) -> None:
-    """Compute the gate gradients of a model once; solve for any number of removals from the file."""
-    from .pipeline import gradients_stage
+@with_settings("energy", "num_samples", "energy_samples", *SAMPLING, "gradient_checkpointing", *LOADING)
+def gradients(model: Model, calibration: Calibration, out: Out = Path("energies.safetensors"), **settings: Any) -> None:
+    """Compute what the energies of a model are made of once; solve for any number of removals from the file.
+
+    Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
+    """
+    from .pipeline import energies_stage
 
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file (--out)")
     s = complete(settings)
-    samples = _samples(model, calibration, s.num_samples, s)
-    result = gradients_stage(
+    number = s.num_samples if s.energy in GRADIENT_ENERGIES else s.energy_samples
+    samples = _samples(model, calibration, number, s)
+    result = energies_stage(
+        s.energy,
         _model(model, s),
         samples,
         out,
@@ -106,54 +113,62 @@ def gradients(
         gradient_checkpointing=s.gradient_checkpointing,
         metadata={"model": model, "calibration": calibration},
     )
-    console.print(f"{len(result.matrix)} samples, {len(result.blocks)} blocks, loss {result.losses.mean():.4f}: {out}")
+    console.print(f"{s.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
 
 
 @app.command()
 @with_settings("remove", *SOLVING, "seed")
 def solve(
-    file: Annotated[Path, typer.Argument(help="A gradients file.")],
+    file: Annotated[Path, typer.Argument(help="A file made by `blockspin gradients`.")],
     out: Annotated[Path | None, typer.Option("--out", help="Write the spectrum to this JSON file.")] = None,
     **settings: Any,
 ) -> None:
-    """Find the lowest-energy removals, and say what is proven of them."""
+    """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
     from . import solvers
-    from .hessian import Gradients
-    from .pipeline import pose_problem
+    from .energies import robustness
 
-    s = complete(settings)
-    if "remove" not in settings:
-        raise ValueError("solve needs --remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters")
-    loaded = Gradients.load(file)
-    problem = pose_problem(loaded.hessian, loaded.blocks, loaded.mean_gradient, s.remove, s.protect, s.beta)
+    s, (energies, problem) = complete(settings), _posed(file, settings)
     spectrum = solvers.solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
     typer.echo(spectrum.render(limit=None))
+    typer.echo(robustness(energies, problem, seed=s.seed).summary())
     if out is not None:
         spectrum.save(out)
 
 
 @app.command()
-@with_settings("max_candidates", *SAMPLING, *LOADING, num_samples="selection_samples")
+@with_settings(
+    "remove",
+    *SOLVING,
+    "max_candidates",
+    "objective",
+    "budget",
+    *SAMPLING,
+    *LOADING,
+    num_samples="selection_samples",
+)
 def select(
     model: Model,
-    spectrum: Annotated[Path, typer.Option("--spectrum", help="A spectrum file made by `blockspin solve --out`.")],
+    energies: Annotated[Path, typer.Option("--energies", help="A file made by `blockspin gradients`.")],
     data: Data,
     out: Out = Path("candidates.json"),
     **settings: Any,
 ) -> None:
-    """Measure the first states of a spectrum on held-out text and choose the best."""
-    from .candidates import best
-    from .pipeline import candidates_stage
-    from .solvers import Spectrum
+    """Choose a removal by measuring: race the distinct low-energy states on held-out text, and polish the winner.
 
-    s, states = complete(settings), Spectrum.load(spectrum)
+    Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
+    """
+    from .pipeline import Samples, selection_stage
+    from .solvers import solve
+
+    s, (found, problem) = complete(settings), _posed(energies, settings)
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another file (--out)")
+    spectrum = solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
     samples = _samples(model, data, s.selection_samples, s)
-    measured = candidates_stage(
-        _model(model, s), states, samples, out, max_candidates=s.max_candidates, batch_size=s.batch_size
-    )
-    chosen = best(measured)
-    console.print(f"{chosen.source}, loss {chosen.loss:.4f}: {out}", soft_wrap=True)
-    typer.echo(",".join(map(str, chosen.removed)))
+    config = CompressConfig(model=model, calibration=data, **settings)
+    sets = Samples(calibration=samples, selection=samples, evaluation=[])
+    selection = selection_stage(config, _model(model, s), found, problem, spectrum, sets, out)
+    typer.echo(",".join(map(str, selection.chosen.removed)))
 
 
 @app.command()
@@ -273,6 +288,17 @@ def _compress(config: CompressConfig, out: Path) -> None:
     rows = compress(config, out)
     _print(results_table(rows))
     console.print(f"The run is in {out}, the smaller model in {out / 'checkpoint'}.", soft_wrap=True)
+
+
+def _posed(file: Path, settings: dict[str, Any]) -> tuple[Energies, RemovalProblem]:
+    """The energies in a file, and the problem that the options state."""
+    from .interactions import load_energies
+    from .pipeline import pose_problem
+
+    if "remove" not in settings:
+        raise ValueError("--remove is missing: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters")
+    s, energies = complete(settings), load_energies(file)
+    return energies, pose_problem(energies, s.remove, s.protect, s.beta)
 
 
 def _samples(model: str, data: str, number: int, s: SimpleNamespace) -> list[Tensor]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import baselines
 from .blocks import find_blocks
 from .candidates import random_candidate
-from .config import CompressConfig, Removal
+from .config import GRADIENT_ENERGIES, CompressConfig, Removal
 from .evaluation import tokens_per_second
 from .files import write_json
-from .hessian import Gradients
-from .methods import Bench, Cost, Method, counted, methods
+from .interactions import Energies
+from .measures import quality_of, shared_qualities
+from .methods import PAPER, Bench, Cost, Method, counted, methods
 from .models import load_config, load_model, load_tokenizer
-from .pipeline import check_before, gradients_stage, load_samples, pose_problem, spectrum_stage
-from .prefixes import quality_of, shared_losses, shared_qualities
+from .pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
 from .problem import RemovalProblem
 from .progress import console
 from .solvers import Spectrum
@@ -51,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row(Choice):
-    """A choice with its measures on the evaluation samples; see `prefixes.Quality` and `evaluation.Evaluation`."""
+    """A choice with its measures on the evaluation samples; see `measures.Quality` and `evaluation.Evaluation`."""
 
     loss: float
     kl: float
@@ -71,8 +71,8 @@ class Comparison:
     """Everything `comparison.json` holds.
 
     settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
-    landscape: goal -> removals with energy, loss on the selection samples, and how they were drawn: "low", "random" or,
-    for the loss of the whole model, "original".
+    landscape: goal -> removals with both energies, loss and KL on the selection samples, and how they were drawn: the
+    names of the energies whose low states they are, "random", or "original" for the whole model.
     left_out: "method, goal" -> why it has no result.
     """
 
@@ -109,9 +109,9 @@ class Comparison:
 def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Path) -> Comparison:
     """Choose blocks with every method for every goal, and measure each choice; all of it in the folder `out`.
 
-    gradients.safetensors, spectrum-GOAL.json and spectrum-GOAL-tabu.json are as those of a run of `compress`;
-    comparison.json holds the rest. The same call again continues where it was: a finished method is not run twice, and
-    more goals may be added.
+    ENERGY.safetensors and spectrum-GOAL-ENERGY.json, for the paper's energy and that of the settings, are as those of a
+    run of `compress`; comparison.json holds the rest. The same call again continues where it was: a finished method is
+    not run twice, and more goals may be added.
 
     goals: name -> what to remove, e.g. {"8": 8}; `config.remove` is not used.
 
@@ -127,27 +127,27 @@ def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Pat
     for removal in goals.values():
         check_before(replace(config, remove=removal), model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    samples = load_samples(config, tokenizer, model_config)
+    samples = load_samples(replace(config, energy=PAPER), tokenizer, model_config)
     score = scorer(config, tokenizer, out / "scores")
     comparison.save(file)
     remote, device = config.trust_remote_code, config.device_map
     model = load_model(config.model, dtype=config.dtype, device_map=device, trust_remote_code=remote)
-    comparison.costs = {name: cost for name, cost in comparison.costs.items() if name == "gradients"}
-    bench = Bench(model, samples, config, {}, comparison.costs)
-    gradients = gradients_of(bench, out)
+    comparison.costs = {name: cost for name, cost in comparison.costs.items() if name.startswith("energy ")}
+    bench = Bench(model, samples, config, comparison.costs)
+    bench.energies = {name: energies_of(bench, name, out) for name in dict.fromkeys([config.energy, PAPER])}
     for goal, removal in goals.items():
         if goal in measured:
             continue
-        problem = pose_problem(
-            gradients.hessian, gradients.blocks, gradients.mean_gradient, removal, config.protect, config.beta
-        )
-        bench.spectra[goal] = spectra_of(bench, problem, goal, out)
+        for name, energies in bench.energies.items():
+            bench.problems[name, goal] = pose_problem(energies, removal, config.protect, config.beta)
+            bench.spectra[name, goal] = spectrum_of(bench, name, goal, out)
+        problem = bench.problems[PAPER, goal]
         for name, method in methods(config).items():
             if not any((choice.method, choice.goal) == (name, goal) for choice in comparison.choices):
                 console.print(f"{goal}: {name}", highlight=False)
                 choose(bench, comparison, problem, goal, name, method)
                 comparison.save(file)
-        comparison.landscape[goal] = landscape(bench, problem, goal)
+        comparison.landscape[goal] = landscape(bench, goal)
         comparison.rows += measure(bench, [choice for choice in comparison.choices if choice.goal == goal], score)
         comparison.save(file)
     return comparison
@@ -158,9 +158,7 @@ def open_comparison(config: CompressConfig, out: Path) -> Comparison:
     settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k != "remove"}))
     if (out / "comparison.json").is_file():
         comparison = Comparison.load(out / "comparison.json")
-        defaults = {f.name: f.default for f in fields(CompressConfig) if f.default is not MISSING}
-        known = json.loads(json.dumps(defaults)) | comparison.settings  # a folder from before a setting existed
-        differing = [name for name, value in settings.items() if known.get(name) != value]
+        differing = [name for name, value in settings.items() if comparison.settings.get(name) != value]
         if differing:
             raise ValueError(
                 f"{out} holds a comparison with other settings ({', '.join(differing)}); choose another folder (--out)"
@@ -171,28 +169,31 @@ def open_comparison(config: CompressConfig, out: Path) -> Comparison:
     return Comparison(settings)
 
 
-def gradients_of(bench: Bench, out: Path) -> Gradients:
-    """The gradients file, and what it cost; an interrupted estimate counts from where it continued."""
-    config, path = bench.config, out / "gradients.safetensors"
+def energies_of(bench: Bench, name: str, out: Path) -> Energies:
+    """An energies file, and what it cost; an interrupted estimate counts from where it continued."""
+    config = bench.config
+    number = len(bench.samples.calibration) if name in GRADIENT_ENERGIES else config.energy_samples
     with counted(bench.model, bench.tokens) as cost:
-        gradients = gradients_stage(
+        energies = energies_stage(
+            name,
             bench.model,
-            bench.samples.calibration,
-            path,
+            bench.samples.calibration[:number],
+            out / f"{name}.safetensors",
             batch_size=config.batch_size,
             gradient_checkpointing=config.gradient_checkpointing,
             metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
         )
-    bench.costs.setdefault("gradients", cost)
-    return gradients
+    bench.costs.setdefault(f"energy {name}", cost)
+    return energies
 
 
-def spectra_of(bench: Bench, problem: RemovalProblem, goal: str, out: Path) -> Spectrum:
+def spectrum_of(bench: Bench, energy: str, goal: str, out: Path) -> Spectrum:
     """The spectrum that a goal's states are taken from, certified; and what tabu search finds, for a figure."""
     exact = replace(bench.config, solver="exact" if bench.config.solver == "auto" else bench.config.solver)
-    spectrum = spectrum_stage(exact, problem, out / f"spectrum-{goal}.json")
-    spectrum_stage(replace(bench.config, solver="tabu"), problem, out / f"spectrum-{goal}-tabu.json")
-    bench.costs[f"solve {goal}"] = Cost(0.0, spectrum.seconds)
+    problem = bench.problems[energy, goal]
+    spectrum = spectrum_stage(exact, problem, out / f"spectrum-{goal}-{energy}.json")
+    spectrum_stage(replace(bench.config, solver="tabu"), problem, out / f"spectrum-{goal}-{energy}-tabu.json")
+    bench.costs[f"solve {energy} {goal}"] = Cost(0.0, spectrum.seconds)
     return spectrum
 
 
@@ -215,19 +216,29 @@ def choose(bench: Bench, comparison: Comparison, problem: RemovalProblem, goal: 
         comparison.choices.append(Choice(name, goal, candidate.removed, candidate.energy, windows, passes, seconds))
 
 
-def landscape(bench: Bench, problem: RemovalProblem, goal: str) -> list[dict[str, Any]]:
-    """Energies and losses on the selection samples: the first states, and random removals."""
-    low = bench.spectra[goal].states[: bench.config.max_candidates]
-    drawn = {random_candidate(problem, bench.config.seed + 1000 + k).removed for k in range(LANDSCAPE_DRAWS)}
-    removals = [(), *sorted(drawn - {state.removed for state in low})]
-    losses = shared_losses(
-        bench.model, removals, bench.samples.selection, batch_size=bench.config.batch_size, progress=True
+def landscape(bench: Bench, goal: str) -> list[dict[str, Any]]:
+    """Both energies, loss and KL on the selection samples: the first states of each energy, and random removals."""
+    config, problem = bench.config, bench.problems[PAPER, goal]
+    drawn_as: dict[tuple[int, ...], list[str]] = {(): ["original"]}
+    for name in bench.energies:
+        for state in bench.spectra[name, goal].states[: config.max_candidates]:
+            drawn_as.setdefault(state.removed, []).append(name)
+    for k in range(LANDSCAPE_DRAWS):
+        ways = drawn_as.setdefault(random_candidate(problem, config.seed + 1000 + k).removed, [])
+        ways += ["random"] if "random" not in ways else []
+    removals = list(drawn_as)
+    found = shared_qualities(
+        bench.model, removals, bench.samples.selection, batch_size=config.batch_size, progress=True
     )
-    rows = zip([s.removed for s in low], bench.losses_of_states(goal), ["low"] * len(low), strict=True)
-    others = zip(removals, losses, ["original", *["random"] * (len(removals) - 1)], strict=True)
     return [
-        {"removed": removed, "energy": problem.energy(removed), "loss": loss, "drawn": drawn_as}
-        for removed, loss, drawn_as in [*rows, *others]
+        {
+            "removed": removed,
+            "energies": {name: bench.problems[name, goal].energy(removed) for name in bench.energies},
+            "loss": quality.loss,
+            "kl": quality.kl,
+            "drawn": drawn_as[removed],
+        }
+        for removed, quality in zip(removals, found, strict=True)
     ]
 
 

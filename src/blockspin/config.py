@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from .files import replacing
 
 Removal = int | dict[str, int] | float
+GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
+ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -118,7 +120,9 @@ class CompressConfig(TaskSettings):
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     protect: tuple[int, ...] = setting("Blocks that must stay: 0,1,31.", (), parse_indices)
-    num_samples: int = setting("Calibration samples.", 2048)
+    energy: str = setting("What predicts the loss: secant, pairwise, gauss-newton, fisher, empirical-fisher.", "secant")
+    num_samples: int = setting("Calibration samples for the gradients (fisher, empirical-fisher).", 2048)
+    energy_samples: int = setting("Calibration samples for the other energies, which measure shortened models.", 64)
     selection_samples: int = setting("Samples the choice is made on.", 64)
     evaluation_samples: int = setting("Samples of the report.", 128)
     max_length: int = setting("Tokens of a sample at most.", 1024)
@@ -129,7 +133,11 @@ class CompressConfig(TaskSettings):
     beta: float = setting("Weight of the first-order term.", 0.0)
     solver: str = setting("auto certifies its answer.", "auto")
     states: int = setting("How many lowest-energy removals to find.", 100)
-    max_candidates: int = setting("States whose loss is measured.", 20)
+    objective: Literal["kl", "loss"] = setting(
+        "What the choice minimises: kl (to the whole model) or loss (cross-entropy).", "kl"
+    )
+    budget: float = setting("Forward passes over the selection samples that the choice may take.", 64.0)
+    max_candidates: int = setting("Distinct low-energy states that enter the race.", 20)
     time_limit: float | None = setting("Seconds the solver may take.", None)
     dtype: str = setting("auto, float32, bfloat16 or float16.", "auto")
     device_map: str | None = setting("auto spreads the model over several GPUs.", None)
@@ -138,13 +146,24 @@ class CompressConfig(TaskSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "protect", tuple(self.protect))
-        least = {"num_samples": 1, "selection_samples": 1, "evaluation_samples": 1, "max_length": 2, "batch_size": 1}
-        for name, value in {**least, "states": 1, "max_candidates": 1}.items():
+        sizes = ("num_samples", "energy_samples", "selection_samples", "evaluation_samples", "batch_size")
+        for name, value in {**dict.fromkeys((*sizes, "states", "max_candidates"), 1), "max_length": 2}.items():
             if getattr(self, name) < value:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {value}, not {getattr(self, name)}")
+        if self.energy not in ENERGY_NAMES:
+            raise ValueError(f"--energy must be one of {', '.join(ENERGY_NAMES)}, not {self.energy!r}")
+        if self.objective not in ("kl", "loss"):
+            raise ValueError(f"--objective must be kl or loss, not {self.objective!r}")
+        if self.budget < 0:
+            raise ValueError(f"--budget must not be negative, not {self.budget}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def calibration_samples(self) -> int:
+        """How many samples the energy is computed from."""
+        return self.num_samples if self.energy in GRADIENT_ENERGIES else self.energy_samples
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:

@@ -22,7 +22,7 @@ from .progress import track
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 # Torch counts attention on a GPU, but not the kernel that does it on a CPU.
@@ -222,7 +222,9 @@ def _lines(costs: Sequence[ModelCost]) -> list[list[str]]:
 
     def sizes(heading: str, numbers: Sequence[int | None]) -> list[str]:
         cells = [
-            "unknown" if number is None else short(number).strip() + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
+            "unknown"
+            if number is None
+            else short(number).strip() + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
             for number in numbers
         ]
         return [heading, *cells]

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from .batches import Batch, check_finite, frozen, make_batches, sample_losses
+from .batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
 from .blocks import Block, find_blocks
 from .files import replacing
 from .gates import BlockTrace, gated, trace_blocks
 from .progress import track
+
+Labels = Literal["text", "model"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Gradients:
         """g, (num_blocks,): mean of A over the samples, the first-order term that `beta` weighs."""
         mean: NDArray[np.float64] = self.matrix.astype(np.float64).mean(axis=0)
         return mean
+
+    def resampled(self, generator: np.random.Generator) -> Gradients:
+        """As many samples, drawn with replacement: one bootstrap replicate."""
+        rows = generator.integers(0, len(self.matrix), len(self.matrix))
+        return replace(self, matrix=self.matrix[rows], losses=self.losses[rows])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the blocks and the metadata are in its header."""
@@ -84,6 +92,8 @@ def estimate_gradients(
     model: nn.Module,
     samples: Sequence[Tensor],
     *,
+    labels: Labels = "text",
+    seed: int = 0,
     batch_size: int = 8,
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
@@ -99,6 +109,10 @@ def estimate_gradients(
     Args:
         model: a causal language model of transformers, on any device or spread by `device_map`.
         samples: 1-D int64 tensors of at least two token ids.
+        labels: "text" takes the samples' own tokens as labels, so that H is the empirical Fisher matrix (the paper);
+            "model" draws them from the model's predictions, so that H estimates the Fisher matrix itself, the
+            Gauss-Newton curvature of the KL divergence from the whole model.
+        seed: of the drawn labels.
         batch_size: samples in one pass; lower it when memory runs out.
         gradient_checkpointing: keep only each block's input for the backward pass: less memory, a third more time.
         partial: a file to which each finished batch is added. If a run was cut off, the same call with the same file
@@ -115,14 +129,17 @@ def estimate_gradients(
     traces = trace_blocks(model)
     matrix = np.zeros((len(samples), len(blocks)), dtype=np.float32)
     losses = np.full(len(samples), np.nan, dtype=np.float32)
-    finished = _Partial(partial, fingerprint(model, samples)) if partial is not None else None
+    identity = fingerprint(model, samples, labels, seed if labels == "model" else 0)
+    finished = Partial(partial, identity) if partial is not None else None
     for index, row in finished.read() if finished is not None else ():
         losses[index], matrix[index] = row[0], row[1:]
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
     done = len(batches) - len(remaining)
     with frozen(model):
         for batch in track(remaining, "Gradients", len(batches), done, progress):
-            batch_losses, batch_gradients = gate_gradients(model, batch, traces, gradient_checkpointing)
+            batch_losses, batch_gradients = gate_gradients(
+                model, batch, traces, gradient_checkpointing, seed if labels == "model" else None
+            )
             rows = np.column_stack([batch_losses, batch_gradients])
             if finished is not None:
                 finished.append(batch.indices, rows)
@@ -131,11 +148,16 @@ def estimate_gradients(
 
 
 def gate_gradients(
-    model: nn.Module, batch: Batch, traces: Sequence[BlockTrace], gradient_checkpointing: bool = False
+    model: nn.Module,
+    batch: Batch,
+    traces: Sequence[BlockTrace],
+    gradient_checkpointing: bool = False,
+    label_seed: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Losses (batch,) and rows of A (batch, num_blocks) of one batch; call it on a `frozen` model.
 
     A_si = d loss_s / d alpha_i at alpha = 1 (the paper's definition of the gradient matrix).
+    label_seed: draw the labels from the model with this seed; None takes the tokens of the text.
 
     Raises:
         ValueError: a loss is NaN or infinite, or memory runs out.
@@ -144,7 +166,9 @@ def gate_gradients(
     alphas = alphas.to(next(model.parameters()).device).requires_grad_(True)
     try:
         with torch.enable_grad(), gated(model, alphas, traces, gradient_checkpointing):
-            losses = sample_losses(batch.forward(model), batch)
+            logits = batch.forward(model)
+            labels = None if label_seed is None else drawn_labels(logits, batch, label_seed)
+            losses = sample_losses(logits, batch, labels)
             check_finite(losses.detach(), batch)
             torch.autograd.backward(losses.sum())
     except torch.OutOfMemoryError as error:
@@ -157,9 +181,9 @@ def gate_gradients(
     return losses.detach().float().cpu().numpy(), alphas.grad.cpu().numpy()
 
 
-def fingerprint(model: nn.Module, samples: Sequence[Tensor]) -> str:
-    """A hash that tells whether gradients are of this model and these samples; reads 64 numbers of each parameter."""
-    digest = hashlib.sha256()
+def fingerprint(model: nn.Module, samples: Sequence[Tensor], *settings: object) -> str:
+    """A hash that tells whether results are of this model and these samples; reads 64 numbers of each parameter."""
+    digest = hashlib.sha256(repr(settings).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta":
@@ -170,7 +194,7 @@ def fingerprint(model: nn.Module, samples: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Partial:
+class Partial:
     """Finished rows, one JSON line a batch, so that a process killed at any moment loses at most the batch at work."""
 
     def __init__(self, path: str | Path, identity: str) -> None:
@@ -186,7 +210,8 @@ class _Partial:
             return []
         if json.loads(complete[0]).get("fingerprint") != self.identity:
             raise ValueError(
-                f"{self.path} holds gradients of another model or other samples; remove it, or choose another folder"
+                f"{self.path} holds results of another model, other samples or other settings; remove it, or choose "
+                "another folder"
             )
         with self.path.open("r+") as file:
             file.truncate(sum(len(line.encode()) for line in complete))

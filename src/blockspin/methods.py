@@ -14,12 +14,18 @@ from . import baselines
 from .blocks import find_stack
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig
+from .energies import robustness
+from .interactions import Energies
+from .measures import shared_losses
 from .pipeline import Samples
-from .prefixes import shared_losses, stream_of
+from .prefixes import stream_of
 from .problem import RemovalProblem
+from .selection import pool_of, run_selection
 from .solvers import Spectrum
 
 RANDOM_DRAWS = 5
+PAPER = "empirical-fisher"  # the energy of CBO:k; ours is that of the settings
+SELECTED = "CBO, selected"
 
 
 @dataclass
@@ -53,13 +59,18 @@ def counted(model: nn.Module, tokens: int) -> Iterator[Cost]:
 
 @dataclass
 class Bench:
-    """What the methods are given. `shared` keeps what several of them need, computed when first asked for."""
+    """What the methods are given. `shared` keeps what several of them need, computed when first asked for.
+
+    energies: by name. problems, spectra: by (name of the energy, goal).
+    """
 
     model: nn.Module
     samples: Samples
     config: CompressConfig
-    spectra: dict[str, Spectrum]
     costs: dict[str, Cost]
+    energies: dict[str, Energies] = field(default_factory=dict)
+    problems: dict[tuple[str, str], RemovalProblem] = field(default_factory=dict)
+    spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,14 +96,14 @@ class Bench:
     def weight_importance(self) -> Any:
         return self.shared("weight importance", baselines.weight_importance, self.samples.calibration)
 
-    def losses_of_states(self, goal: str) -> list[float]:
+    def losses_of_states(self, energy: str, goal: str) -> list[float]:
         """Losses of the first states of a goal's spectrum on the selection samples."""
 
         def compute(model: nn.Module, samples: Sequence[Tensor], **options: Any) -> list[float]:
-            states = self.spectra[goal].states[: self.config.max_candidates]
+            states = self.spectra[energy, goal].states[: self.config.max_candidates]
             return shared_losses(model, [state.removed for state in states], samples, **options)
 
-        losses: list[float] = self.shared(f"states {goal}", compute, self.samples.selection)
+        losses: list[float] = self.shared(f"states {energy} {goal}", compute, self.samples.selection)
         return losses
 
 
@@ -104,19 +115,18 @@ def methods(config: CompressConfig) -> dict[str, Method]:
     """Every method by name, in the order in which they run: cheap ones first."""
     count = config.max_candidates
 
-    def best_state(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
-        losses = bench.losses_of_states(goal)
-        k = losses.index(min(losses))
-        return replace(states_as_candidates(bench.spectra[goal])[k], loss=losses[k])
-
-    def searching(search: Callable[..., Any]) -> Callable[[Bench, RemovalProblem, str], Any]:
+    def searching(search: Callable[..., Any], **options: Any) -> Callable[[Bench, RemovalProblem, str], Any]:
         return lambda bench, problem, goal: search(
-            bench.model, bench.samples.selection, problem, batch_size=config.batch_size, progress=True
+            bench.model, bench.samples.selection, problem, batch_size=config.batch_size, progress=True, **options
         )
 
+    paper = (f"energy {PAPER}", f"solve {PAPER} {{goal}}")
+    ours = (f"energy {config.energy}", f"solve {config.energy} {{goal}}")
     return {
-        **{f"CBO:{k}": (("gradients", "solve {goal}"), _state(k)) for k in range(min(3, config.states))},
-        f"CBO, best of {count}": (("gradients", "solve {goal}", "states {goal}"), best_state),
+        SELECTED: ((*ours, "activations"), _selected),
+        **({f"CBO:0, {config.energy}": (ours, _state(config.energy, 0))} if config.energy != PAPER else {}),
+        **{f"CBO:{k}": (paper, _state(PAPER, k)) for k in range(min(3, config.states))},
+        f"CBO, best of {count}": ((*paper, f"states {PAPER} {{goal}}"), _best_state),
         "last blocks": ((), lambda bench, problem, goal: baselines.last_blocks(problem)),
         "random": (
             (),
@@ -147,13 +157,43 @@ def methods(config: CompressConfig) -> dict[str, Method]:
         },
         "sliding-window merging": ((), searching(baselines.sliding_window_merging)),
         "SLEB": ((), searching(baselines.sleb)),
-        "EvoPress": ((), searching(baselines.evopress)),
+        "EvoPress": ((), searching(baselines.evopress, budget=config.budget)),
     }
 
 
-def _state(k: int) -> Callable[[Bench, RemovalProblem, str], Candidate]:
+def _selected(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
+    """`blockspin select`: the race of a pool and the polish of its winner."""
+    config = bench.config
+    energies, problem = bench.energies[config.energy], bench.problems[config.energy, goal]
+    trust = robustness(energies, problem, seed=config.seed)
+    pool = pool_of(
+        problem,
+        bench.spectra[config.energy, goal],
+        max_candidates=config.max_candidates,
+        ground_states=trust.ground_states,
+        activations=bench.activations(),
+    )
+    return run_selection(
+        bench.model,
+        pool,
+        bench.samples.selection,
+        problem=problem,
+        objective=config.objective,
+        budget=config.budget,
+        batch_size=config.batch_size,
+    ).chosen
+
+
+def _best_state(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
+    """What the paper does by hand: the best of the first states."""
+    losses = bench.losses_of_states(PAPER, goal)
+    k = losses.index(min(losses))
+    return replace(states_as_candidates(bench.spectra[PAPER, goal])[k], loss=losses[k])
+
+
+def _state(energy: str, k: int) -> Callable[[Bench, RemovalProblem, str], Candidate]:
     def choose(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
-        states = states_as_candidates(bench.spectra[goal])
+        states = states_as_candidates(bench.spectra[energy, goal])
         if k >= len(states):
             raise ValueError(f"there are only {len(states)} states")
         return states[k]

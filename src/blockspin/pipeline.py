@@ -1,4 +1,4 @@
-"""The whole method on one page: calibrate, estimate, solve, select, prune, evaluate; each stage is a file of the run.
+"""The whole method on one page: calibrate, energies, solve, select, prune, evaluate; each stage is a file of the run.
 
 A stage whose file exists is not done again, so a run that was cut off continues where it was.
 """
@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .blocks import Block, find_blocks
+from .baselines import measure_activations
+from .blocks import find_blocks
 from .calibration import load_calibration
-from .candidates import Candidate, best, measure_candidates, random_candidate, states_as_candidates
+from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
+from .energies import estimate_energies, robustness
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
-from .hessian import Gradients, estimate_gradients
+from .hessian import Gradients
+from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
+from .selection import ACTIVATION_SAMPLES, Selection, pool_of, run_selection
 from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
 from .tasks import Score, scorer
@@ -33,7 +36,7 @@ from .tasks import Score, scorer
 
 @dataclass(frozen=True)
 class Samples:
-    """Three sets of token samples that share none: for the gradients, for the choice, for the report."""
+    """Three sets of token samples that share none: for the energies, for the choice, for the report."""
 
     calibration: list[Tensor]
     selection: list[Tensor]
@@ -44,9 +47,9 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     """Run the whole method; everything it makes is in the folder `out`.
 
     run.yaml              the settings
-    gradients.safetensors A, from which H
+    energies.safetensors  what the energy is computed from; for the gradients, A
     spectrum.json         the lowest-energy removals, and what is proven of them
-    candidates.json       the measured losses of the first of them
+    candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
@@ -72,29 +75,21 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         device_map=config.device_map,
         trust_remote_code=config.trust_remote_code,
     )
-    gradients = gradients_stage(
+    energies = energies_stage(
+        config.energy,
         model,
         samples.calibration,
-        out / "gradients.safetensors",
+        out / "energies.safetensors",
         batch_size=config.batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
     )
-    problem = pose_problem(
-        gradients.hessian, gradients.blocks, gradients.mean_gradient, config.remove, config.protect, config.beta
-    )
+    problem = pose_problem(energies, config.remove, config.protect, config.beta)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
-    candidates = candidates_stage(
-        model,
-        spectrum,
-        samples.selection,
-        out / "candidates.json",
-        max_candidates=config.max_candidates,
-        batch_size=config.batch_size,
-    )
-    chosen = best(candidates)
+    selection = selection_stage(config, model, energies, problem, spectrum, samples, out / "candidates.json")
+    chosen = selection.chosen
     if not (out / "checkpoint").is_dir():
-        details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in gradients.blocks]}
+        details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in energies.blocks]}
         prune_checkpoint(
             config.model,
             chosen.removed,
@@ -103,7 +98,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
             trust_remote_code=config.trust_remote_code,
         )
     named = replace(chosen, source=f"chosen ({chosen.source})")
-    compared = [candidates[0], named, random_candidate(problem, config.seed)]
+    compared = [states_as_candidates(spectrum)[0], named, random_candidate(problem, config.seed)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
@@ -125,7 +120,8 @@ def check_folder(config: CompressConfig, out: Path) -> None:
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
     """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
     blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
-    pose_problem(np.eye(len(blocks)), blocks, np.zeros(len(blocks)), config.remove, config.protect, config.beta)
+    nothing = np.zeros((1, len(blocks)), dtype=np.float32)
+    pose_problem(Gradients(nothing, tuple(blocks), nothing[:, 0]), config.remove, config.protect, config.beta)
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
@@ -145,7 +141,11 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
             source, tokenizer, num_samples=number, max_length=max_length, seed=config.seed, split=config.split
         )
 
-    sizes = [config.num_samples, config.selection_samples, 0 if config.evaluation else config.evaluation_samples]
+    sizes = [
+        config.calibration_samples,
+        config.selection_samples,
+        0 if config.evaluation else config.evaluation_samples,
+    ]
     drawn = draw(config.calibration, sum(sizes))
     wanted = len([size for size in sizes if size])
     if len(drawn) < wanted:
@@ -161,7 +161,8 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     )
 
 
-def gradients_stage(
+def energies_stage(
+    energy: str,
     model: nn.Module,
     samples: Sequence[Tensor],
     path: Path,
@@ -169,11 +170,12 @@ def gradients_stage(
     batch_size: int,
     gradient_checkpointing: bool,
     metadata: dict[str, str],
-) -> Gradients:
-    """The gradients file: read, or computed, continuing where an interrupted run stopped."""
+) -> Energies:
+    """The energies file: read, or computed, continuing where an interrupted run stopped."""
     partial = path.with_name(f"{path.stem}.partial.jsonl")
     if not path.is_file():
-        estimate_gradients(
+        estimate_energies(
+            energy,
             model,
             samples,
             batch_size=batch_size,
@@ -182,24 +184,20 @@ def gradients_stage(
             metadata=metadata,
         ).save(path)
     partial.unlink(missing_ok=True)
-    return Gradients.load(path)
+    return load_energies(path)
 
 
-def pose_problem(
-    hessian: NDArray[np.float64],
-    blocks: Sequence[Block],
-    gradient: NDArray[np.float64],
-    remove: Removal,
-    protect: Sequence[int],
-    beta: float,
-) -> RemovalProblem:
+def pose_problem(energies: Energies, remove: Removal, protect: Sequence[int], beta: float) -> RemovalProblem:
     """The removal problem for a goal as the settings state it.
 
     Raises:
         ValueError: no removal meets the goal.
     """
     goal: dict[str, Any] = {"remove_parameters" if isinstance(remove, float) else "remove": remove}
-    return RemovalProblem(hessian, blocks=blocks, protect=protect, beta=beta, gradient=gradient, **goal)
+    gradient = energies.mean_gradient
+    return RemovalProblem(
+        energies.hessian, blocks=energies.blocks, protect=protect, beta=beta, gradient=gradient, **goal
+    )
 
 
 def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) -> Spectrum:
@@ -214,30 +212,42 @@ def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) 
     return Spectrum.load(path)
 
 
-def candidates_stage(
+def selection_stage(
+    config: CompressConfig,
     model: nn.Module,
+    energies: Energies,
+    problem: RemovalProblem,
     spectrum: Spectrum,
-    samples: Sequence[Tensor],
+    samples: Samples,
     path: Path,
-    *,
-    max_candidates: int,
-    batch_size: int,
-) -> list[Candidate]:
-    """The first states with their losses on the selection samples, each kept on disk as soon as it is measured."""
-    known = {candidate.removed: candidate for candidate in read_candidates(path)} if path.is_file() else {}
-    states = states_as_candidates(spectrum)[:max_candidates]
-
-    def keep(candidate: Candidate) -> None:
-        known[candidate.removed] = candidate
-        write_json(path, [asdict(c) for c in known.values()])
-
-    pool = [known.get(candidate.removed, candidate) for candidate in states]
-    return measure_candidates(model, pool, samples, batch_size=batch_size, on_measured=keep)
-
-
-def read_candidates(path: Path) -> list[Candidate]:
-    """Candidates from the JSON file that `candidates_stage` writes."""
-    return [Candidate(**{**row, "removed": tuple(row["removed"])}) for row in json.loads(path.read_text())]
+) -> Selection:
+    """The choice: read, or made, continuing where an interrupted run stopped."""
+    partial = path.with_name(f"{path.stem}.partial.json")
+    if not path.is_file():
+        trust = robustness(energies, problem, seed=config.seed)
+        console.print(trust.summary(), soft_wrap=True, highlight=False)
+        few = samples.calibration[:ACTIVATION_SAMPLES]
+        activations = measure_activations(model, few, batch_size=config.batch_size, progress=True)
+        selection = run_selection(
+            model,
+            pool_of(
+                problem,
+                spectrum,
+                max_candidates=config.max_candidates,
+                ground_states=trust.ground_states,
+                activations=activations,
+            ),
+            samples.selection,
+            problem=problem,
+            objective=config.objective,
+            budget=config.budget,
+            batch_size=config.batch_size,
+            partial=partial,
+        )
+        console.print(selection.table(), selection.summary(), soft_wrap=True, highlight=False)
+        write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
+    partial.unlink(missing_ok=True)
+    return Selection.load(path)
 
 
 def evaluate_removals(

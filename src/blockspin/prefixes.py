@@ -1,115 +1,22 @@
-"""Measures many removals at once: those that agree on the first blocks share the forward pass up to there."""
+"""Runs many removals at once: those that agree on the first blocks share the forward pass up to there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, check_finite, frozen, make_batches, sample_losses
+from .batches import Batch, frozen, make_batches
 from .blocks import find_stack
 from .gates import BlockTrace, skipped, trace_blocks
 from .progress import track
 
 Removal = Sequence[int]
 MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good a model is on a text, and how close to the original; means over all predicted tokens.
-
-    loss: cross-entropy in nats. kl: KL(original || this model) in nats. agreement: share of tokens where both models
-    predict the same most likely token.
-    """
-
-    loss: float
-    kl: float
-    agreement: float
-
-
-def shared_losses(
-    model: nn.Module,
-    removals: Sequence[Removal],
-    samples: Sequence[Tensor],
-    *,
-    batch_size: int = 8,
-    memory_limit: int = MEMORY_LIMIT,
-    progress: bool = False,
-) -> list[float]:
-    """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
-
-    Raises:
-        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
-    """
-    totals, tokens = [0.0] * len(removals), 0
-    for batch, outputs in _passes(model, removals, samples, batch_size, memory_limit, progress):
-        tokens += int((batch.lengths - 1).sum())
-        for k, logits in outputs:
-            losses = sample_losses(logits, batch).double().cpu()
-            check_finite(losses, batch)
-            totals[k] += float((losses * (batch.lengths - 1)).sum())
-    return [total / tokens for total in totals]
-
-
-def shared_qualities(
-    model: nn.Module,
-    removals: Sequence[Removal],
-    samples: Sequence[Tensor],
-    *,
-    batch_size: int = 8,
-    memory_limit: int = MEMORY_LIMIT,
-    progress: bool = False,
-) -> list[Quality]:
-    """The quality of the model without the blocks of each removal, compared with the whole model.
-
-    Raises:
-        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
-    """
-    totals, tokens = torch.zeros(len(removals) + 1, 3, dtype=torch.float64), 0
-    for batch, outputs in _passes(model, [(), *removals], samples, batch_size, memory_limit, progress):
-        tokens += int((batch.lengths - 1).sum())
-        whole = None
-        for k, logits in outputs:  # nothing removed comes first in the order of the passes
-            whole = logits if whole is None else whole
-            totals[k] += quality_sums(logits, whole, batch)
-    return [Quality(*row) for row in (totals[1:] / tokens).tolist()]
-
-
-def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Quality:
-    """The quality of any model with the vocabulary of `original`.
-
-    Raises:
-        ValueError: unusable samples, or a loss that is NaN or infinite.
-    """
-    total, tokens = torch.zeros(3, dtype=torch.float64), 0
-    with frozen(model), frozen(original), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            total += quality_sums(batch.forward(model), batch.forward(original), batch)
-            tokens += int((batch.lengths - 1).sum())
-    return Quality(*(total / tokens).tolist())
-
-
-def quality_sums(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
-    """Loss, KL divergence and agreement summed over the predicted tokens of a batch: (3,) float64.
-
-    logits, whole: (batch, length, vocabulary). Row by row, so that the temporaries are those of one sample.
-    """
-    losses = sample_losses(logits, batch).double().cpu()
-    check_finite(losses, batch)
-    divergence, agreeing = 0.0, 0
-    for row, reference, length in zip(logits, whole, batch.lengths.tolist(), strict=True):
-        ours, theirs = row[: length - 1], reference[: length - 1].to(row.device)
-        wide = torch.promote_types(ours.dtype, torch.float32)
-        logs = nn.functional.log_softmax(ours.to(wide), -1), nn.functional.log_softmax(theirs.to(wide), -1)
-        divergence += float(nn.functional.kl_div(*logs, reduction="sum", log_target=True))
-        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return torch.tensor([float((losses * (batch.lengths - 1)).sum()), divergence, agreeing], dtype=torch.float64)
 
 
 def shared_logits(
@@ -171,21 +78,36 @@ def can_share(model: nn.Module, traces: Sequence[BlockTrace]) -> bool:
     return all(bool((shared[k] - plain[k]).abs().max() <= rounding * plain[k].abs().max()) for k in plain)
 
 
+def passes_of_walk(removals: Sequence[Removal], depth: int) -> float:
+    """What `shared_logits` costs for these removals of a model of `depth` blocks, in passes of the whole model."""
+    order = sorted(removals, key=lambda removed: [i in removed for i in range(depth)])
+    starts = [0, *(_first_difference(a, b, depth) for a, b in pairwise(order))]
+    blocks = sum(depth - start - sum(i >= start for i in r) for start, r in zip(starts, order, strict=False))
+    return blocks / depth
+
+
 def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among the arguments of a block, (batch, length, width)."""
     stream: Tensor = args[0] if args else kwargs["hidden_states"]
     return stream
 
 
-def _passes(
+def removal_passes(
     model: nn.Module,
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
-    batch_size: int,
-    memory_limit: int,
-    progress: bool,
+    *,
+    batch_size: int = 8,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """Every batch with the logits of all removals, shared where the model allows it."""
+    """Every batch with (k, logits without the blocks of removals[k]) of all k, shared where the model allows it.
+
+    Nothing removed comes first.
+
+    Raises:
+        ValueError: unusable samples or removals.
+    """
     traces = trace_blocks(model)
     with frozen(model), torch.no_grad():
         outputs = shared_logits if can_share(model, traces) else plain_logits

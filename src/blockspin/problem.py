@@ -115,6 +115,18 @@ class RemovalProblem:
         met = np.array_equal(total, r.need) if r.equality else bool(np.all(total >= r.need))
         return met and picked.sum() <= r.max_removed
 
+    def with_energy(self, hessian: ArrayLike, gradient: ArrayLike | None = None) -> RemovalProblem:
+        """The same removals with another energy; the gradient stays where none is given."""
+        return RemovalProblem(
+            hessian,
+            self.remove,
+            blocks=self.blocks,
+            protect=self.protect,
+            beta=self.beta,
+            gradient=self.gradient if gradient is None else gradient,
+            remove_parameters=self.remove_parameters,
+        )
+
     @property
     def num_candidates(self) -> int:
         """How many subsets an enumeration looks at: the allowed ones, or every subset if there is a budget."""

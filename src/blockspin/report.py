@@ -20,8 +20,10 @@ from rich import box
 from rich.table import Table
 
 from .comparison import Comparison, Row, averaged
+from .config import GRADIENT_ENERGIES
 from .files import replacing
-from .hessian import Gradients
+from .interactions import load_energies
+from .methods import PAPER
 from .solvers import Spectrum
 from .tasks import AT_CHANCE
 from .tasks import cell as score_cell
@@ -53,10 +55,10 @@ _HEADINGS = (
     "removed",
 )
 _CAPTIONS = {
-    "hessian": "Hessian of the loss with respect to the block gates. Large entries off the diagonal mean that two "
-    "blocks cost more (or less) together than apart.",
+    "hessian": "The matrices of the energies. An entry off the diagonal says that two blocks cost more (red) or less "
+    "(blue) together than apart.",
     "states": "Which blocks the states of lowest energy remove.",
-    "energy": "Energy against measured loss: the states of lowest energy and random removals. "
+    "energy": "Energy against measured loss: the lowest states of each energy and random removals. "
     "rho is Spearman's rank correlation: does the energy order removals as their measured loss does?",
     "spectrum": "The energies of the lowest states: certified, and as tabu search finds them.",
     "loss": "Loss on the evaluation text, above the original's, against the number of blocks removed.",
@@ -77,17 +79,20 @@ def write_report(folder: str | Path) -> Path:
     if not comparison.rows:
         raise ValueError(f"{folder} holds no finished comparison yet; run blockspin compare again to continue it")
     goals = list(dict.fromkeys(row.goal for row in comparison.rows))
-    gradients = Gradients.load(folder / "gradients.safetensors")
-    spectra = {goal: Spectrum.load(folder / f"spectrum-{goal}.json") for goal in goals}
-    tabu = {goal: Spectrum.load(folder / f"spectrum-{goal}-tabu.json") for goal in goals}
-    depth = len(gradients.blocks)
+    energies = {name: load_energies(folder / f"{name}.safetensors") for name in energy_names(comparison)}
+    panels = {f"remove {goal}, {name}": (goal, name) for goal in goals for name in energies}
+    spectra = {title: Spectrum.load(folder / f"spectrum-{goal}-{name}.json") for title, (goal, name) in panels.items()}
+    tabu = {
+        title: Spectrum.load(folder / f"spectrum-{goal}-{name}-tabu.json") for title, (goal, name) in panels.items()
+    }
+    depth = len(next(iter(energies.values())).blocks)
     figures = {
         "loss": loss_figure(comparison.rows),
         "blocks": blocks_figure(comparison.rows, depth),
-        "energy": energy_figure(comparison.landscape),
+        "energy": energy_figure(comparison.landscape, list(energies)),
         "states": states_figure(spectra, depth),
         "spectrum": spectrum_figure(spectra, tabu),
-        "hessian": hessian_figure(gradients.hessian),
+        "hessian": hessian_figure({name: found.hessian for name, found in energies.items()}),
     }
     for name, figure in figures.items():
         with replacing(folder / "figures" / f"{name}.png") as temporary:
@@ -99,6 +104,11 @@ def write_report(folder: str | Path) -> Path:
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page(comparison, {name: folder / "figures" / f"{name}.png" for name in figures}))
     return folder / "report.html"
+
+
+def energy_names(comparison: Comparison) -> list[str]:
+    """The energies of a comparison: that of its settings, and the paper's."""
+    return list(dict.fromkeys([comparison.settings["energy"], PAPER]))
 
 
 def cells(row: Row, original: Row) -> list[str]:
@@ -217,81 +227,91 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
 
 
-def hessian_figure(hessian: ArrayLike) -> Figure:
-    """Heat map of H, its sign in red and blue; the scale ends at the 98th percentile of the sizes off the diagonal."""
-    h = np.asarray(hessian)
-    off = np.abs(h[~np.eye(len(h), dtype=bool)])
-    scale = float(np.quantile(off, 0.98)) or float(np.abs(h).max()) or 1.0
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(h, cmap="RdBu_r", vmin=-scale, vmax=scale)
-    figure.colorbar(image, ax=axes, extend="both", label="H (nats²)")
-    axes.set(xlabel="block", ylabel="block", title="Hessian of the loss in the block gates")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+def hessian_figure(hessians: dict[str, Any]) -> Figure:
+    """Heat maps of the energies' matrices, in red and blue; a scale ends at the 98th percentile off the diagonal.
+
+    hessians: name of the energy -> (N, N).
+    """
+    figure, panels = _panels(hessians, 6.4, 5.4)
+    for (name, matrix), axes in zip(hessians.items(), panels, strict=True):
+        h = np.asarray(matrix)
+        off = np.abs(h[~np.eye(len(h), dtype=bool)])
+        scale = float(np.quantile(off, 0.98)) or float(np.abs(h).max()) or 1.0
+        image = axes.imshow(h, cmap="RdBu_r", vmin=-scale, vmax=scale)
+        unit = "nats²" if name in GRADIENT_ENERGIES else "nats"
+        figure.colorbar(image, ax=axes, extend="both", label=f"energy ({unit})")
+        axes.set(xlabel="block", ylabel="block", title=f"matrix of the energy: {name}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def states_figure(spectra: dict[str, Spectrum], depth: int, states: int = 20) -> Figure:
-    """For each goal a panel: state by state, the removed blocks."""
+    """For each spectrum a panel: state by state, the removed blocks."""
     figure, panels = _panels(spectra, 0.16 * min(depth, 60) + 1.6, 4.4)
-    for (goal, spectrum), axes in zip(spectra.items(), panels, strict=True):
+    for (title, spectrum), axes in zip(spectra.items(), panels, strict=True):
         shown = spectrum.states[:states]
         grid = np.array([[i in state.removed for i in range(depth)] for state in shown])
         _grid(axes, grid.astype(float), [BLUE])
-        axes.set(xlabel="block", title=f"remove {goal}", yticks=range(0, len(shown), 2))
+        axes.set(xlabel="block", yticks=range(0, len(shown), 2))
+        axes.set_title(title, fontsize=10)
         axes.set_yticklabels([f"CBO:{k}" for k in range(0, len(shown), 2)])
     return figure
 
 
-def energy_figure(landscape: dict[str, list[dict[str, Any]]]) -> Figure:
-    """For each goal a panel: energy against the loss above the original's, with rank correlations.
-
-    The axes are logarithmic where they can be; where a removal lowers the loss, below 0.01 nats it is linear.
-    """
-    figure, panels = _panels(landscape, 3.9, 4.0)
-    for (goal, points), axes in zip(landscape.items(), panels, strict=True):
-        whole = next(p["loss"] for p in points if p["drawn"] == "original")
-        series = {
-            drawn: [(p["energy"], p["loss"] - whole) for p in points if p["drawn"] == drawn]
-            for drawn in ("low", "random")
+def energy_figure(landscape: dict[str, list[dict[str, Any]]], energies: Sequence[str]) -> Figure:
+    """For each goal and energy a panel: energy against the loss above the original's, with rank correlations."""
+    keys = {f"remove {goal}, {name}": (goal, name) for goal in landscape for name in energies}
+    figure, panels = _panels(keys, 4.6, 4.2)
+    for (title, (goal, name)), axes in zip(keys.items(), panels, strict=True):
+        whole = next(p["loss"] for p in landscape[goal] if "original" in p["drawn"])
+        points = {
+            label: [(p["energies"][name], p["loss"] - whole) for p in landscape[goal] if drawn in p["drawn"]]
+            for label, drawn in (("its lowest states", name), ("random removals", "random"))
         }
-        for (drawn, chosen), colour, marker in zip(series.items(), (BLUE, ORANGE), "o^", strict=True):
+        for (label, chosen), colour, marker in zip(points.items(), (BLUE, ORANGE), "o^", strict=True):
             if chosen:
                 x, y = zip(*chosen, strict=True)
-                name = "lowest energies" if drawn == "low" else "random removals"
-                axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{name}, ρ = {spearman(x, y):.2f}")
-        energies, losses = zip(*series["low"], *series["random"], strict=True)
-        if 0 < 3 * min(energies) < max(energies):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.ticklabel_format(axis="x", scilimits=(-2, 3))
-        if min(losses) > 0:
-            axes.set_yscale("log")
-        else:
-            axes.set_yscale("symlog", linthresh=0.01)
-            axes.set_ylim(min(losses) - 0.003, 2 * max(losses))
+                axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{label}, ρ = {spearman(x, y):.2f}")
+        x, y = zip(*(point for chosen in points.values() for point in chosen), strict=True)
+        _logarithmic(axes, x, y)
         axes.set(xlabel="energy", ylabel="loss above the original's (nats)")
-        axes.set_title(f"remove {goal}: ρ = {spearman(energies, losses):.2f} in all", fontsize=10)
+        axes.set_title(f"{title}: ρ = {spearman(x, y):.2f} in all", fontsize=10)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
     return figure
 
 
+def _logarithmic(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """Logarithmic axes where they can be; where a removal lowers the loss, below 0.01 nats it is linear."""
+    if 0 < 3 * min(x) < max(x):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.ticklabel_format(axis="x", scilimits=(-2, 3))
+    if min(y) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_ylim(min(y) - 0.003, 2 * max(y))
+
+
 def spectrum_figure(spectra: dict[str, Spectrum], tabu: dict[str, Spectrum]) -> Figure:
-    """For each goal a panel: energy by state, certified and by tabu search."""
-    figure, panels = _panels(spectra, 3.9, 3.8)
-    for goal, axes in zip(spectra, panels, strict=True):
-        exact, found = spectra[goal], tabu[goal]
+    """For each spectrum a panel: energy by state, certified and by tabu search."""
+    figure, panels = _panels(spectra, 4.6, 3.8)
+    for title, axes in zip(spectra, panels, strict=True):
+        exact, found = spectra[title], tabu[title]
         proven = f"{exact.solver}, {exact.num_proven} of {len(exact.states)} proven"
         axes.plot([s.energy for s in exact.states], color=BLACK, lw=1.5, label=proven)
         axes.plot([s.energy for s in found.states], "o", color=ORANGE, ms=3, mfc="none", label="tabu search")
         missed = len({s.removed for s in exact.states} - {s.removed for s in found.states})
         axes.set(xlabel="state k", ylabel="energy")
-        axes.set_title(f"remove {goal}: tabu misses {missed} of {len(exact.states)}", fontsize=10, loc="right")
+        axes.set_title(f"{title}: tabu misses {missed} of {len(exact.states)}", fontsize=9, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..candidates import Candidate, fill, open_blocks
-from ..prefixes import shared_losses, shared_qualities
+from ..measures import shared_losses, shared_qualities
+from ..prefixes import passes_of_walk
 from ..problem import RemovalProblem
-from ..progress import track
+from ..progress import bar, track
+
+IDLE = 20  # after so many generations of nothing but the parent there are no other removals
 
 
 def sleb(
@@ -38,7 +42,7 @@ def evopress(
     samples: Sequence[Tensor],
     problem: RemovalProblem,
     *,
-    generations: int = 25,
+    budget: float = 64.0,
     offspring: int = 16,
     survivors: int = 4,
     seed: int = 0,
@@ -50,30 +54,38 @@ def evopress(
     A generation makes `offspring` mutants of the parent; they are measured on an eighth of the samples, drawn anew each
     time, the best `survivors` of them on all, and the best of those replaces the parent if its KL is lower. The first
     parent is the best of a generation of random removals. A mutation puts back s removed blocks and removes others at
-    random, s the smaller of two draws from 1 to 3. Generations and sizes are not the paper's, but chosen to cost
-    about as much as SLEB.
+    random, s the smaller of two draws from 1 to 3. It ends after about `budget` forward passes over all samples, the
+    same unit as that of our own selection; the paper spends far more.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
     generator = np.random.default_rng(seed)
     few = max(1, len(samples) // 8)
+    spent = 0.0
 
     def fitness(removals: Sequence[tuple[int, ...]], on: Sequence[Tensor]) -> list[float]:
+        nonlocal spent
+        spent += passes_of_walk([(), *removals], problem.num_blocks) * len(on) / len(samples)
         return [quality.kl for quality in shared_qualities(model, removals, on, batch_size=batch_size)]
 
     pool = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
-    parent, best = pool[0], float("inf")
-    for _ in track(range(generations + 1), "EvoPress", generations + 1, show=progress):
-        pool = sorted(set(pool) - {parent} if best < float("inf") else set(pool))
-        if pool:
-            subset = [samples[i] for i in generator.choice(len(samples), few, replace=False)]
-            first = fitness(pool, subset)
-            chosen = [pool[i] for i in np.argsort(first, kind="stable")[:survivors]]
-            kl, removed = min(zip(fitness(chosen, samples), chosen, strict=True))
-            if kl < best:
-                parent, best = removed, kl
-        pool = [mutated(problem, parent, generator) for _ in range(offspring)]
+    parent, best, idle = pool[0], float("inf"), 0
+    with bar() if progress else nullcontext() as display:
+        task = display.add_task("EvoPress", total=budget) if display is not None else None
+        while spent < budget and idle < IDLE:
+            pool = sorted(set(pool) - {parent} if best < float("inf") else set(pool))
+            idle = 0 if pool else idle + 1
+            if pool:
+                subset = [samples[i] for i in generator.choice(len(samples), few, replace=False)]
+                first = fitness(pool, subset)
+                chosen = [pool[i] for i in np.argsort(first, kind="stable")[:survivors]]
+                kl, removed = min(zip(fitness(chosen, samples), chosen, strict=True))
+                if kl < best:
+                    parent, best = removed, kl
+            if display is not None and task is not None:
+                display.update(task, completed=spent)
+            pool = [mutated(problem, parent, generator) for _ in range(offspring)]
     return Candidate(parent, "EvoPress", problem.energy(parent))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batches import check_finite, frozen, make_batches, sample_losses
 from ..blocks import find_stack
 from ..candidates import Candidate
-from ..prefixes import shared_losses
+from ..measures import shared_losses
 from ..problem import RemovalProblem
 from ..progress import track
 from .scores import from_scores

@@ -1,0 +1,126 @@
+"""The selection against every method it is compared with, at the same cost, on the embedded model.
+
+For each number of removals and each seed of the calibration data: the held-out KL divergence of what each method chose.
+SLEB and EvoPress, which search by measuring, get as many forward passes as the energies and the selection together:
+EvoPress as its budget, SLEB as more samples. The others cost less. Run it with
+
+    python benchmarks/selection.py --out selection.json
+
+and again to continue; it takes about half an hour on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blockspin import baselines
+from blockspin.calibration import load_calibration
+from blockspin.candidates import Candidate, states_as_candidates
+from blockspin.demo import CALIBRATION, MODEL, VALIDATION
+from blockspin.energies import estimate_energies, robustness
+from blockspin.files import write_json
+from blockspin.measures import Quality, measured, quality, token_mean
+from blockspin.models import load_model, load_tokenizer
+from blockspin.prefixes import passes_of_walk
+from blockspin.problem import RemovalProblem
+from blockspin.selection import pool_of, run_selection
+from blockspin.solvers import solve
+
+BATCH = 16
+
+
+@dataclass
+class Setting:
+    """The samples of one seed: 128 tokens each; energies and selection share none with each other."""
+
+    model: nn.Module
+    energy: list[Tensor]
+    selection: list[Tensor]
+    held_out: list[Tensor]
+    budget: float  # passes over the selection samples, for the selection alone
+
+
+def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate], dict[str, float]]:
+    """What each method removes; and the cost of those that search, in passes over one sample."""
+    s = setting
+    found = estimate_energies(energy, s.model, s.energy, batch_size=BATCH, progress=False)
+    problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
+    spectrum = solve(problem, states=100)
+    activations = baselines.measure_activations(s.model, s.energy, batch_size=BATCH)
+    trust = robustness(found, problem)
+    pool = pool_of(problem, spectrum, ground_states=trust.ground_states, activations=activations)
+    ours = run_selection(s.model, pool, s.selection, problem=problem, budget=s.budget, batch_size=BATCH, progress=False)
+    depth = problem.num_blocks
+    single = passes_of_walk([(), *((i,) for i in range(depth))], depth)
+    spent = ours.passes * len(s.selection) + (single + 1) * len(s.energy)
+    sleb_cost = sum(
+        passes_of_walk([tuple({*range(4, 4 + step), i}) for i in range(depth)], depth) for step in range(remove)
+    )
+    everything = [*s.selection, *s.energy]
+    sleb_samples = everything[: max(1, round(spent / sleb_cost))]
+    losses = baselines.losses_without_each(s.model, s.selection, batch_size=BATCH)
+    return [
+        Candidate(ours.chosen.removed, "blockspin", None),
+        *states_as_candidates(spectrum)[:1],
+        baselines.sleb(s.model, sleb_samples, problem, batch_size=BATCH),
+        baselines.evopress(s.model, s.selection, problem, budget=spent / len(s.selection), batch_size=BATCH),
+        baselines.shortened_llama(problem, losses, "Shortened LLaMA PPL"),
+        baselines.shortened_llama(problem, losses, "Shortened LLaMA PPL+", plus=True),
+        baselines.block_influence(problem, activations),
+        baselines.norm_ratio(problem, activations),
+        baselines.angular_distance(problem, activations),
+        baselines.iterative_block_influence(s.model, s.energy, problem, batch_size=BATCH),
+    ], {"blockspin": spent, "SLEB samples": len(sleb_samples)}
+
+
+def held_out(setting: Setting, candidates: list[Candidate]) -> dict[str, dict[str, object]]:
+    """Method -> its blocks, KL and loss on the held-out samples, and how far its KL is above ours."""
+    removals = [candidate.removed for candidate in candidates]
+    values = measured(setting.model, removals, setting.held_out, quality, batch_size=BATCH)
+    rows = {}
+    for candidate, row in zip(candidates, values, strict=True):
+        apart = row[:, 1] - values[0][:, 1]
+        means = Quality(*token_mean(row.T, setting.held_out).tolist())
+        error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
+        rows[candidate.source] = {
+            "removed": candidate.removed,
+            **vars(means),
+            "above": float(apart.mean()),
+            "error": error,
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("selection.json"))
+    parser.add_argument("--energy", default="secant")
+    parser.add_argument("--budget", type=float, default=48.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(MODEL, dtype="float32"), load_tokenizer(MODEL)
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    text = load_calibration(VALIDATION, tokenizer, num_samples=96, max_length=128, seed=0)
+    for seed in range(arguments.seeds):
+        drawn = load_calibration(CALIBRATION, tokenizer, num_samples=96, max_length=128, seed=seed)
+        setting = Setting(model, drawn[:32], drawn[32:64], text, arguments.budget)
+        for remove in (4, 8, 12):
+            name = f"{arguments.energy} M={remove} seed={seed}"
+            if name not in results:
+                candidates, cost = choices(setting, arguments.energy, remove)
+                results[name] = {"methods": held_out(setting, candidates), "cost": cost}
+                write_json(arguments.out, results)
+                kls = {method: round(row["kl"], 4) for method, row in results[name]["methods"].items()}
+                print(name, cost, kls, flush=True)
+
+
+if __name__ == "__main__":
+    main()
