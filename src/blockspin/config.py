@@ -99,6 +99,8 @@ class TaskSettings:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"--limit must be positive, not {self.limit}")
+        if self.limit is not None and self.limit >= 1:
+            object.__setattr__(self, "limit", int(self.limit))
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"--num-fewshot must not be negative, not {self.num_fewshot}")
         if self.max_gen_tokens is not None and self.max_gen_tokens < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .models import load_config
@@ -61,6 +61,8 @@ def _holds_weights(path: Path) -> bool:
 def _of_weights(model: nn.Module) -> str:
     found = hashlib.sha256(str(getattr(model, "config", "")).encode())
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:20]

@@ -134,16 +134,21 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
     try:
         loaded: dict[str, Any] = manager.load([name])
+    except ImportError as error:
+        raise ValueError(f"task {name} needs a package that is not installed: {_first_line(error)}") from error
     except (DatasetNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
         gated = isinstance(error, GatedRepoError) or "gated" in str(error).lower()
         remedy = (
             "accept its terms on its page and log in with `hf auth login`"
             if gated
             else "download it where there is a network, or give local task files with --include-path"
         )
-        raise ValueError(f"the data of task {name} cannot be loaded ({reason}); {remedy}") from error
+        raise ValueError(f"the data of task {name} cannot be loaded ({_first_line(error)}); {remedy}") from error
     return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _open_with_vllm(model: PreTrainedModel | str | Path, config: EvaluateConfig) -> Any:
