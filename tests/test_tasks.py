@@ -33,7 +33,7 @@ from blockspin.evaluation import results_table
 from blockspin.methods import methods
 from blockspin.pipeline import compress
 from blockspin.report import write_report
-from blockspin.tasks import Score, cell, mean_scores, scores_markdown, scores_table
+from blockspin.scores import Score, cell, mean_scores, scores_markdown, scores_table
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 

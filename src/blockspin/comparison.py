@@ -26,9 +26,10 @@ from .models import load_config, load_model, load_tokenizer
 from .pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
 from .problem import RemovalProblem
 from .progress import console
+from .scores import Score, mean_scores
 from .solvers import Spectrum
 from .surgery import checkpoint_bytes, remove_blocks
-from .tasks import Score, mean_scores, scorer
+from .tasks import scorer
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 

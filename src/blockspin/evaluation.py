@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .batches import frozen, make_batches, mean_loss
 from .blocks import find_blocks
 from .progress import track
-from .tasks import Score, cell
+from .scores import Score, cell
 
 WIKITEXT2 = "wikitext2"
 

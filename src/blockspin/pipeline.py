@@ -28,10 +28,11 @@ from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
+from .scores import Score
 from .selection import ACTIVATION_SAMPLES, Selection, pool_of, run_selection
 from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
-from .tasks import Score, scorer
+from .tasks import scorer
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from .config import GRADIENT_ENERGIES
 from .files import replacing
 from .interactions import load_energies
 from .methods import PAPER
+from .scores import AT_CHANCE
+from .scores import cell as score_cell
 from .solvers import Spectrum
-from .tasks import AT_CHANCE
-from .tasks import cell as score_cell
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (

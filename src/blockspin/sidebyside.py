@@ -24,8 +24,9 @@ from .evaluation import (
 )
 from .files import replacing, write_json
 from .models import load_config, load_model, load_tokenizer
+from .scores import Score, scores_markdown, scores_table
 from .surgery import checkpoint_bytes
-from .tasks import Score, check_tasks, evaluate_tasks, result_files, scores_markdown, scores_table
+from .tasks import check_tasks, evaluate_tasks, result_files
 
 
 @dataclass
