@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from .calibration import load_calibration
     from .candidates import Candidate
     from .energies import estimate_energies
-    from .evaluation import perplexity
+    from .evaluation import perplexity, text_perplexity
     from .hessian import Gradients, estimate_gradients
     from .interactions import Interactions, gauss_newton, load_energies, measure_pairs
     from .problem import RemovalProblem
     from .selection import select
     from .solvers import Spectrum, solve
     from .surgery import prune_checkpoint, remove_blocks
+    from .tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "measure_pairs": "interactions",
     "select": "selection",
     "perplexity": "evaluation",
+    "text_perplexity": "evaluation",
     "Gradients": "hessian",
     "estimate_gradients": "hessian",
     "RemovalProblem": "problem",
@@ -40,6 +42,7 @@ _HOME = {
     "solve": "solvers",
     "prune_checkpoint": "surgery",
     "remove_blocks": "surgery",
+    "evaluate": "tasks",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "Spectrum",
     "estimate_energies",
     "estimate_gradients",
+    "evaluate",
     "find_blocks",
     "gauss_newton",
     "load_calibration",
@@ -61,6 +65,7 @@ __all__ = [
     "remove_blocks",
     "select",
     "solve",
+    "text_perplexity",
 ]
 
 

@@ -6,7 +6,7 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
+from .scores import Score
 from .selection import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
+from .tasks import scorer
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
+    scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
     Returns the rows of evaluation.json: original, CBO:0, the chosen state, random.
 
@@ -59,11 +62,12 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     check_folder(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        return [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
+        return [Evaluation.from_json(row) for row in json.loads((out / "evaluation.json").read_text())]
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     samples = load_samples(config, tokenizer, model_config)
+    score = scorer(config, tokenizer, out / "scores")
     config.save(out / "run.yaml")
     model = load_model(
         config.model,
@@ -95,7 +99,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         )
     named = replace(chosen, source=f"chosen ({chosen.source})")
     compared = [states_as_candidates(spectrum)[0], named, random_candidate(problem, config.seed)]
-    rows = evaluate_removals(config, model, compared, samples.evaluation)
+    rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
 
@@ -241,20 +245,19 @@ def selection_stage(
 
 
 def evaluate_removals(
-    config: CompressConfig, model: nn.Module, candidates: Sequence[Candidate], samples: Sequence[Tensor]
+    config: CompressConfig,
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    samples: Sequence[Tensor],
+    score: Callable[[Any], tuple[Score, ...]],
 ) -> list[Evaluation]:
-    """The original and each candidate, built in memory and measured on `samples`."""
+    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run."""
     rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
     models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
     remote = config.trust_remote_code
     sizes = [checkpoint_bytes(config.model, row.removed, trust_remote_code=remote) for row in rows.values()]
     measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
     return [
-        replace(evaluation, removed=row.removed, energy=row.energy)
-        for evaluation, row in zip(measured, rows.values(), strict=True)
+        replace(evaluation, removed=row.removed, energy=row.energy, scores=score(models[name]))
+        for evaluation, (name, row) in zip(measured, rows.items(), strict=True)
     ]
-
-
-def _evaluation(row: dict[str, Any]) -> Evaluation:
-    row.pop("perplexity")
-    return Evaluation(**{**row, "removed": tuple(row["removed"])})
