@@ -66,12 +66,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         make_checkpoint(folder / "whole", arguments.gib)
+        shard = max(file.stat().st_size for file in (folder / "whole").iterdir()) / 2**30
         command = [sys.executable, "-c", PRUNE, str(folder / "whole"), str(folder / "short")]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, memory = map(float, answer.split())
         written = sum(file.stat().st_size for file in (folder / "short").iterdir()) / 2**30
         copied = synchronised_copy(folder / "short", folder / "copy")
     print(f"pruning:  {written:.2f} GiB written in {seconds:.1f} s, peak memory {memory:.2f} GiB with all libraries")
+    print(f"          (allowed: a shard of {shard:.2f} GiB and 1 GiB)")
     print(f"copying:  the same in {copied:.1f} s; pruning runs at {copied / seconds:.2f} of its speed")
 
 

@@ -24,13 +24,13 @@ from blockspin import baselines
 from blockspin.calibration import load_calibration
 from blockspin.candidates import Candidate, states_as_candidates
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
-from blockspin.energies import estimate_energies, robustness
+from blockspin.energies import estimate_energies
 from blockspin.files import write_json
 from blockspin.measures import Quality, measured, quality, token_mean
 from blockspin.models import load_model, load_tokenizer
 from blockspin.prefixes import passes_of_walk
 from blockspin.problem import RemovalProblem
-from blockspin.selection import pool_of, run_selection
+from blockspin.selection import select_with_energies
 from blockspin.solvers import solve
 
 BATCH = 16
@@ -54,9 +54,17 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
     problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
     spectrum = solve(problem, states=100)
     activations = baselines.measure_activations(s.model, s.energy, batch_size=BATCH)
-    trust = robustness(found, problem)
-    pool = pool_of(problem, spectrum, ground_states=trust.ground_states, activations=activations)
-    ours = run_selection(s.model, pool, s.selection, problem=problem, budget=s.budget, batch_size=BATCH, progress=False)
+    ours, _ = select_with_energies(
+        s.model,
+        found,
+        problem,
+        spectrum,
+        s.selection,
+        s.energy,
+        budget=s.budget,
+        batch_size=BATCH,
+        progress=False,
+    )
     depth = problem.num_blocks
     single = passes_of_walk([(), *((i,) for i in range(depth))], depth)
     spent = ours.passes * len(s.selection) + (single + 1) * len(s.energy)

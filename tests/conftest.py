@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ import transformers as tf
 from tokenizers import ByteLevelBPETokenizer
 from torch.overrides import TorchFunctionMode
 
+from blockspin import cli
+
+Command = Callable[..., tuple[int, str]]
 VOCABULARY = 64
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -113,3 +118,20 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("BLOCKSPIN_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: (exit code, what it printed)."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["blockspin", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run

@@ -7,16 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import save_tiny
+from conftest import Command, save_tiny
 
-from blockspin import cli
 from blockspin.batches import mean_loss
 from blockspin.blocks import Block
 from blockspin.calibration import load_calibration
@@ -28,25 +26,6 @@ from blockspin.problem import RemovalProblem
 from blockspin.selection import Selection, select
 from blockspin.solvers import Spectrum
 from blockspin.surgery import remove_blocks
-
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: (exit code, what it printed)."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["blockspin", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return run
 
 
 def settings(model: Path, text: Path, **changes: object) -> CompressConfig:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +153,115 @@ def test_bad_sources_and_targets_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \.safetensors or \.bin weights"):
         prune_checkpoint(folder, [0], tmp_path / "short")
+
+
+@pytest.mark.parametrize(
+    ("family", "removed", "noted"), [("gemma2", [3], False), ("gemma2", [0], True), ("llama", [0], False)]
+)
+def test_a_new_order_of_sliding_windows_is_said(
+    family: str, removed: list[int], noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", removed, tmp_path / "short")
+    assert ("loading_elsewhere" in capsys.readouterr().err) == noted
+
+
+def test_killed_at_any_moment_it_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    """Kill the process at its first, second, ... change to the file system; then the same call succeeds."""
+    folder, target = save_tiny(tmp_path / "model", max_shard_size="80KB"), tmp_path / "short"
+    changes = ("os.mkdir", "os.rename", "shutil.copyfile", "os.truncate")
+
+    def prune(kill_at: int) -> None:
+        seen = itertools.count(1)
+
+        def watch(event: str, arguments: tuple) -> None:
+            writes = (
+                event == "open" and str(arguments[0]).startswith(str(tmp_path)) and set(str(arguments[1])) & set("wa")
+            )
+            if (writes or event in changes) and next(seen) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        prune_checkpoint(folder, [1], target, progress=False)
+
+    for moment in itertools.count(1, 3):
+        process = multiprocessing.get_context("fork").Process(target=prune, args=(moment,))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert not target.exists()
+    assert moment > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "short"]
+    tf.AutoModelForCausalLM.from_pretrained(target)
+
+
+# The settings of a quantisation method that name layers, as they are in the files of its own tools.
+QUANTISED = {
+    "fp8": {
+        "tensors": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
+        "config": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        "lists": ("modules_to_not_convert",),
+    },
+    "compressed-tensors": {
+        "tensors": {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
+        "config": {"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
+        "lists": ("ignore",),
+    },
+    "gptq": {
+        "tensors": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32},
+        "config": {"bits": 4, "group_size": 128},
+        "lists": ("modules_in_block_to_quantize", "dynamic"),
+    },
+    "awq": {
+        "tensors": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+        "config": {"bits": 4, "group_size": 128, "version": "gemm"},
+        "lists": ("modules_to_not_convert",),
+    },
+    "bitsandbytes": {
+        "tensors": {
+            "weight": torch.uint8,
+            "weight.absmax": torch.uint8,
+            "weight.quant_map": torch.float32,
+            "weight.quant_state.bitsandbytes__nf4": torch.uint8,
+        },
+        "config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "lists": ("llm_int8_skip_modules",),
+    },
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoints(method: str, tmp_path: Path) -> None:
+    """Every tensor of a kept layer keeps its bytes, and the settings that name a layer follow it."""
+    folder, form = save_tiny(tmp_path / "model"), QUANTISED[method]
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        del tensors[name]
+        for part, dtype in form["tensors"].items():
+            raw = torch.randint(256, (6, 8 * dtype.itemsize), dtype=torch.uint8, generator=generator)
+            tensors[name.replace("weight", part)] = raw.view(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    names = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj", "model.layers.3.self_attn"]
+    lists = {key: {name: {"bits": 8} for name in names} if key == "dynamic" else names for key in form["lists"]}
+    config = json.loads((folder / "config.json").read_text())
+    quantisation = {"quant_method": method, **form["config"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation | lists}))
+
+    prune_checkpoint(folder, [1], tmp_path / "short", progress=False)
+    short, new = load_file(tmp_path / "short" / "model.safetensors"), {0: 0, 2: 1, 3: 2}
+    expected = {}
+    for name, tensor in tensors.items():
+        layer = re.search(r"layers\.(\d)\.", name)
+        if layer is None or int(layer[1]) in new:
+            expected[name if layer is None else name.replace(layer[0], f"layers.{new[int(layer[1])]}.")] = tensor
+    assert short.keys() == expected.keys()
+    assert all(
+        torch.equal(short[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
+    )
+    left = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.self_attn"]
+    new_lists = {key: {name: {"bits": 8} for name in left} if key == "dynamic" else left for key in form["lists"]}
+    written = json.loads((tmp_path / "short" / "config.json").read_text())
+    assert written["quantization_config"] == quantisation | new_lists

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from .config import DistillConfig
     from .distillation import distill, distill_checkpoint
     from .energies import estimate_energies
-    from .evaluation import perplexity
+    from .evaluation import perplexity, text_perplexity
     from .hessian import Gradients, estimate_gradients
     from .interactions import Interactions, gauss_newton, load_energies, measure_pairs
     from .problem import RemovalProblem
     from .selection import select
     from .solvers import Spectrum, solve
     from .surgery import prune_checkpoint, remove_blocks
+    from .tasks import evaluate
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOME = {
     "measure_pairs": "interactions",
     "select": "selection",
     "perplexity": "evaluation",
+    "text_perplexity": "evaluation",
     "Gradients": "hessian",
     "estimate_gradients": "hessian",
     "RemovalProblem": "problem",
@@ -45,6 +47,7 @@ _HOME = {
     "solve": "solvers",
     "prune_checkpoint": "surgery",
     "remove_blocks": "surgery",
+    "evaluate": "tasks",
 }
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "distill_checkpoint",
     "estimate_energies",
     "estimate_gradients",
+    "evaluate",
     "find_blocks",
     "gauss_newton",
     "load_calibration",
@@ -69,6 +73,7 @@ __all__ = [
     "remove_blocks",
     "select",
     "solve",
+    "text_perplexity",
 ]
 
 

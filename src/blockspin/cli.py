@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config import GRADIENT_ENERGIES, CompressConfig, DistillConfig, parse_indices, parse_remove
+from .config import GRADIENT_ENERGIES, CompressConfig, DistillConfig, EvaluateConfig, parse_indices, parse_remove
 from .options import complete, with_settings
 from .progress import console
 
@@ -198,26 +198,61 @@ def prune(
 
 
 @app.command()
-@with_settings(*SAMPLING, *LOADING, num_samples="evaluation_samples")
+@with_settings(*(f.name for f in fields(EvaluateConfig)), of=EvaluateConfig)
+@with_settings("max_length", "split", num_samples="evaluation_samples")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Hub ids or local folders; the first is the reference.")],
-    data: Data,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the table to this JSON file.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Perplexity and speed on samples of it: hub id or local file.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Perplexity of a whole text: wikitext2 or a text file.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens of a window of --text.")] = 2048,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Size, cache, prefill, decode, memory; models in turns.")
+    ] = False,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a prompt of --cost.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated in --cost.")] = 64,
+    print_nemo_skills: Annotated[
+        bool, typer.Option("--print-nemo-skills", help="Only print the commands of NeMo-Skills for the same tasks.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the results to this JSON file, and tables to .md beside it.")
+    ] = None,
     **settings: Any,
 ) -> None:
-    """Perplexity, parameters, size and speed of models side by side."""
-    from .evaluation import evaluate_models, results_table
-    from .files import write_json
-    from .surgery import checkpoint_bytes
+    """Benchmark scores, perplexity, size and speed of models side by side.
 
-    s = complete(settings)
-    samples = _samples(models[0], data, s.evaluation_samples, s)
-    loaded = {name: _model(name, s) for name in models}
-    sizes = [checkpoint_bytes(name, trust_remote_code=s.trust_remote_code) for name in models]
-    rows = evaluate_models(loaded, sizes, samples, batch_size=s.batch_size)
-    _print(results_table(rows))
+    Without --data, --text or --cost the models are scored on --tasks, by default those of the paper. The same command
+    again continues with the next task, or shows the results at once.
+
+    Example: blockspin evaluate MODEL MODEL-without-8-blocks --tasks mmlu,gsm8k --text wikitext2 --cost
+    """
+    from .nemo_skills import commands
+    from .sidebyside import evaluate_side_by_side
+
+    names = {f.name for f in fields(EvaluateConfig)}
+    config = EvaluateConfig(**{name: value for name, value in settings.items() if name in names})
+    if print_nemo_skills:
+        typer.echo(commands(models, config))
+        return
+    s = complete({name: value for name, value in settings.items() if name not in names or name == "seed"})
+    s.trust_remote_code = config.trust_remote_code
+    batch = {} if config.batch_size == "auto" else {"batch_size": int(config.batch_size)}
+    result = evaluate_side_by_side(
+        models,
+        config,
+        tasks=bool({"tasks", "rollouts"} & set(settings)) or not (data or text or cost),
+        samples=_samples(models[0], data, s.evaluation_samples, s) if data else (),
+        texts=text or (),
+        window=window,
+        cost={"length": length, "new_tokens": new_tokens, **batch} if cost else None,
+    )
+    for table in result.tables():
+        _print(table)
     if out is not None:
-        write_json(out, [row.as_json() for row in rows])
+        result.save(out)
 
 
 @app.command()

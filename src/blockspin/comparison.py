@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from .models import load_config, load_model, load_tokenizer
 from .pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
 from .problem import RemovalProblem
 from .progress import console
+from .scores import Score, mean_scores
 from .solvers import Spectrum
 from .surgery import checkpoint_bytes, remove_blocks
+from .tasks import scorer
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 
@@ -58,6 +60,7 @@ class Row(Choice):
     num_parameters: int
     num_bytes: int
     tokens_per_second: float
+    scores: tuple[Score, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -126,6 +129,7 @@ def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Pat
         check_before(replace(config, remove=removal), model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     samples = load_samples(replace(config, energy=PAPER), tokenizer, model_config)
+    score = scorer(config, tokenizer, out / "scores")
     comparison.save(file)
     remote, device = config.trust_remote_code, config.device_map
     model = load_model(config.model, dtype=config.dtype, device_map=device, trust_remote_code=remote)
@@ -145,7 +149,7 @@ def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Pat
                 choose(bench, comparison, problem, goal, name, method)
                 comparison.save(file)
         comparison.landscape[goal] = landscape(bench, goal)
-        comparison.rows += measure(bench, [choice for choice in comparison.choices if choice.goal == goal])
+        comparison.rows += measure(bench, [choice for choice in comparison.choices if choice.goal == goal], score)
         comparison.save(file)
     return comparison
 
@@ -239,8 +243,10 @@ def landscape(bench: Bench, goal: str) -> list[dict[str, Any]]:
     ]
 
 
-def measure(bench: Bench, choices: Sequence[Choice]) -> list[Row]:
-    """Quality, size and speed of the choices of one goal, and of the original.
+def measure(
+    bench: Bench, choices: Sequence[Choice], score: Callable[[Any], tuple[Score, ...]] = lambda model: ()
+) -> list[Row]:
+    """Quality, size and speed of the choices of one goal, and of the original, and their scores on tasks.
 
     Models with the same number of blocks of each kind run equally fast: of those one is timed.
     """
@@ -261,9 +267,10 @@ def measure(bench: Bench, choices: Sequence[Choice]) -> list[Row]:
     for choice in [original, *choices]:
         removed = choice.removed
         if choice.windows:
-            merged = baselines.merge_windows(model, choice.windows)
-            measures = quality_of(merged, model, text, config.batch_size)
+            shortened = baselines.merge_windows(model, choice.windows)
+            measures = quality_of(shortened, model, text, config.batch_size)
         else:
+            shortened = remove_blocks(model, removed) if removed else model
             measures = quality[removed]
         rows.append(
             Row(
@@ -273,6 +280,7 @@ def measure(bench: Bench, choices: Sequence[Choice]) -> list[Row]:
                 - sum(blocks[i].num_parameters for i in removed),
                 num_bytes=checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code),
                 tokens_per_second=speeds[shape(removed)],
+                scores=score(shortened),
             )
         )
     return rows
@@ -287,11 +295,14 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
     for group in groups.values():
         numbers = ("loss", "kl", "agreement", "num_parameters", "num_bytes", "tokens_per_second", "passes", "seconds")
         mean = {name: sum(getattr(row, name) for row in group) / len(group) for name in numbers}
-        means.append(group[0] if len(group) == 1 else replace(group[0], **mean, removed=(), energy=None))
+        scores = mean_scores([row.scores for row in group])
+        drawn = replace(group[0], **mean, removed=(), energy=None, scores=scores)
+        means.append(group[0] if len(group) == 1 else drawn)
     order = list(dict.fromkeys(row.goal for row in rows))
     return sorted(means, key=lambda row: (order.index(row.goal), row.method != "original", row.loss))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     windows = tuple((lo, hi) for lo, hi in values["windows"])
-    return {**values, "removed": tuple(values["removed"]), "windows": windows}
+    scores = {"scores": tuple(map(Score.from_json, values["scores"]))} if "scores" in values else {}
+    return {**values, "removed": tuple(values["removed"]), "windows": windows, **scores}

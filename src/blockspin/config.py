@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,14 +51,38 @@ def parse_indices(text: str) -> tuple[int, ...]:
         raise ValueError(f"block numbers are separated by commas (20,23), not {text!r}") from None
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """ "mmlu,gsm8k" as names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_rollouts(text: str) -> tuple[tuple[str, int], ...]:
+    """ "aime25=10,gpqa_diamond_cot_zeroshot=5" as pairs of a task and a number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return tuple((name.strip(), int(number)) for name, number in pairs)
+    except ValueError:
+        raise ValueError(f"a number of answers for each task is wanted (aime25=10), not {text!r}") from None
+
+
+def parse_batch_size(text: str) -> int | str:
+    """ "auto" or a number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == "auto" or (text.isdigit() and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise ValueError(f"auto or a positive number is wanted, not {text!r}")
+
+
 def setting(help: str, value: Any = MISSING, parse: Callable[[str], Any] | None = None) -> Any:
     """A field with the help text of its command-line option; `parse` reads the option where it is not a plain value."""
     return field(default=value, metadata={"help": help, "parse": parse})
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """ "tensorboard,wandb" as names."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class Settings:
@@ -65,7 +90,7 @@ class Settings:
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))  # type: ignore[call-overload]
+            temporary.write_text(yaml.safe_dump(asdict(self), sort_keys=False))  # type: ignore[call-overload]
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
@@ -99,13 +124,6 @@ class Settings:
             if getattr(self, name) < value:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} must be at least {value}, not {getattr(self, name)}")
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML has a plain form for."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -166,8 +184,31 @@ class DistillConfig(Settings):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The benchmark tasks to score models on, by the names of the lm-evaluation-harness."""
+
+    tasks: tuple[str, ...] = setting("Tasks or groups of the lm-evaluation-harness: mmlu,gsm8k.", (), parse_names)
+    include_path: str | None = setting("Folder with task files of your own; they win over the harness's.", None)
+    limit: float | None = setting("Questions of each (sub)task at most, or a share below 1. For trials only.", None)
+    num_fewshot: int | None = setting("Examples shown before each question (default: as the task says).", None)
+    apply_chat_template: bool = setting("Ask in the chat format of the model.", False)
+    max_gen_tokens: int | None = setting("Tokens of a task's answer at most (default: as the task says).", None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"--limit must be positive, not {self.limit}")
+        if self.limit is not None and self.limit >= 1:
+            object.__setattr__(self, "limit", int(self.limit))
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"--num-fewshot must not be negative, not {self.num_fewshot}")
+        if self.max_gen_tokens is not None and self.max_gen_tokens < 1:
+            raise ValueError(f"--max-gen-tokens must be at least 1, not {self.max_gen_tokens}")
+
+
 @dataclass(frozen=True)
-class CompressConfig(Settings):
+class CompressConfig(TaskSettings, Settings):
     """Everything that decides the outcome of `blockspin compress`; stored as run.yaml in the run folder.
 
     remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
@@ -207,6 +248,7 @@ class CompressConfig(Settings):
     distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "protect", tuple(self.protect))
         if isinstance(self.distill, dict):  # as YAML has it
             object.__setattr__(self, "distill", DistillConfig(**DistillConfig.known(self.distill, "distill")))
@@ -225,3 +267,49 @@ class CompressConfig(Settings):
     def calibration_samples(self) -> int:
         """How many samples the energy is computed from."""
         return self.num_samples if self.energy in GRADIENT_ENERGIES else self.energy_samples
+
+
+# The benchmarks of the paper (arXiv 2602.00161, Tables 1 and 2).
+PAPER_TASKS = ("mmlu", "hellaswag", "winogrande", "arc_challenge", "leaderboard_bbh", "gsm8k")
+BACKENDS = ("hf", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TaskSettings):
+    """How `blockspin evaluate` scores models on tasks; without tasks and rollouts, on those of the paper.
+
+    rollouts: (task, number of sampled answers for each question); such a task's score is the mean over rollouts.
+    cache: folder of the results computed so far, or None.
+    """
+
+    rollouts: tuple[tuple[str, int], ...] = setting(
+        "Sampled answers for each question of a task: aime25=10,gpqa_diamond_cot_zeroshot=5.", (), parse_rollouts
+    )
+    temperature: float = setting("Of the sampling of rollouts.", 0.6)
+    top_p: float = setting("Of the sampling of rollouts.", 0.95)
+    seed: int = setting("Of the sampling.", 42)
+    batch_size: int | str = setting("A number, or auto: what fits into the GPU.", "auto", parse_batch_size)
+    backend: str = setting("What runs the model: hf or vllm.", "hf")
+    cache: str | None = setting(
+        "Folder of the results computed so far, which are not computed again; none keeps nothing.",
+        str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "blockspin" / "scores"),
+        lambda text: None if text == "none" else text,
+    )
+    dtype: str = setting("auto, float32, bfloat16 or float16.", "auto")
+    device_map: str | None = setting("auto spreads the model over several GPUs.", None)
+    trust_remote_code: bool = setting("Run code that comes with the model.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rollouts", tuple(dict(self.rollouts).items()))
+        sampled = tuple(name for name, _ in self.rollouts)
+        asked = self.tasks or (() if sampled else PAPER_TASKS)
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(asked + sampled)))
+        if self.backend not in BACKENDS:
+            raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if any(number < 1 for _, number in self.rollouts):
+            raise ValueError(f"--rollouts must be at least 1, not {dict(self.rollouts)}")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"--temperature {self.temperature} must be positive and --top-p {self.top_p} in (0, 1]")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")

@@ -26,9 +26,9 @@ from .files import replacing
 from .gates import gated, trace_blocks
 from .hessian import Gradients, Partial, fingerprint
 from .measures import kl, loss, measured
-from .prefixes import removal_passes
+from .prefixes import passes_of_walk, removal_passes
 from .problem import RemovalProblem
-from .progress import track
+from .progress import console, track
 from .solvers import solve
 
 Floats = NDArray[np.float64]
@@ -142,6 +142,14 @@ def measure_pairs(
         matrices[index] = row.reshape(n, n)
     first = min(len(samples), max(4, len(samples) // 4))
     every = list(combinations(range(n), 2))
+    if progress:
+        cost = passes_of_walk([(), *((i,) for i in range(n)), *every], n)
+        console.print(
+            f"{len(every)} pairs of {n} blocks cost about {cost:.0f} passes of the model for each of the first {first} "
+            f"samples, and fewer for the other {len(samples) - first}.",
+            highlight=False,
+            soft_wrap=True,
+        )
     for chosen in (range(first), range(first, len(samples))):
         todo = [i for i in chosen if np.isnan(matrices[i, 0, 0])]
         if not todo:

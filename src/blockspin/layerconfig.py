@@ -13,8 +13,10 @@ import inspect
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
@@ -30,6 +32,9 @@ _COUNTS_LAYERS = re.compile(r"layer|dense|period|interval|offset|step|freq|every
 _POSITION = re.compile(r"layer_?(id|idx|index|number)$", re.IGNORECASE)
 _PLAIN = bool | int | float | str | None
 _LONGEST_PERIOD = 16
+_MOST_TRIALS = 200  # models built in search of a configuration; a deep one takes half a second
+_UNUSABLE = 10**6  # counts as so many differences
+_PATIENCE = 15.0  # seconds to look for other removals when one is refused
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def _first_proven(
             if shortened is not None:
                 return replace(shortened, values=trial) if values is written else shortened, ""
             problems += differences[:1]
-    return _search(config, original, kept, build, thorough), problems[0]
+    return _search(config, original, trial, kept, build, thorough, len(differences)), problems[0]
 
 
 def _rewritten(
@@ -175,27 +180,39 @@ def _are_runs(value: Sequence[Any]) -> bool:
 
 
 def _search(
-    config: PretrainedConfig, original: nn.Module, kept: Sequence[int], build: Build, thorough: bool
+    config: PretrainedConfig,
+    original: nn.Module,
+    values: dict[str, Any],
+    kept: Sequence[int],
+    build: Build,
+    thorough: bool,
+    fewest: int,
 ) -> Shortened | None:
-    """Change the numbers of first or last layers, periods and offsets, each time the one that leaves the fewest
-    differences, until none is left; None if no change helps any more. Only thorough search tries every period."""
+    """Change the numbers of first or last layers, periods and offsets one after another, each to the value that leaves
+    the fewest differences, until none is left; None if no change helps any more or too many were tried.
+
+    values, fewest: where it starts, and how many differences there are. thorough: try every period.
+    """
     depth = len(find_stack(original)[1])
-    values = _rewritten(config, original, config.to_dict(), kept)
-    fewest = len(_prove(config, original, values, kept, build)[1])
-    while True:
-        best = None
-        for name, old in _text_values(values).items():
-            for new in _other_values(name, old, kept, depth, thorough):
+    trials = 0
+    improved = True
+    while improved:
+        improved = False
+        for name in list(_text_values(values)):
+            best = values
+            for new in _other_values(name, _text_values(values)[name], kept, depth, thorough):
+                trials += 1
+                if trials > _MOST_TRIALS:
+                    return None
                 trial = copy.deepcopy(values)
                 _text_values(trial)[name] = new
-                shortened, differences = _prove(config, original, trial, kept, build)
+                shortened, differences = _prove(config, original, trial, kept, build, fewest)
                 if shortened is not None:
                     return shortened
                 if len(differences) < fewest:
-                    best, fewest = trial, len(differences)
-        if best is None:
-            return None
-        values = best
+                    best, fewest, improved = trial, len(differences), True
+            values = best
+    return None
 
 
 def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorough: bool) -> list[Any]:
@@ -214,22 +231,32 @@ def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorou
 
 
 def _prove(
-    config: PretrainedConfig, original: nn.Module, values: dict[str, Any], kept: Sequence[int], build: Build
+    config: PretrainedConfig,
+    original: nn.Module,
+    values: dict[str, Any],
+    kept: Sequence[int],
+    build: Build,
+    most: int = _UNUSABLE,
 ) -> tuple[Shortened | None, list[str]]:
-    """Build the model of `values` and compare it with the original; the differences in words where there are any."""
+    """Build the model of `values` and compare it with the original; the differences in words where there are any, at
+    most `most` of them."""
     try:
         shortened = type(config).from_dict(_decoded(values))
         shortened._attn_implementation = config._attn_implementation
         model = build(shortened)
         stack = find_stack(model)[1]
     except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together
-        return None, [str(error).strip().split("\n")[-1].strip()] * 10**6
+        return None, [str(error).strip().split("\n")[-1].strip()] * _UNUSABLE
     if len(stack) != len(kept):
-        return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * 10**6
-    differences = [*_layer_differences(original, model, kept), *_broken_sharing(config, original, kept)]
-    differences += _tie_differences(original, model, kept)
+        return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
     slices: dict[str, int] = {}
-    differences += _outside_differences(original, model, kept, slices)
+    checks = (
+        _layer_differences(original, model, kept),
+        _broken_sharing(config, original, kept),
+        _tie_differences(original, model, kept),
+        _outside_differences(original, model, kept, slices),
+    )
+    differences = list(islice(chain(*checks), most))
     if differences:
         return None, differences
     return Shortened(model.config, json.loads(shortened.to_json_string()), model, slices, _tied(original)), []
@@ -359,12 +386,21 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 
 def _possible(config: PretrainedConfig, original: nn.Module, build: Build) -> str:
+    """Which single blocks could be removed: a hint, found in limited time."""
     depth = len(find_stack(original)[1])
-    without = [[*range(i), *range(i + 1, depth)] for i in range(depth)]
-    single = [i for i in range(depth) if _first_proven(config, original, without[i], build, thorough=False)[0]]
-    return (
+    deadline = time.monotonic() + _PATIENCE
+    tried, single = 0, []
+    for i in range(depth):
+        kept = [*range(i), *range(i + 1, depth)]
+        single += [i] if _first_proven(config, original, kept, build, thorough=False)[0] else []
+        tried += 1
+        if time.monotonic() > deadline:
+            break
+    among = "" if tried == depth else f" (of the blocks 0 to {tried - 1}; the others were not tried)"
+    found = (
         f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
     )
+    return found + among
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -112,7 +112,7 @@ class Ledger:
         if callable(self.objective):
             self.passes += sum(1 - len(removed) / self.depth for removed in removals)
         else:
-            share = self.weights[have:number].sum() / self.weights.sum()
+            share = float(self.weights[have:number].sum() / self.weights.sum())
             self.passes += share * passes_of_walk([(), *removals], self.depth)
         unknown = [removed for removed in removals if len(self._known.get(removed, ())) < number]
         if unknown:

@@ -14,13 +14,12 @@ from . import baselines
 from .blocks import find_stack
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig
-from .energies import robustness
 from .interactions import Energies
 from .measures import shared_losses
 from .pipeline import Samples
 from .prefixes import stream_of
 from .problem import RemovalProblem
-from .selection import pool_of, run_selection
+from .selection import ACTIVATION_SAMPLES, select_with_energies
 from .solvers import Spectrum
 
 RANDOM_DRAWS = 5
@@ -123,7 +122,7 @@ def methods(config: CompressConfig) -> dict[str, Method]:
     paper = (f"energy {PAPER}", f"solve {PAPER} {{goal}}")
     ours = (f"energy {config.energy}", f"solve {config.energy} {{goal}}")
     return {
-        SELECTED: ((*ours, "activations"), _selected),
+        SELECTED: (ours, _selected),
         **({f"CBO:0, {config.energy}": (ours, _state(config.energy, 0))} if config.energy != PAPER else {}),
         **{f"CBO:{k}": (paper, _state(PAPER, k)) for k in range(min(3, config.states))},
         f"CBO, best of {count}": ((*paper, f"states {PAPER} {{goal}}"), _best_state),
@@ -164,24 +163,20 @@ def methods(config: CompressConfig) -> dict[str, Method]:
 def _selected(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
     """`blockspin select`: the race of a pool and the polish of its winner."""
     config = bench.config
-    energies, problem = bench.energies[config.energy], bench.problems[config.energy, goal]
-    trust = robustness(energies, problem, seed=config.seed)
-    pool = pool_of(
-        problem,
-        bench.spectra[config.energy, goal],
-        max_candidates=config.max_candidates,
-        ground_states=trust.ground_states,
-        activations=bench.activations(),
-    )
-    return run_selection(
+    selection, _ = select_with_energies(
         bench.model,
-        pool,
+        bench.energies[config.energy],
+        bench.problems[config.energy, goal],
+        bench.spectra[config.energy, goal],
         bench.samples.selection,
-        problem=problem,
+        bench.samples.calibration[:ACTIVATION_SAMPLES],
+        seed=config.seed,
+        max_candidates=config.max_candidates,
+        batch_size=config.batch_size,
         objective=config.objective,
         budget=config.budget,
-        batch_size=config.batch_size,
-    ).chosen
+    )
+    return selection.chosen
 
 
 def _best_state(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:

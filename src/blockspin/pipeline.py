@@ -6,7 +6,7 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .baselines import measure_activations
 from .blocks import Block, find_blocks
 from .calibration import load_calibration, tokenise
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
 from .distillation import distill_checkpoint
-from .energies import estimate_energies, robustness
+from .energies import estimate_energies
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients
@@ -30,9 +29,11 @@ from .models import load_config, load_model, load_tokenizer, model_without_weigh
 from .preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .problem import RemovalProblem
 from .progress import console
-from .selection import ACTIVATION_SAMPLES, Selection, pool_of, run_selection
+from .scores import Score
+from .selection import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
 from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
+from .tasks import scorer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
     distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
+    scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
     Returns the rows of evaluation.json: original, CBO:0, the chosen state, random, and distilled where wanted.
 
@@ -63,7 +65,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     check_folder(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        rows = [_evaluation(row) for row in json.loads((out / "evaluation.json").read_text())]
+        rows = [Evaluation.from_json(row) for row in json.loads((out / "evaluation.json").read_text())]
     else:
         rows = shorten(config, out)
     if config.distill is not None and rows[-1].name != "distilled":
@@ -80,6 +82,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     samples = load_samples(config, tokenizer, model_config)
     if config.distill is not None and config.distill.data is not None:
         next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
+    score = scorer(config, tokenizer, out / "scores")
     config.save(out / "run.yaml")
     model = load_model(
         config.model,
@@ -111,7 +114,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         )
     named = replace(chosen, source=f"chosen ({chosen.source})")
     compared = [states_as_candidates(spectrum)[0], named, random_candidate(problem, config.seed)]
-    rows = evaluate_removals(config, model, compared, samples.evaluation)
+    rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
 
@@ -259,27 +262,21 @@ def selection_stage(
     """The choice: read, or made, continuing where an interrupted run stopped."""
     partial = path.with_name(f"{path.stem}.partial.json")
     if not path.is_file():
-        trust = robustness(energies, problem, seed=config.seed)
-        console.print(trust.summary(), soft_wrap=True, highlight=False)
-        few = samples.calibration[:ACTIVATION_SAMPLES]
-        activations = measure_activations(model, few, batch_size=config.batch_size, progress=True)
-        selection = run_selection(
+        selection, trust = select_with_energies(
             model,
-            pool_of(
-                problem,
-                spectrum,
-                max_candidates=config.max_candidates,
-                ground_states=trust.ground_states,
-                activations=activations,
-            ),
+            energies,
+            problem,
+            spectrum,
             samples.selection,
-            problem=problem,
+            samples.calibration[:ACTIVATION_SAMPLES],
+            seed=config.seed,
+            max_candidates=config.max_candidates,
+            batch_size=config.batch_size,
             objective=config.objective,
             budget=config.budget,
-            batch_size=config.batch_size,
             partial=partial,
         )
-        console.print(selection.table(), selection.summary(), soft_wrap=True, highlight=False)
+        console.print(trust.summary(), selection.table(), selection.summary(), soft_wrap=True, highlight=False)
         write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
     partial.unlink(missing_ok=True)
     return Selection.load(path)
@@ -312,24 +309,24 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     )
     size = checkpoint_bytes(out / "distilled", trust_remote_code=remote)
     (row,) = evaluate_models({"distilled": model}, [size], samples.evaluation, batch_size=config.batch_size)
-    return replace(row, removed=removed)
+    score = scorer(config, tokenizer, out / "scores")
+    return replace(row, removed=removed, scores=score(model))
 
 
 def evaluate_removals(
-    config: CompressConfig, model: nn.Module, candidates: Sequence[Candidate], samples: Sequence[Tensor]
+    config: CompressConfig,
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    samples: Sequence[Tensor],
+    score: Callable[[Any], tuple[Score, ...]],
 ) -> list[Evaluation]:
-    """The original and each candidate, built in memory and measured on `samples`."""
+    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run."""
     rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
     models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
     remote = config.trust_remote_code
     sizes = [checkpoint_bytes(config.model, row.removed, trust_remote_code=remote) for row in rows.values()]
     measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
     return [
-        replace(evaluation, removed=row.removed, energy=row.energy)
-        for evaluation, row in zip(measured, rows.values(), strict=True)
+        replace(evaluation, removed=row.removed, energy=row.energy, scores=score(models[name]))
+        for evaluation, (name, row) in zip(measured, rows.items(), strict=True)
     ]
-
-
-def _evaluation(row: dict[str, Any]) -> Evaluation:
-    row.pop("perplexity")
-    return Evaluation(**{**row, "removed": tuple(row["removed"])})

@@ -24,6 +24,8 @@ from .config import GRADIENT_ENERGIES
 from .files import replacing
 from .interactions import load_energies
 from .methods import PAPER
+from .scores import AT_CHANCE
+from .scores import cell as score_cell
 from .solvers import Spectrum
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
@@ -124,10 +126,16 @@ def cells(row: Row, original: Row) -> list[str]:
         f"{row.num_parameters / 1e6:.4g} M",
         f"{row.num_bytes / 1e6:.4g}",
         f"{row.tokens_per_second:,.0f} ({row.tokens_per_second / original.tokens_per_second:.2f}x)",
+        *map(score_cell, row.scores),
         f"{row.passes:.3g}",
         f"{row.seconds:.3g}",
         blocks + merged,
     ]
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """The names of the columns: those of every comparison, and the tasks of this one."""
+    return [*_HEADINGS[:-3], *(score.task for score in rows[0].scores), *_HEADINGS[-3:]]
 
 
 def text_rows(rows: Sequence[Row]) -> list[list[str]]:
@@ -140,7 +148,8 @@ def text_rows(rows: Sequence[Row]) -> list[list[str]]:
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The rows for the terminal, one part for each goal; what is left out here is in the files."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("method", "perplexity", "KL", "top-1", "speed", "passes", "seconds", "removed"):
+    tasks = [score.task for score in rows[0].scores]
+    for heading in ("method", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "removed"):
         left = heading in ("method", "removed")
         table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "removed")
     goal = ""
@@ -149,32 +158,39 @@ def terminal_table(rows: Sequence[Row]) -> Table:
             goal = line[0]
             table.add_section()
             table.add_row(f"remove {goal}", style="bold")
-        cell = dict(zip(_HEADINGS, line, strict=True))
+        cell = dict(zip(headings(rows), line, strict=True))
         speed = cell["tokens/s"].partition("(")[2].rstrip(")")
-        measures = cell["perplexity"], cell["KL"], cell["top-1"], speed, cell["passes"], cell["seconds"]
+        scores = (cell[task] for task in tasks)
+        measures = cell["perplexity"], cell["KL"], cell["top-1"], speed, *scores, cell["passes"], cell["seconds"]
         table.add_row(cell["method"], *measures, cell["removed"])
+    if any(score.at_chance for row in rows for score in row.scores):
+        table.caption = AT_CHANCE
     return table
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in text_rows(rows))]) + "\n"
+    names = headings(rows)
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    note = f"\n\\{AT_CHANCE}\n" if rows[0].scores else ""
+    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in text_rows(rows))]) + "\n" + note
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Every row with full digits, draws one by one; blocks and windows separated by spaces."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*vars(rows[0]), "perplexity"])
+        scores = [{score.task: score.value for score in row.scores} for row in rows]
+        plain = [{k: v for k, v in vars(row).items() if k != "scores"} for row in rows]
+        writer = csv.DictWriter(file, [*plain[0], "perplexity", *scores[0]])
         writer.writeheader()
-        for row in rows:
+        for row, values, own in zip(rows, plain, scores, strict=True):
             windows = " ".join(f"{lo}-{hi}" for lo, hi in row.windows)
             texts = {"removed": " ".join(map(str, row.removed)), "windows": windows, "perplexity": row.perplexity}
-            writer.writerow({**vars(row), **texts})
+            writer.writerow({**values, **texts, **own})
 
 
 def page(comparison: Comparison, figures: dict[str, Path]) -> str:
     """The HTML page; the figures are inside it."""
-    body = ["<tr>" + "".join(f"<th>{h}</th>" for h in _HEADINGS) + "</tr>"]
+    body = ["<tr>" + "".join(f"<th>{h}</th>" for h in headings(comparison.rows)) + "</tr>"]
     for line in text_rows(comparison.rows):
         body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
     parts = [f"<h1>Block removal: {html.escape(str(comparison.settings['model']))}</h1>", "<table>", *body, "</table>"]
@@ -182,6 +198,8 @@ def page(comparison: Comparison, figures: dict[str, Path]) -> str:
         "<p>Perplexity, loss (nats a token), KL divergence from the original and agreement with its most likely token "
         "on the evaluation text. Passes: the cost of the method in forward passes over the calibration samples.</p>"
     )
+    if comparison.rows[0].scores:
+        parts.append(f"<p>Scores of tasks in percent with standard errors; {AT_CHANCE}.</p>")
     parts += [f"<p>Left out: {html.escape(f'{k}: {v}')}</p>" for k, v in comparison.left_out.items()]
     for name, path in figures.items():
         data = base64.b64encode(path.read_bytes()).decode()

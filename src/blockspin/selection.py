@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from . import baselines
 from .candidates import Candidate, distinct, states_as_candidates, swaps
+from .energies import Robustness, robustness
+from .interactions import Energies
 from .ledger import Ledger, Objective, Removed
 from .problem import RemovalProblem
 from .progress import bar
@@ -99,29 +101,55 @@ class Selection:
         )
 
 
+def cheap_choices(problem: RemovalProblem, activations: baselines.Activations) -> list[Candidate]:
+    """What the baselines that cost next to nothing would remove."""
+    return [
+        baselines.last_blocks(problem),
+        baselines.block_influence(problem, activations),
+        baselines.norm_ratio(problem, activations),
+        baselines.angular_distance(problem, activations),
+    ]
+
+
 def pool_of(
     problem: RemovalProblem,
     spectrum: Spectrum,
+    others: Sequence[Candidate] = (),
     *,
     max_candidates: int = 20,
     ground_states: Sequence[Removed] = (),
-    activations: baselines.Activations | None = None,
 ) -> list[Candidate]:
-    """Candidates worth a race: distinct low states, ground states of resampled energies, choices of cheap baselines.
-
-    With the baselines in it, the outcome is not worse than any of them on the selection samples.
-    """
+    """Candidates worth a race: distinct low states, others, and the ground states of resampled energies."""
     states = distinct(states_as_candidates(spectrum))[:max_candidates]
     resampled = [Candidate(removed, "resampled", problem.energy(removed)) for removed in ground_states]
-    cheap = [baselines.last_blocks(problem)]
-    if activations is not None:
-        cheap += [
-            baselines.block_influence(problem, activations),
-            baselines.norm_ratio(problem, activations),
-            baselines.angular_distance(problem, activations),
-        ]
-    unique = {candidate.removed: candidate for candidate in reversed([*states, *cheap, *resampled])}
+    unique = {candidate.removed: candidate for candidate in reversed([*states, *others, *resampled])}
     return list(reversed(unique.values()))
+
+
+def select_with_energies(
+    model: nn.Module,
+    energies: Energies,
+    problem: RemovalProblem,
+    spectrum: Spectrum,
+    samples: Sequence[Tensor],
+    activation_samples: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    max_candidates: int = 20,
+    batch_size: int = 8,
+    **options: Any,
+) -> tuple[Selection, Robustness]:
+    """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish.
+
+    activation_samples: what the cheap baselines see. options: of `run_selection`.
+    """
+    trust = robustness(energies, problem, seed=seed)
+    activations = baselines.measure_activations(model, activation_samples, batch_size=batch_size)
+    cheap = cheap_choices(problem, activations)
+    pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
+    always = [candidate.removed for candidate in cheap]
+    selection = run_selection(model, pool, samples, problem=problem, always=always, batch_size=batch_size, **options)
+    return selection, trust
 
 
 def select(
@@ -165,6 +193,7 @@ def run_selection(
     samples: Sequence[Tensor],
     *,
     problem: RemovalProblem | None = None,
+    always: Sequence[Removed] = (),
     objective: Objective = "kl",
     budget: float = BUDGET,
     batch_size: int = 8,
@@ -173,6 +202,8 @@ def run_selection(
 ) -> Selection:
     """Race the candidates of a pool on growing numbers of samples; with a problem, polish the winner.
 
+    always: removals of the pool that are measured on all samples however the race goes, so that the outcome is
+        certainly not worse than them there.
     objective: "kl" (to the whole model), "loss" (cross-entropy), or a function that takes the model with the blocks
         bypassed and returns a number, lower is better (for example minus a benchmark score).
     budget: polishing ends when so many forward passes over the samples were made, the race included.
@@ -189,6 +220,7 @@ def run_selection(
         if display is not None:
             ledger.bar = display, display.add_task("Selecting", total=budget if problem else None)
         race(ledger, [candidate.removed for candidate in pool])
+        ledger.extend(always, len(ledger.weights))
         if problem is not None:
             for removed, source in polish(ledger, problem, budget):
                 sources.setdefault(removed, Candidate(removed, source, problem.energy(removed)))

@@ -25,6 +25,7 @@ from .files import replacing, write_json
 from .gates import closed, trace_blocks
 from .layerconfig import Shortened, renumber_names, shorten_config
 from .models import load_config, model_without_weights
+from .progress import console
 from .shards import Shard, convert_bin, plan_shards, write_shards
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
@@ -163,6 +164,20 @@ def prune_checkpoint(
                 **(details or {}),
             },
         )
+    if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), kept):
+        console.print(
+            "Layers with and without a sliding window follow one another in another order now. transformers reads it "
+            "from the configuration; before use in vLLM or llama.cpp see docs/loading_elsewhere.md."
+        )
+
+
+def _changes_order(config: PretrainedConfig, kept: Sequence[int]) -> bool:
+    """Whether some position has a layer of another attention or rotation than before, which some runtimes overlook."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    windows = kinds if any(re.match("sliding|chunked", str(kind)) for kind in kinds) else []
+    lists = [windows, getattr(text, "no_rope_layers", None) or []]
+    return any(values[i] != values[p] for values in lists for p, i in enumerate(kept) if i < len(values))
 
 
 def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_remote_code: bool = False) -> int:

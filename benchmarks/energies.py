@@ -1,0 +1,112 @@
+"""Which energy predicts best what a removal does? On the embedded model, with what each energy costs.
+
+For each energy and number of removals M: Spearman's correlation with the measured KL divergence over random removals
+and over the energy's own ten lowest states, and the KL of its ground state. Energies see calibration text, the measures
+are made on another novel. Cost in forward passes over one sample of 128 tokens (a backward pass counts as another). Run
+
+    python benchmarks/energies.py --out energies.json
+
+It takes about ten minutes on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockspin.calibration import load_calibration
+from blockspin.candidates import random_candidate
+from blockspin.demo import CALIBRATION, MODEL, VALIDATION
+from blockspin.files import write_json
+from blockspin.hessian import estimate_gradients
+from blockspin.interactions import Energies, gauss_newton, measure_pairs
+from blockspin.measures import shared_qualities
+from blockspin.methods import counted
+from blockspin.models import load_model, load_tokenizer
+from blockspin.problem import RemovalProblem
+from blockspin.report import spearman
+from blockspin.solvers import solve
+
+Matrix = NDArray[np.float64]
+REMOVE = (3, 4, 6, 8, 10, 12)
+
+
+def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tuple[Matrix, float, float]]:
+    """name -> (matrix of the energy, passes over one sample, seconds)."""
+    costs: dict[str, tuple[float, float]] = {}
+
+    def run(name: str, estimate: Callable[..., Energies], number: int, **options: Any) -> Energies:
+        started = time.perf_counter()
+        with counted(model, len(samples[0])) as cost:
+            found = estimate(model, samples[:number], batch_size=16, progress=False, **options)
+        costs[f"{name}, {number}"] = cost.passes, time.perf_counter() - started
+        print(name, number, cost.passes, flush=True)
+        return found
+
+    text = run("empirical-fisher", estimate_gradients, 256)
+    fisher = run("fisher", estimate_gradients, 256, labels="model")
+    derivative = run("gauss-newton", gauss_newton, 32, step=0.05, positions=128)
+    secant = {m: run("secant", gauss_newton, m, positions=128) for m in (8, 32, 64)}
+    pairs = {m: run("pairwise", measure_pairs, m) for m in (4, 16, 32)}
+    loss = run("pairwise of the loss", measure_pairs, 32, objective="loss")
+    costs["singles, 32"] = costs["secant, 32"]
+    first = 2 * np.diag(text.mean_gradient)
+    matrices = {
+        "empirical-fisher, 256": text.hessian,
+        "empirical-fisher, 256, beta 1": text.hessian + first,
+        "empirical-fisher, 256, beta -1": text.hessian - first,
+        "fisher, 256": fisher.hessian,
+        "gauss-newton, 32": derivative.hessian,
+        "singles, 32": np.diag(np.diag(pairs[32].hessian)),
+        **{f"secant, {m}": found.hessian for m, found in secant.items()},
+        **{f"pairwise, {m}": found.hessian for m, found in pairs.items()},
+        "pairwise of the loss, 32": loss.hessian,
+        "mean of secant and pairwise, 32": (secant[32].hessian + pairs[32].hessian) / 2,
+    }
+    costs["empirical-fisher, 256, beta 1"] = costs["empirical-fisher, 256, beta -1"] = costs["empirical-fisher, 256"]
+    costs["mean of secant and pairwise, 32"] = (
+        costs["secant, 32"][0] + costs["pairwise, 32"][0],
+        costs["secant, 32"][1] + costs["pairwise, 32"][1],
+    )
+    return {name: (matrix, *costs[name]) for name, matrix in matrices.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("energies.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(MODEL, dtype="float32"), load_tokenizer(MODEL)
+    calibration = load_calibration(CALIBRATION, tokenizer, num_samples=256, max_length=128)
+    text = load_calibration(VALIDATION, tokenizer, num_samples=32, max_length=128)
+    found = forms(model, calibration)
+    rows: dict[str, dict[str, object]] = {name: {"passes": p, "seconds": s} for name, (_, p, s) in found.items()}
+    for remove in REMOVE:
+        problems = {name: RemovalProblem(matrix, remove) for name, (matrix, _, _) in found.items()}
+        lowest = {name: [s.removed for s in solve(p, states=10).states] for name, p in problems.items()}
+        any_problem = next(iter(problems.values()))
+        drawn = [random_candidate(any_problem, seed).removed for seed in range(40)]
+        removals = sorted({*drawn, *(removed for states in lowest.values() for removed in states)})
+        measured = shared_qualities(model, removals, text, batch_size=16)
+        kl = {removed: quality.kl for removed, quality in zip(removals, measured, strict=True)}
+        for name, problem in problems.items():
+            rows[name][str(remove)] = {
+                "random": spearman([problem.energy(r) for r in drawn], [kl[r] for r in drawn]),
+                "low": spearman([problem.energy(r) for r in lowest[name]], [kl[r] for r in lowest[name]]),
+                "ground state": kl[lowest[name][0]],
+                "best of ten": min(kl[r] for r in lowest[name]),
+                "removed": lowest[name][0],
+            }
+        print(remove, {name: round(rows[name][str(remove)]["ground state"], 4) for name in rows}, flush=True)  # type: ignore[index]
+        write_json(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

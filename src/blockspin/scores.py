@@ -1,0 +1,201 @@
+"""Scores on benchmark tasks: out of what the harness returns, their chance level, over rollouts, and as tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+# What a task is scored by; other tasks by acc_norm where they have it, else by what they report first.
+METRICS = {
+    "mmlu": "acc,none",
+    "hellaswag": "acc_norm,none",
+    "winogrande": "acc,none",
+    "arc_challenge": "acc_norm,none",
+    "leaderboard_bbh": "acc_norm,none",
+    "gsm8k": "exact_match,strict-match",
+    "gpqa_diamond_cot_zeroshot": "exact_match,flexible-extract",
+}
+AT_CHANCE = "* within two standard errors of guessing"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one model on one task.
+
+    metric: as the harness names it, "acc_norm" or "exact_match (strict-match)".
+    value, stderr: of the metric; accuracies are between 0 and 1. chance: what guessing gets; None where that has no
+    meaning. num_samples: questions. rollouts: with repeated sampling the score of each rollout; `value` is their mean
+    and `stderr` its standard error.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    chance: float | None
+    num_samples: int
+    num_fewshot: int
+    rollouts: tuple[float, ...] = ()
+
+    @property
+    def at_chance(self) -> bool:
+        """Within two standard errors of guessing: the measured standard error or, where larger, that of guessing."""
+        if self.chance is None:
+            return False
+        guessing = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
+        return abs(self.value - self.chance) <= 2 * max(self.stderr or 0.0, guessing)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rollouts": list(self.rollouts), "at_chance": self.at_chance}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Score:
+        known = {name: value for name, value in values.items() if name != "at_chance"}
+        return Score(**{**known, "rollouts": tuple(values["rollouts"])})
+
+
+def scores_of(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
+    """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member."""
+    outer = next((name for name in (task, *loaded["groups"]) if name in results["results"]), "")
+    names = [outer] if _metrics(results["results"].get(outer, {})) else list(loaded["tasks"])
+    scores = []
+    for name in names:
+        group = loaded["groups"].get(name)
+        members = [member.task_name for member in group.get_all_tasks()] if group else [name]
+        found = results["results"][name]
+        metrics = _metrics(found)
+        wanted = METRICS.get(name) or next((key for key in metrics if key.startswith("acc_norm,")), next(iter(metrics)))
+        metric, chosen = wanted.split(",")
+        stderr = found.get(f"{metric}_stderr,{chosen}")
+        scores.append(
+            Score(
+                task=name,
+                metric=metric if chosen == "none" else f"{metric} ({chosen})",
+                value=float(found[wanted]),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                chance=_chance(results, members, group, metric, chosen),
+                num_samples=sum(results["n-samples"][member]["effective"] for member in members),
+                num_fewshot=int(results["n-shot"].get(name, results["n-shot"][members[0]])),
+            )
+        )
+    return scores
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in found.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def _chance(results: Mapping[str, Any], members: Sequence[str], group: Any, metric: str, chosen: str) -> float | None:
+    """What guessing gets, from the questions themselves; in a group weighted as the scores are."""
+    if metric not in ("acc", "acc_norm", "exact_match"):
+        return None
+    levels = []
+    for member in members:
+        kind = results["configs"][member]["output_type"]
+        levels.append([_guess(s, kind) for s in results["samples"][member] if s["filter"] == chosen])
+    if group is None or group.aggregate_metric_list[0].weight_by_size:
+        return statistics.fmean(level for member in levels for level in member)
+    return statistics.fmean(statistics.fmean(member) for member in levels)
+
+
+def _guess(sample: Mapping[str, Any], output_type: str) -> float:
+    """1 / number of choices; 0 for a question with a free answer."""
+    if output_type == "multiple_choice":
+        return 1 / len(sample["arguments"])
+    doc = sample["doc"]
+    listed = doc.get("choices")
+    numbered = sum(f"choice{i}" in doc for i in range(1, 20))  # GPQA
+    choices = len(listed) if isinstance(listed, list) else numbered
+    return 1 / choices if choices else 0.0
+
+
+def over_rollouts(score: Score, loaded: Mapping[str, Any], rollouts: int) -> Score:
+    """The score of each rollout alone, then their mean and its standard error.
+
+    The harness keeps every answer but scores the first; here its filters and metric see one rollout after the other.
+    """
+    metric, _, chosen = score.metric.rstrip(")").partition(" (")
+    tasks = [loaded["tasks"][score.task]] if score.task in loaded["tasks"] else list(loaded["tasks"].values())
+    answers = {id(instance): list(instance.resps) for task in tasks for instance in task.instances}
+    values = []
+    for k in range(rollouts):
+        hits = [hit for task in tasks for hit in _values(task, answers, k, metric, chosen or "none")]
+        values.append(statistics.fmean(hits))
+    if rollouts == 1:
+        return replace(score, rollouts=tuple(values))
+    stderr = statistics.stdev(values) / math.sqrt(rollouts)
+    return replace(score, value=statistics.fmean(values), stderr=stderr, rollouts=tuple(values))
+
+
+def _values(task: Any, answers: Mapping[int, list[str]], k: int, metric: str, chosen: str) -> list[float]:
+    """The metric of each question of a task for the k-th answers."""
+    questions = defaultdict(list)
+    for instance in task.instances:
+        instance.resps = [answers[id(instance)][k]]
+        questions[instance.doc_id].append(instance)
+    task.apply_filters()
+    return [
+        float(task.process_results(group[0].doc, [instance.filtered_resps[chosen] for instance in group])[metric])
+        for group in questions.values()
+    ]
+
+
+def cell(score: Score) -> str:
+    """ "65.1 ±0.4" in percent where guessing has a level, else as the harness reports it; a star at chance."""
+    factor, digits = (1.0, 4) if score.chance is None else (100.0, 1)
+    spread = "" if score.stderr is None else f" ±{factor * score.stderr:.{digits}f}"
+    return f"{factor * score.value:.{digits}f}{spread}{'*' * score.at_chance}"
+
+
+def _lines(scores: Mapping[str, Sequence[Score]]) -> list[list[str]]:
+    """Tasks down, models across."""
+    first = next(iter(scores.values()))
+    lines = [["task", "metric", "questions", "guessing", *scores]]
+    for i, score in enumerate(first):
+        metric = f"{score.metric}, {score.num_fewshot}-shot"
+        metric += f", mean of {len(score.rollouts)} rollouts" if score.rollouts else ""
+        chance = "" if score.chance is None else f"{100 * score.chance:.1f}"
+        own = [cell(column[i]) for column in scores.values()]
+        lines.append([score.task, metric, str(score.num_samples), chance, *own])
+    return lines
+
+
+def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
+    """Models side by side (name -> scores on the same tasks), in percent with standard errors, for the terminal."""
+    heading, *lines = _lines(scores)
+    marked = any(score.at_chance for column in scores.values() for score in column)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=AT_CHANCE if marked else None)
+    for i, column in enumerate(heading):
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def scores_markdown(scores: Mapping[str, Sequence[Score]]) -> str:
+    """The same table in Markdown."""
+    heading, *lines = _lines(scores)
+    rows = [heading, ["---" if i < 2 else "---:" for i in range(len(heading))], *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{AT_CHANCE.replace('*', chr(92) + '*')}\n"
+
+
+def mean_scores(drawn: Sequence[tuple[Score, ...]]) -> tuple[Score, ...]:
+    """The mean of several models' scores, task by task; the standard errors as of independent measurements."""
+
+    def mean(scores: tuple[Score, ...]) -> Score:
+        errors = [score.stderr for score in scores if score.stderr is not None]
+        stderr = math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None
+        return replace(scores[0], value=statistics.fmean(score.value for score in scores), stderr=stderr)
+
+    return tuple(mean(scores) for scores in zip(*drawn, strict=True))
