@@ -197,8 +197,10 @@ def evaluate_models(
 def results_table(rows: Sequence[Evaluation]) -> Table:
     """The rows as a terminal table; parameters, size and speed also relative to the first row."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("model", "removed blocks", "perplexity", "parameters", "on disk", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("model", "removed blocks") else "right", overflow="fold")
+    table.add_column("model", no_wrap=True)
+    table.add_column("removed blocks", overflow="fold")
+    for column in ("perplexity", "parameters", "on disk", "tokens/s"):
+        table.add_column(column, justify="right", overflow="fold")
     first = rows[0]
     for score in rows[0].scores:
         table.add_column(score.task, justify="right", overflow="fold")

@@ -188,19 +188,17 @@ def _search(
     thorough: bool,
     fewest: int,
 ) -> Shortened | None:
-    """Change the numbers of first or last layers, periods and offsets one after another, each to the value that leaves
-    the fewest differences, until none is left; None if no change helps any more or too many were tried.
+    """Change the numbers of first or last layers, periods and offsets, each time the one that leaves the fewest
+    differences, until none is left; None if no change helps any more or too many were tried.
 
     values, fewest: where it starts, and how many differences there are. thorough: try every period.
     """
     depth = len(find_stack(original)[1])
     trials = 0
-    improved = True
-    while improved:
-        improved = False
-        for name in list(_text_values(values)):
-            best = values
-            for new in _other_values(name, _text_values(values)[name], kept, depth, thorough):
+    while True:
+        best = None
+        for name, old in _text_values(values).items():
+            for new in _other_values(name, old, kept, depth, thorough):
                 trials += 1
                 if trials > _MOST_TRIALS:
                     return None
@@ -210,9 +208,10 @@ def _search(
                 if shortened is not None:
                     return shortened
                 if len(differences) < fewest:
-                    best, fewest, improved = trial, len(differences), True
-            values = best
-    return None
+                    best, fewest = trial, len(differences)
+        if best is None:
+            return None
+        values = best
 
 
 def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorough: bool) -> list[Any]:

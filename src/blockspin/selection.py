@@ -29,7 +29,7 @@ from .progress import bar
 from .solvers import Spectrum, solve
 
 BUDGET = 64.0  # passes over the selection samples
-PROPOSALS = 8  # removals measured together in a round of polishing
+PROPOSALS = 32  # removals that enter the race of a polishing round; most leave it after an eighth of the samples
 ACTIVATION_SAMPLES = 64  # calibration samples that the cheap baselines of the pool see
 
 
