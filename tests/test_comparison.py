@@ -6,7 +6,6 @@ import base64
 import csv
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import random_samples, save_tiny, tiny_model
+from conftest import Command, random_samples, save_tiny, tiny_model
 
-from blockspin import baselines, cli
+from blockspin import baselines
 from blockspin.batches import make_batches, mean_loss
 from blockspin.calibration import load_calibration
 from blockspin.comparison import Comparison, Row, averaged, compare
@@ -179,26 +178,15 @@ def test_rank_correlation() -> None:
     assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["blockspin", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
-def test_the_commands(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(finished: Path, command: Command) -> None:
     """Here nothing is left to compute: the goals of the folder are shown, and the page is made again."""
     sizes = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
     common = [finished / "model", "--calibration", finished / "text.jsonl", "--out", finished / "out", *sizes]
-    code, printed = run(monkeypatch, capsys, "compare", *common, "--remove", "1,2")
+    code, printed = command("compare", *common, "--remove", "1,2")
     assert code == 0
     assert "sliding-window merging" in printed
     (finished / "out" / "report.html").unlink()
-    assert run(monkeypatch, capsys, "report", finished / "out")[0] == 0
+    assert command("report", finished / "out")[0] == 0
     assert (finished / "out" / "report.html").exists()
     for changes, message in (
         (["--remove", "1", "--seed", 7], "other settings (seed)"),
@@ -207,11 +195,11 @@ def test_the_commands(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--remove", "mamba=1"], "mamba"),
         (["--remove", "1", "--out", finished], "is not a comparison"),
     ):
-        code, printed = run(monkeypatch, capsys, "compare", *common, *changes)
+        code, printed = command("compare", *common, *changes)
         errors = [line for line in printed.splitlines() if line.startswith("Error:")]
         assert (code, len(errors)) == (2, 1), printed
         assert message in errors[0]
-    assert run(monkeypatch, capsys, "report", finished)[0] == 2
+    assert command("report", finished)[0] == 2
 
 
 def test_draws_of_one_method_become_their_mean() -> None:

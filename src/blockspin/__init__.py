@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .blocks import Block, find_blocks
     from .calibration import load_calibration
     from .candidates import Candidate
+    from .config import DistillConfig
+    from .distillation import distill, distill_checkpoint
     from .energies import estimate_energies
     from .evaluation import perplexity, text_perplexity
     from .hessian import Gradients, estimate_gradients
@@ -27,6 +29,9 @@ _HOME = {
     "find_blocks": "blocks",
     "load_calibration": "calibration",
     "Candidate": "candidates",
+    "DistillConfig": "config",
+    "distill": "distillation",
+    "distill_checkpoint": "distillation",
     "estimate_energies": "energies",
     "Interactions": "interactions",
     "gauss_newton": "interactions",
@@ -48,10 +53,13 @@ _HOME = {
 __all__ = [
     "Block",
     "Candidate",
+    "DistillConfig",
     "Gradients",
     "Interactions",
     "RemovalProblem",
     "Spectrum",
+    "distill",
+    "distill_checkpoint",
     "estimate_energies",
     "estimate_gradients",
     "evaluate",

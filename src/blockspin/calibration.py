@@ -56,18 +56,35 @@ def load_calibration(
         raise ValueError(f"num_samples must be at least 1, not {num_samples} (--num-samples)")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length} (--max-length)")
-    path = Path(source)
-    if path.suffix == ".txt" or path.with_suffix("").suffix == ".txt":
-        texts = _windows(_read_text(path), tokenizer, max_length, seed)
-    else:
-        texts = _rows(source, split, tokenizer, max_length, seed)
-    tensors = (torch.tensor(ids, dtype=torch.int64) for ids in texts if len(ids) >= 2)
+    texts = tokenise(source, tokenizer, max_length, seed=seed, split=split)
+    tensors = (torch.tensor(ids, dtype=torch.int64) for ids in texts)
     samples = list(track(islice(tensors, num_samples), "Tokenising", num_samples, show=progress))
     if not samples:
         raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens (--calibration)")
     if len(samples) < num_samples:
         console.print(f"The calibration set has only {len(samples)} samples of the {num_samples} asked for; using all.")
     return samples
+
+
+def tokenise(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    seed: int,
+    split: str,
+    truncate: bool = True,
+) -> Iterator[list[int]]:
+    """Token ids of every sample of a dataset, at least two each; see `load_calibration`.
+
+    truncate: cut each row to `max_length` tokens; a plain text file is cut into windows of this length in any case.
+    """
+    path = Path(source)
+    if path.suffix == ".txt" or path.with_suffix("").suffix == ".txt":
+        texts = _windows(_read_text(path), tokenizer, max_length, seed)
+    else:
+        texts = _rows(source, split, tokenizer, max_length if truncate else None, seed)
+    return (ids for ids in texts if len(ids) >= 2)
 
 
 def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,7 +127,7 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, see
 
 
 def _rows(
-    source: str | Path, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+    source: str | Path, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int
 ) -> Iterator[list[int]]:
     dataset = _open_dataset(source, split)
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -118,7 +135,9 @@ def _rows(
         text = row_to_text(dataset[i], tokenizer)
         # A chat template writes the special tokens itself.
         special = not (getattr(tokenizer, "chat_template", None) and "text" not in dataset[i])
-        yield tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=special)["input_ids"]
+        yield tokenizer(
+            text, truncation=max_length is not None, max_length=max_length, add_special_tokens=special, verbose=False
+        )["input_ids"]
 
 
 def _open_dataset(source: str | Path, split: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config import GRADIENT_ENERGIES, CompressConfig, EvaluateConfig, parse_indices, parse_remove
+from .config import GRADIENT_ENERGIES, CompressConfig, DistillConfig, EvaluateConfig, parse_indices, parse_remove
 from .options import complete, with_settings
 from .progress import console
 
@@ -41,6 +41,8 @@ Out = Annotated[Path, typer.Option("--out", help="Folder or file for the result.
 
 SAMPLING = ("max_length", "seed", "split", "batch_size")
 LOADING = ("dtype", "device_map", "trust_remote_code")
+DISTILLING = [f.name for f in fields(DistillConfig)]
+DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")  # of these, by the run that distils
 SOLVING = ("protect", "beta", "solver", "states", "time_limit")
 
 
@@ -68,22 +70,31 @@ def demo(
 
 
 @app.command()
-@with_settings(*(f.name for f in fields(CompressConfig) if f.name != "model"))
+@with_settings(
+    of=DistillConfig, within="distillation", **{f"distill_{name}": name for name in DISTILLING if name not in DECIDED}
+)
+@with_settings(*(f.name for f in fields(CompressConfig) if f.name not in ("model", "distill")))
 def compress(
     model: Annotated[str | None, typer.Argument(help="Hub id or local folder of a causal language model.")] = None,
     out: Out = Path("blockspin-run"),
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file with settings; options given here win.")
     ] = None,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Train the result with the original as its teacher, and evaluate again.")
+    ] = False,
     **settings: Any,
 ) -> None:
-    """Compress a model: gradients, problem, spectrum, choice, smaller checkpoint, evaluation.
+    """Compress a model: gradients, spectrum, choice, smaller checkpoint, evaluation; with --distill, training.
 
     Everything is in the folder --out. Run the same command again to continue a run that was cut off.
 
-    Example: blockspin compress MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --out DIR
+    Example: blockspin compress MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --distill --out DIR
     """
+    training = settings.pop("distillation")
     values = {**(CompressConfig.read(config) if config else {}), **settings, **({"model": model} if model else {})}
+    if distill or training:
+        values["distill"] = {**(values.get("distill") or {}), **training}
     missing = [name for name in ("model", "remove", "calibration") if name not in values]
     if missing:
         raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
@@ -244,7 +255,7 @@ def evaluate(
 
 
 @app.command()
-@with_settings(*(f.name for f in fields(CompressConfig) if f.name not in ("model", "calibration", "remove")))
+@with_settings(*(f.name for f in fields(CompressConfig) if f.name not in ("model", "calibration", "remove", "distill")))
 def compare(
     model: Model,
     remove: Annotated[
@@ -270,6 +281,34 @@ def compare(
     comparison = run(config, goals, out)
     _print(terminal_table([row for row in comparison.rows if row.goal in goals]))
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
+
+
+@app.command()
+@with_settings(*DISTILLING, of=DistillConfig)
+def distill(
+    student: Annotated[str, typer.Argument(help="The shortened model: a folder that `blockspin prune` made.")],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file with settings; options given here win.")
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Train a shortened model with the original as its teacher.
+
+    Run the same command again to continue a run that was cut off. On several GPUs start it with accelerate:
+    accelerate launch --num-processes 4 -m blockspin distill ...
+
+    Example: blockspin distill smaller --teacher MODEL --data teknium/OpenHermes-2.5 --out retrained
+    """
+    from .distillation import distill_checkpoint
+
+    values = {**(DistillConfig.read(config) if config else {}), **settings}
+    result = distill_checkpoint(student, out, DistillConfig(**values))
+    console.print(
+        f"Perplexity {result.before['perplexity']:.2f} before, {result.after['perplexity']:.2f} after {result.steps} "
+        f"steps, on the validation samples. Wrote {out}.",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -325,6 +364,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
+        console.quiet = False  # as it is in all processes of a distributed training but one
         message = " ".join(str(error).split())
         console.print(f"Error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -15,6 +15,7 @@ from .files import replacing
 Removal = int | dict[str, int] | float
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
 ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
+QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -84,6 +85,105 @@ def setting(help: str, value: Any = MISSING, parse: Callable[[str], Any] | None 
     return field(default=value, metadata={"help": help, "parse": parse})
 
 
+class Settings:
+    """What the dataclasses of settings share: YAML in and out, and lower limits of their numbers."""
+
+    def save(self, path: str | Path) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(asdict(self), sort_keys=False))  # type: ignore[call-overload]
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """The settings in a YAML file, which may leave some out.
+
+        Raises:
+            ValueError: the file is missing, not YAML, or names unknown settings.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"cannot read the settings {path}: {error}") from error
+        return cls.known(values, str(path))
+
+    @classmethod
+    def known(cls, values: Any, where: str) -> dict[str, Any]:
+        """`values`, if it is a mapping that names settings only.
+
+        Raises:
+            ValueError: it is not.
+        """
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(names)) if isinstance(values, dict) else ["(no mapping)"]
+        if unknown:
+            raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}; known are {', '.join(names)}")
+        settings: dict[str, Any] = values
+        return settings
+
+    def _check_least(self, least: dict[str, float]) -> None:
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {value}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DistillConfig(Settings):
+    """How a shortened model is trained with the original as its teacher; the defaults are the paper's (Table 10).
+
+    The loss is KL(teacher || student) + cross_entropy * that of the next token + hidden_states * the relative squared
+    distance of the hidden states after each kept block.
+    """
+
+    teacher: str | None = setting("The original model: hub id or local folder.", None)
+    data: str | None = setting("Text to train on: hub id or local file, texts or conversations.", None)
+    split: str = setting("Split of a hub dataset.", "train")
+    max_length: int = setting("Tokens of a training sample; the texts are packed to this length.", 1024)
+    validation_split: float = setting("Share of the samples that is only measured.", 0.01)
+    num_epochs: float = setting("Passes over the data.", 1.0)
+    max_steps: int = setting("Optimiser steps at most.", 10_000)
+    batch_size: int = setting("Samples in one pass, on each device.", 16)
+    gradient_accumulation: int = setting("Passes before each optimiser step.", 1)
+    learning_rate: float = setting("Highest learning rate; it falls along a cosine.", 2e-5)
+    warmup_steps: int = setting("Steps in which the learning rate rises; a tenth of all steps at most.", 100)
+    weight_decay: float = setting("Weight decay of AdamW.", 1e-4)
+    max_grad_norm: float = setting("Gradients longer than this are cut.", 1.0)
+    seed: int = setting("Decides the order of the data.", 42)
+    temperature: float = setting("Both distributions are softened by it.", 1.0)
+    cross_entropy: float = setting("Weight of the cross-entropy with the next token.", 0.0)
+    hidden_states: float = setting("Weight of the distance between hidden states after kept blocks.", 0.0)
+    top_k: int | None = setting(
+        "Compare only the teacher's most probable tokens, the rest as one (default: all).", None
+    )
+    chunk_tokens: int = setting("Tokens whose logits are held at a time.", 1024)
+    dtype: str = setting("The student's: auto is bfloat16 on a GPU; float32 costs twice the memory there.", "auto")
+    teacher_quantization: str = setting("auto, nf4 (4 bits, needs bitsandbytes) or none.", "auto")
+    lora_rank: int | None = setting("Train low-rank adapters, merged at the end, not all weights (needs peft).", None)
+    gradient_checkpointing: bool = setting("Less memory, a third more time.", False)
+    log_steps: int = setting("Steps between two reports.", 10)
+    eval_steps: int = setting("Steps between two validations.", 1000)
+    save_steps: int = setting("Steps between two checkpoints, from which a run that was cut off continues.", 500)
+    report_to: tuple[str, ...] = setting("Log to tensorboard, wandb, ...: names with commas.", (), parse_names)
+    trust_remote_code: bool = setting("Run code that comes with the model.", False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", tuple(self.report_to))
+        whole = ("max_steps", "batch_size", "gradient_accumulation", "chunk_tokens", "log_steps", "eval_steps")
+        self._check_least({**dict.fromkeys(whole, 1), "save_steps": 1, "max_length": 2, "warmup_steps": 0})
+        self._check_least(dict.fromkeys(("weight_decay", "max_grad_norm", "cross_entropy", "hidden_states"), 0))
+        self._check_least({name: 1 for name in ("top_k", "lora_rank") if getattr(self, name) is not None})
+        for name in ("num_epochs", "learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if not 0 < self.validation_split < 1:
+            raise ValueError(f"--validation-split must be between 0 and 1, not {self.validation_split}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"--dtype must be one of auto, float32, bfloat16 for training, not {self.dtype!r}")
+        if self.teacher_quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"--teacher-quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.teacher_quantization!r}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """The benchmark tasks to score models on, by the names of the lm-evaluation-harness."""
@@ -108,11 +208,12 @@ class TaskSettings:
 
 
 @dataclass(frozen=True)
-class CompressConfig(TaskSettings):
+class CompressConfig(TaskSettings, Settings):
     """Everything that decides the outcome of `blockspin compress`; stored as run.yaml in the run folder.
 
     remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
     The samples for the gradients, the selection and the evaluation come after each other and are distinct.
+    distill: train the result with the original as its teacher; by default on what is left of the calibration set.
     """
 
     model: str = setting("Hub id or local folder of a causal language model.")
@@ -144,15 +245,15 @@ class CompressConfig(TaskSettings):
     dtype: str = setting("auto, float32, bfloat16 or float16.", "auto")
     device_map: str | None = setting("auto spreads the model over several GPUs.", None)
     trust_remote_code: bool = setting("Run code that comes with the model.", False)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "protect", tuple(self.protect))
+        if isinstance(self.distill, dict):  # as YAML has it
+            object.__setattr__(self, "distill", DistillConfig(**DistillConfig.known(self.distill, "distill")))
         sizes = ("num_samples", "energy_samples", "selection_samples", "evaluation_samples", "batch_size")
-        for name, value in {**dict.fromkeys((*sizes, "states", "max_candidates"), 1), "max_length": 2}.items():
-            if getattr(self, name) < value:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {value}, not {getattr(self, name)}")
+        self._check_least({**dict.fromkeys((*sizes, "states", "max_candidates"), 1), "max_length": 2})
         if self.energy not in ENERGY_NAMES:
             raise ValueError(f"--energy must be one of {', '.join(ENERGY_NAMES)}, not {self.energy!r}")
         if self.objective not in ("kl", "loss"):
@@ -166,28 +267,6 @@ class CompressConfig(TaskSettings):
     def calibration_samples(self) -> int:
         """How many samples the energy is computed from."""
         return self.num_samples if self.energy in GRADIENT_ENERGIES else self.energy_samples
-
-    def save(self, path: str | Path) -> None:
-        with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump({**asdict(self), "protect": list(self.protect)}, sort_keys=False))
-
-    @staticmethod
-    def read(path: str | Path) -> dict[str, Any]:
-        """The settings in a YAML file, which may leave some out.
-
-        Raises:
-            ValueError: the file is missing, not YAML, or names unknown settings.
-        """
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"cannot read the settings {path}: {error}") from error
-        known = [f.name for f in fields(CompressConfig)]
-        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else ["(no mapping)"]
-        if unknown:
-            raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}; known are {', '.join(known)}")
-        settings: dict[str, Any] = values
-        return settings
 
 
 # The benchmarks of the paper (arXiv 2602.00161, Tables 1 and 2).

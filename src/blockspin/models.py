@@ -45,11 +45,13 @@ def load_model(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """A causal language model, in evaluation mode.
 
     dtype: "auto" takes the checkpoint's, but float32 on a CPU, where narrow types are slow.
     device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU.
+    quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
 
     Raises:
         ValueError: the model cannot be opened, its dtype is unknown, or it is not a causal language model.
@@ -60,6 +62,8 @@ def load_model(
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
     arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
     arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=trust_remote_code, weights_only=True, **arguments

@@ -15,16 +15,18 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .blocks import find_blocks
-from .calibration import load_calibration
+from .blocks import Block, find_blocks
+from .calibration import load_calibration, tokenise
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
+from .distillation import distill_checkpoint
 from .energies import estimate_energies
 from .evaluation import Evaluation, evaluate_models
 from .files import write_json
 from .hessian import Gradients
 from .interactions import Energies, load_energies
 from .models import load_config, load_model, load_tokenizer, model_without_weights
+from .preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .problem import RemovalProblem
 from .progress import console
 from .scores import Score
@@ -51,10 +53,11 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     spectrum.json         the lowest-energy removals, and what is proven of them
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
+    distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
-    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random.
+    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random, and distilled where wanted.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
@@ -62,11 +65,23 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     check_folder(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        return [Evaluation.from_json(row) for row in json.loads((out / "evaluation.json").read_text())]
+        rows = [Evaluation.from_json(row) for row in json.loads((out / "evaluation.json").read_text())]
+    else:
+        rows = shorten(config, out)
+    if config.distill is not None and rows[-1].name != "distilled":
+        rows.append(distillation_stage(config, out, rows[2].removed))
+        write_json(out / "evaluation.json", [row.as_json() for row in rows])
+    return rows
+
+
+def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
+    """All of `compress` but the training."""
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     samples = load_samples(config, tokenizer, model_config)
+    if config.distill is not None and config.distill.data is not None:
+        next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
     score = scorer(config, tokenizer, out / "scores")
     config.save(out / "run.yaml")
     model = load_model(
@@ -125,6 +140,25 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
+    if config.distill is not None:
+        check_distillation(config, model_config, blocks)
+
+
+def check_distillation(config: CompressConfig, model_config: PretrainedConfig, blocks: Sequence[Block]) -> None:
+    """Refuse a training that lacks packages or room, even where the largest blocks are the ones that go."""
+    assert config.distill is not None
+    check_requirements(config.distill)
+    model = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
+    teacher = sum(p.numel() for p in model.parameters())
+    if isinstance(config.remove, float):
+        gone = int(config.remove * sum(block.num_parameters for block in blocks))
+    else:
+        number = sum(config.remove.values()) if isinstance(config.remove, dict) else config.remove
+        gone = sum(sorted(block.num_parameters for block in blocks)[-number:])
+    settings = replace(config.distill, teacher=config.model, max_length=_max_length(config, model_config))
+    settings = replace(settings, teacher_quantization=choose_quantization(settings))
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    check_room(memory_estimate(teacher - gone, teacher, vocabulary, settings, 1), free_memory())
 
 
 def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:
@@ -133,8 +167,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     Raises:
         ValueError: the data cannot be read or is too small.
     """
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    max_length = min(config.max_length, longest or config.max_length)
+    max_length = _max_length(config, model_config)
 
     def draw(source: str, number: int) -> list[Tensor]:
         return load_calibration(
@@ -159,6 +192,11 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
         if config.evaluation
         else drawn[calibration + selection :],
     )
+
+
+def _max_length(config: CompressConfig, model_config: PretrainedConfig) -> int:
+    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(config.max_length, longest or config.max_length)
 
 
 def energies_stage(
@@ -242,6 +280,37 @@ def selection_stage(
         write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
     partial.unlink(missing_ok=True)
     return Selection.load(path)
+
+
+def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
+    """Train the smaller model with the original as its teacher, and measure it as the others were.
+
+    It is trained on the calibration set, or on data of its own, but never on the samples of the evaluation.
+    """
+    assert config.distill is not None
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    samples = load_samples(config, tokenizer, model_config)
+    settings = replace(
+        config.distill,
+        teacher=config.model,
+        data=config.distill.data or config.calibration,
+        **{name: getattr(config, name) for name in ("split", "seed", "trust_remote_code")},
+        max_length=_max_length(config, model_config),
+    )
+    first = len(samples.calibration) + len(samples.selection)
+    held_out = settings.data == config.calibration and config.evaluation is None
+    leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
+    if not (out / "distilled").is_dir():
+        distill_checkpoint(out / "checkpoint", out / "distilled", settings, leave_out=leave_out)
+    remote = config.trust_remote_code
+    model = load_model(
+        str(out / "distilled"), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote
+    )
+    size = checkpoint_bytes(out / "distilled", trust_remote_code=remote)
+    (row,) = evaluate_models({"distilled": model}, [size], samples.evaluation, batch_size=config.batch_size)
+    score = scorer(config, tokenizer, out / "scores")
+    return replace(row, removed=removed, scores=score(model))
 
 
 def evaluate_removals(

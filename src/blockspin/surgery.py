@@ -143,7 +143,7 @@ def prune_checkpoint(
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
-    folder = _local_folder(source)
+    folder = local_folder(source)
     removed = sorted(int(i) for i in removed)
     with (
         _planned(folder, removed, trust_remote_code) as (shortened, shards, kept, stack_name),
@@ -186,7 +186,7 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
     Raises:
         ValueError: the source has no usable weights, or the removal cannot be expressed.
     """
-    with _planned(_local_folder(source), removed, trust_remote_code) as (_, shards, _, _):
+    with _planned(local_folder(source), removed, trust_remote_code) as (_, shards, _, _):
         return sum(entry.size for shard in shards for entry in shard.entries)
 
 
@@ -247,7 +247,12 @@ def _copy_small_files(folder: Path, target: Path, stack_name: str, kept: Sequenc
             shutil.copy2(file, target / inside)
 
 
-def _local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model; one from the hub is downloaded.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
