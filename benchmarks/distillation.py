@@ -28,8 +28,16 @@ from blockspin.models import load_model
 from blockspin.surgery import remove_blocks
 
 CONFIGS = {
+    "tiny": {
+        "vocab_size": 100,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
     "small": {
-        "vocab_size": 128256,
+        "vocab_size": 32000,
         "hidden_size": 64,
         "intermediate_size": 256,
         "num_hidden_layers": 8,
@@ -82,6 +90,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def warm_up() -> None:
+    """Load what the Trainer loads, so that it is not counted."""
+    models = [random_model("tiny", 0, False) for _ in range(2)]
+    samples = list(torch.zeros((2, 8), dtype=torch.int64))
+    distill(models[0], models[1], samples, samples[:1], config=DistillConfig(max_length=8, max_steps=1, batch_size=1))
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens/s of the last reported steps, and the peak of the memory."""
     quantised = torch.cuda.is_available() and arguments.teacher_quantization == "nf4"
@@ -97,6 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     )
     vocabulary = student.config.vocab_size
     samples = list(torch.randint(0, vocabulary, (arguments.steps * arguments.batch, arguments.length)))
+    warm_up()
     loaded = 0 if torch.cuda.is_available() else peak_bytes()
     result = distill(student, teacher, samples, samples[:1], config=config)
     speed = [row["tokens_per_second"] for row in result.history if "tokens_per_second" in row][-1]
@@ -105,11 +121,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--config", choices=["small", "llama-3.1-8b"], default="small")
     parser.add_argument("--remove", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--chunk-tokens", type=int, default=128)
     parser.add_argument("--teacher-quantization", choices=["nf4", "none"], default="nf4")
     parser.add_argument("--gradient-checkpointing", action="store_true")
