@@ -248,9 +248,8 @@ def evaluate(
         texts=text or (),
         window=window,
         cost={"length": length, "new_tokens": new_tokens, **batch} if cost else None,
+        show=_print,
     )
-    for table in result.tables():
-        _print(table)
     if out is not None:
         result.save(out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,6 @@ class SideBySide:
     texts: dict[str, list[TextPerplexity]] = field(default_factory=dict)
     costs: list[ModelCost] = field(default_factory=list)
     scores: dict[str, list[Score]] = field(default_factory=dict)
-
-    def tables(self) -> Iterator[Table]:
-        """For the terminal."""
-        if self.evaluations:
-            yield results_table(self.evaluations)
-        if self.texts:
-            yield texts_table(self.texts)
-        if self.costs:
-            yield costs_table(self.costs)
-        if self.scores:
-            yield scores_table(self.scores)
 
     def as_json(self) -> list[dict[str, Any]]:
         """One entry for each model."""
@@ -93,11 +82,13 @@ def evaluate_side_by_side(
     texts: Sequence[str] = (),
     window: int = 2048,
     cost: dict[str, Any] | None = None,
+    show: Callable[[Table], None] = lambda table: None,
 ) -> SideBySide:
     """Measure what is asked for; the first model is the one to compare with.
 
     tasks: score on the tasks of the settings. samples: for perplexity and speed as in a run's report. texts, window: as
-    in `text_perplexity`. cost: arguments of `measure_costs`, None for no costs.
+    in `text_perplexity`. cost: arguments of `measure_costs`, None for no costs. show: is given each table as soon as it
+    is there, so that it is seen even if something later fails.
     Samples and costs hold all models in memory, since they take turns; texts and tasks one at a time.
 
     Raises:
@@ -120,16 +111,21 @@ def evaluate_side_by_side(
         loaded = {name: load(source) for name, source in result.models.items()}
         if samples:
             result.evaluations = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
+            show(results_table(result.evaluations))
         if cost is not None:
             result.costs = measure_costs(loaded, sizes, **cost)
+            show(costs_table(result.costs))
         del loaded
-    for name, source in result.models.items():
-        if texts:
+    if texts:
+        for name, source in result.models.items():
             model = load(source)
             result.texts[name] = [text_perplexity(model, tokenizers[name], text, window=window) for text in texts]
             del model
-        if tasks:
+        show(texts_table(result.texts))
+    if tasks:
+        for name, source in result.models.items():
             result.scores[name] = evaluate_tasks(source, config, tokenizers[name])
+        show(scores_table(result.scores))
     return result
 
 
