@@ -90,8 +90,8 @@ def write_report(folder: str | Path) -> Path:
         "loss": loss_figure(comparison.rows),
         "blocks": blocks_figure(comparison.rows, depth),
         "energy": energy_figure(comparison.landscape, list(energies)),
-        "states": states_figure(spectra, depth),
-        "spectrum": spectrum_figure(spectra, tabu),
+        "states": states_figure(spectra, depth, len(energies)),
+        "spectrum": spectrum_figure(spectra, tabu, len(energies)),
         "hessian": hessian_figure({name: found.hessian for name, found in energies.items()}),
     }
     for name, figure in figures.items():
@@ -246,9 +246,9 @@ def hessian_figure(hessians: dict[str, Any]) -> Figure:
     return figure
 
 
-def states_figure(spectra: dict[str, Spectrum], depth: int, states: int = 20) -> Figure:
-    """For each spectrum a panel: state by state, the removed blocks."""
-    figure, panels = _panels(spectra, 0.16 * min(depth, 60) + 1.6, 4.4)
+def states_figure(spectra: dict[str, Spectrum], depth: int, together: int = 1, states: int = 20) -> Figure:
+    """For each spectrum a panel: state by state, the removed blocks; so many stay together in a line."""
+    figure, panels = _panels(spectra, 0.16 * min(depth, 60) + 1.6, 4.4, together)
     for (title, spectrum), axes in zip(spectra.items(), panels, strict=True):
         shown = spectrum.states[:states]
         grid = np.array([[i in state.removed for i in range(depth)] for state in shown])
@@ -262,7 +262,7 @@ def states_figure(spectra: dict[str, Spectrum], depth: int, states: int = 20) ->
 def energy_figure(landscape: dict[str, list[dict[str, Any]]], energies: Sequence[str]) -> Figure:
     """For each goal and energy a panel: energy against the loss above the original's, with rank correlations."""
     keys = {f"remove {goal}, {name}": (goal, name) for goal in landscape for name in energies}
-    figure, panels = _panels(keys, 4.6, 4.2)
+    figure, panels = _panels(keys, 4.6, 4.2, len(energies))
     for (title, (goal, name)), axes in zip(keys.items(), panels, strict=True):
         whole = next(p["loss"] for p in landscape[goal] if "original" in p["drawn"])
         points = {
@@ -301,9 +301,9 @@ def _logarithmic(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
         axes.set_ylim(min(y) - 0.003, 2 * max(y))
 
 
-def spectrum_figure(spectra: dict[str, Spectrum], tabu: dict[str, Spectrum]) -> Figure:
-    """For each spectrum a panel: energy by state, certified and by tabu search."""
-    figure, panels = _panels(spectra, 4.6, 3.8)
+def spectrum_figure(spectra: dict[str, Spectrum], tabu: dict[str, Spectrum], together: int = 1) -> Figure:
+    """For each spectrum a panel: energy by state, certified and by tabu search; so many stay together in a line."""
+    figure, panels = _panels(spectra, 4.6, 3.8, together)
     for title, axes in zip(spectra, panels, strict=True):
         exact, found = spectra[title], tabu[title]
         proven = f"{exact.solver}, {exact.num_proven} of {len(exact.states)} proven"
@@ -370,9 +370,10 @@ def _gone(row: Row, original: Row) -> float:
     return 100 * (1 - row.num_parameters / original.num_parameters)
 
 
-def _panels(groups: dict[str, Any], width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each group; in a line as many as fit on 15 inches."""
-    columns = max(1, min(int(15 / width), len(groups)))
+def _panels(groups: dict[str, Any], width: float, height: float, multiple: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each group; in a line as many as fit on 15 inches, a multiple of `multiple`."""
+    fitting = max(1, min(int(15 / width), len(groups)))
+    columns = max(multiple, fitting - fitting % multiple)
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     return figure, [figure.add_subplot(lines, columns, k + 1) for k in range(len(groups))]
