@@ -103,7 +103,7 @@ def test_stages_continue_after_any_of_them(tiny_folder: Path, text_file: Path, t
     assert (tmp_path / "run" / "energies.safetensors").read_bytes() == before["energies.safetensors"]
 
 
-@pytest.mark.parametrize("energy", ["secant", "empirical-fisher"])
+@pytest.mark.parametrize("energy", ["secant", pytest.param("empirical-fisher", marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     tiny_folder: Path, text_file: Path, tmp_path: Path, energy: str
 ) -> None:
