@@ -180,6 +180,12 @@ def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     return opened.branches if proven else 0
 
 
+def _with_stream(output: Any, stream: Tensor) -> Any:
+    """What a block returned with another residual stream, in a tuple of the same type; named ones are made by _make."""
+    make = getattr(output, "_make", type(output))
+    return make((stream, *output[1:]))
+
+
 def _whole(output: Any) -> tuple[Any, int]:
     """The residual stream in what a block returned, and the length of the tuple or list that held it."""
     return (output[0], len(output)) if isinstance(output, tuple | list) else (output, 0)
@@ -213,7 +219,7 @@ def gated(
             delta = (whole - _stream_of(args, kwargs).to(whole.device)).movedim(traces[i].batch_dim, 0)
             change = (gate(delta) - delta).movedim(0, traces[i].batch_dim)
             whole = whole + change  # in this order it is exactly the block's output at alpha = 1
-            return type(output)((whole, *output[1:])) if outputs else whole
+            return _with_stream(output, whole) if outputs else whole
 
         forward = by_branch if traces[i].branches else by_block
         if not gradient_checkpointing:
@@ -254,7 +260,7 @@ def closed(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
             stream = _stream_of(args, kwargs)
-            return type(output)((stream, *output[1:])) if _whole(output)[1] else stream
+            return _with_stream(output, stream) if _whole(output)[1] else stream
 
         return forward
 
