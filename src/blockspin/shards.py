@@ -15,7 +15,7 @@ import numpy as np
 from .files import write_json
 from .progress import bar
 
-_COPY_BYTES = 16 * 2**20
+_COPY_BYTES = 2**20  # stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
         for number, shard in enumerate(shards, 1):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            with shard.path.open("rb", buffering=0) as source, (target / name).open("wb", buffering=0) as file:
+            with shard.path.open("rb") as source, (target / name).open("wb") as file:
                 file.write(_header_bytes(shard.entries, shard.metadata))
                 for chunk in _chunks(source, shard.entries):
                     file.write(chunk)
@@ -198,8 +198,9 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
         write_json(target / "model.safetensors.index.json", index)
 
 
-def _chunks(source: Any, entries: Sequence[Entry]) -> Iterator[bytes]:
-    """The bytes of the entries one after another, neighbours read in one go."""
+def _chunks(source: Any, entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+    """The bytes of the entries one after another, neighbours read in one go. Write each before asking for the next."""
+    buffer = memoryview(bytearray(_COPY_BYTES))
     for entry, (begin, end) in _runs(entries):
         source.seek(begin)
         if entry.kept is not None:
@@ -210,7 +211,10 @@ def _chunks(source: Any, entries: Sequence[Entry]) -> Iterator[bytes]:
                 yield block.reshape(-1, entry.slices, width // entry.slices)[:, list(entry.kept)].tobytes()
         else:
             for start in range(begin, end, _COPY_BYTES):
-                yield source.read(min(_COPY_BYTES, end - start))
+                part = buffer[: end - start]
+                if source.readinto(part) != len(part):
+                    raise ValueError(f"{source.name} changed while it was read; start again")
+                yield part
 
 
 def _runs(entries: Sequence[Entry]) -> list[tuple[Entry, tuple[int, int]]]:
