@@ -14,7 +14,7 @@ from tiny import MODEL_TYPES, tiny_config, tiny_random_model
 
 from blockspin.blocks import find_blocks
 from blockspin.gates import skipped, trace_blocks
-from blockspin.layerconfig import renumber_names
+from blockspin.renaming import Renaming
 from blockspin.surgery import prune_checkpoint, remove_blocks
 
 # model type -> (the kinds of its blocks, removals that must work, removals that must be refused)
@@ -39,6 +39,7 @@ UNLIKE = {
     ),
     "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2), (1,)], []),
     "zamba": (["mamba", "attention+mamba+mlp"] * 3, [(1,)], []),  # shared blocks, the first of them removed
+    "zamba2": (["mamba", "attention+mamba+mlp"] * 3, [(1, 3), (5,), (1, 2, 3)], [(1,)]),  # two shared blocks in turn
     "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
 }
 
@@ -114,17 +115,57 @@ def test_written_configurations_keep_their_form(tmp_path: Path) -> None:
 def test_names_in_quantisation_settings_follow_the_layers() -> None:
     value = {
         "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.12.mixer.conv1d"],
-        "ignore": [r"re:backbone\.layers\.2\..*", r"re:.*layers\.1\..*"],
+        "ignore": [r"re:backbone\.layers\.2\..*", r"re:.*layers\.1\..*", "re:.*layers.[0-2].mixer", "*.layers.14.*"],
+        "targets": [r"re:.*layers\.(?:1|11)\.mixer", r"re:.*layers\.\d+\.mlp", "model.layers.1[0-2]*"],
         "dynamic": {r"-:backbone\.layers\.1\.mixer": {"bits": 8}, r"+:backbone\.layers\.2\.mixer.experts.1": {}},
         "weight_block_size": [128, 128],
     }
     kept = [0, 2, *range(4, 13)]
-    assert renumber_names(value, "model.layers", kept) == {
+    assert Renaming(kept, depth=13).settings(value, "model.layers") == {
         "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.10.mixer.conv1d"],
-        "ignore": [r"re:backbone\.layers\.1\..*"],
+        "ignore": [
+            r"re:backbone\.layers\.1\..*",
+            "re:.*layers.0.mixer",
+            "re:.*layers.1.mixer",
+            "*.layers.12.*",  # beyond the stack: for multi-token prediction
+        ],
+        "targets": [
+            r"re:.*layers\.9\.mixer",
+            r"re:.*layers\.\d+\.mlp",
+            "model.layers.8*",
+            "model.layers.9*",
+            "model.layers.10*",
+        ],
         "dynamic": {r"+:backbone\.layers\.1\.mixer.experts.1": {}},
         "weight_block_size": [128, 128],
     }
+
+
+def test_settings_that_cannot_be_rewritten_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be rewritten"):
+        Renaming([0, 2], depth=3).settings({"only": "re:layers.[02].mlp"}, "layers")
+
+
+class LayersWithNumbers(tf.LlamaForCausalLM):
+    """Its layers hold a value that depends on their position and that no checkpoint holds."""
+
+    def __init__(self, config: tf.LlamaConfig) -> None:
+        super().__init__(config)
+        for i, layer in enumerate(self.model.layers):
+            layer.register_buffer("slope", torch.tensor(0.5**i), persistent=False)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "slope"):
+            module.slope.fill_(0.5**module.self_attn.layer_idx)
+
+
+def test_computed_values_that_depend_on_the_position_are_compared() -> None:
+    """They would come out otherwise when the shortened checkpoint is loaded."""
+    model = LayersWithNumbers(tiny_config("llama"))
+    remove_blocks(model, [5])
+    with pytest.raises(ValueError, match=r"block 4 would become a different layer 3 \(the values of slope\)"):
+        remove_blocks(model, [3])
 
 
 def test_a_quantised_nemotron_h_checkpoint(tmp_path: Path) -> None:

@@ -120,7 +120,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
         "layers_block_type": ["linear_attention", "hybrid"] * 3,
     },
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3, "num_mem_blocks": 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+        "num_mem_blocks": 2,
+        "use_shared_attention_adapter": True,
+        "num_key_value_heads": 4,
+        "use_mem_rope": True,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

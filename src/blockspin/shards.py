@@ -14,6 +14,7 @@ import numpy as np
 
 from .files import write_json
 from .progress import bar
+from .renaming import Renaming
 
 _COPY_BYTES = 2**20  # stays in the processor's cache
 
@@ -57,9 +58,8 @@ class Shard:
 
 def plan_shards(
     paths: Sequence[Path],
-    kept: Sequence[int],
+    renaming: Renaming,
     stack_name: str,
-    depth: int,
     sliced: dict[str, tuple[int, tuple[int, ...]]],
     tied: Sequence[Sequence[str]],
 ) -> list[Shard]:
@@ -73,14 +73,14 @@ def plan_shards(
     """
     headers = [(path, *read_header(path)) for path in paths]
     names = {name for _, header, _ in headers for name in header}
-    prefix = layer_prefix(sorted(names), stack_name, depth)
-    renamed = _renaming(names, prefix, kept, depth, stack_name, tied)
+    prefix = layer_prefix(sorted(names), stack_name, renaming.depth)
+    renamed = _new_names(names, prefix, renaming, stack_name, tied)
     shards = []
     for path, header, start in headers:
         metadata = header.pop("__metadata__", {})
         ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         entries = [
-            _entry(name, renamed[name], tensor, start, kept, depth, sliced)
+            _entry(name, renamed[name], tensor, start, renaming, sliced)
             for name, tensor in ordered
             if renamed[name] is not None
         ]
@@ -89,26 +89,16 @@ def plan_shards(
     return shards
 
 
-def _renaming(
-    names: set[str], prefix: str, kept: Sequence[int], depth: int, stack_name: str, tied: Sequence[Sequence[str]]
+def _new_names(
+    names: set[str], prefix: str, renaming: Renaming, stack_name: str, tied: Sequence[Sequence[str]]
 ) -> dict[str, str | None]:
     """The new name of each tensor; None for those that are dropped."""
-    position = {i: p for p, i in enumerate(kept)}
-
-    def new_name(name: str) -> str | None:
-        match = re.match(rf"({re.escape(prefix)}\.)(\d+)(\..+)", name)
-        if match is None:
-            return name
-        i = int(match[2])
-        new = position.get(i) if i < depth else len(kept) + i - depth  # layers beyond: for multi-token prediction
-        return None if new is None else f"{match[1]}{new}{match[3]}"
-
-    renamed = {name: new_name(name) for name in names}
+    renamed = {name: renaming.name(name, prefix) for name in names}
     for group in tied:
         present = [name.replace(stack_name, prefix, 1) for name in group]
         if any(renamed.get(name) is not None for name in present):
             continue
-        heirs = [new for name in present if (new := new_name(name)) is not None]
+        heirs = [new for name in present if (new := renaming.name(name, prefix)) is not None]
         for name in present:
             if name in names and heirs:
                 renamed[name] = heirs[0]
@@ -121,8 +111,7 @@ def _entry(
     new_name: str | None,
     tensor: dict[str, Any],
     start: int,
-    kept: Sequence[int],
-    depth: int,
+    renaming: Renaming,
     sliced: dict[str, tuple[int, tuple[int, ...]]],
 ) -> Entry:
     assert new_name is not None
@@ -131,9 +120,9 @@ def _entry(
         same_name = name == model_name or name.endswith(f".{model_name}") or model_name.endswith(f".{name}")
         if same_name or (name.split(".")[-2:] == model_name.split(".")[-2:] and tuple(tensor["shape"]) == shape):
             smaller = list(shape)
-            smaller[dimension] = shape[dimension] // depth * len(kept)
+            smaller[dimension] = shape[dimension] // renaming.depth * len(renaming.kept)
             rows = math.prod(shape[:dimension])
-            return Entry(new_name, {**tensor, "shape": smaller}, begin, end, rows, depth, tuple(kept))
+            return Entry(new_name, {**tensor, "shape": smaller}, begin, end, rows, renaming.depth, tuple(renaming.kept))
     return Entry(new_name, tensor, begin, end)
 
 

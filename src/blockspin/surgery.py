@@ -23,9 +23,11 @@ from .batches import frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack
 from .files import replacing, write_json
 from .gates import closed, trace_blocks
-from .layerconfig import Shortened, renumber_names, shorten_config
+from .layerconfig import Shortened, shorten_config
 from .models import load_config, model_without_weights
 from .progress import console
+from .proof import tied_names
+from .renaming import Renaming
 from .shards import Shard, convert_bin, plan_shards, write_shards
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
@@ -48,8 +50,10 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     smaller: PreTrainedModel = copy.deepcopy(model, tensors)
-    smaller.set_submodule(name, nn.ModuleList(find_stack(smaller)[1][i] for i in kept))
-    _adopt(smaller, shortened, kept, len(stack))
+    left = nn.ModuleList(find_stack(smaller)[1][i] for i in kept)
+    _cut_slots(left, shortened.renaming)
+    smaller.set_submodule(name, left)
+    _adopt(smaller, shortened)
     if next(model.parameters()).device.type != "meta":
         _check_logits(model, smaller, removed)
     return smaller
@@ -70,7 +74,17 @@ def _check_attention(model: nn.Module, kept: Sequence[int]) -> None:
         raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
 
 
-def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], depth: int) -> None:
+def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
+    """Drop the entries of removed layers from lists inside the layers."""
+    lists = [
+        (layer, name, module) for layer in stack for name, module in layer.named_modules() if name in renaming.slots
+    ]
+    for layer, name, module in lists:
+        left = [entry for entry, new in zip(module, renaming.slots[name], strict=True) if new is not None]
+        layer.set_submodule(name, nn.ModuleList(left))
+
+
+def _adopt(smaller: PreTrainedModel, shortened: Shortened) -> None:
     """Take the configurations, numbers and tables (layer indices, depths) of the model built from the shortened
     configuration, and cut the tensors that hold a slice for each layer."""
     twins = dict(shortened.model.named_modules())
@@ -86,8 +100,8 @@ def _adopt(smaller: PreTrainedModel, shortened: Shortened, kept: Sequence[int], 
         whole = getattr(module, leaf)
         cut = (
             whole.detach()
-            .unflatten(dimension, (depth, -1))
-            .index_select(dimension, torch.tensor(kept, device=whole.device))
+            .unflatten(dimension, (shortened.renaming.depth, -1))
+            .index_select(dimension, torch.tensor(shortened.renaming.kept, device=whole.device))
         )
         cut = cut.flatten(dimension, dimension + 1)
         setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
@@ -146,11 +160,11 @@ def prune_checkpoint(
     folder = local_folder(source)
     removed = sorted(int(i) for i in removed)
     with (
-        _planned(folder, removed, trust_remote_code) as (shortened, shards, kept, stack_name),
+        _planned(folder, removed, trust_remote_code) as (shortened, shards, stack_name),
         replacing(target) as temporary,
     ):
         temporary.mkdir()
-        _copy_small_files(folder, temporary, stack_name, kept)
+        _copy_small_files(folder, temporary, stack_name, shortened.renaming)
         write_json(temporary / "config.json", shortened.values)
         write_shards(shards, temporary, progress)
         write_json(
@@ -158,13 +172,13 @@ def prune_checkpoint(
             {
                 "source": str(source),
                 "removed": removed,
-                "kept": kept,
+                "kept": list(shortened.renaming.kept),
                 "blockspin": __version__,
                 "transformers": transformers.__version__,
                 **(details or {}),
             },
         )
-    if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), kept):
+    if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), shortened.renaming.kept):
         console.print(
             "Layers with and without a sliding window follow one another in another order now. transformers reads it "
             "from the configuration; before use in vLLM or llama.cpp see docs/loading_elsewhere.md."
@@ -186,16 +200,16 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
     Raises:
         ValueError: the source has no usable weights, or the removal cannot be expressed.
     """
-    with _planned(local_folder(source), removed, trust_remote_code) as (_, shards, _, _):
+    with _planned(local_folder(source), removed, trust_remote_code) as (_, shards, _):
         return sum(entry.size for shard in shards for entry in shard.entries)
 
 
 @contextmanager
 def _planned(
     folder: Path, removed: Iterable[int], trust_remote_code: bool
-) -> Iterator[tuple[Shortened, list[Shard], list[int], str]]:
-    """The proven configuration, what to copy, the kept blocks and the name of the stack. While it is open, .bin
-    weights lie converted in a temporary folder."""
+) -> Iterator[tuple[Shortened, list[Shard], str]]:
+    """The proven configuration, what to copy, and the name of the stack. While it is open, .bin weights lie converted
+    in a temporary folder."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -214,13 +228,13 @@ def _planned(
         raise ValueError(f"{folder} has no .safetensors or .bin weights")
     with tempfile.TemporaryDirectory() as converted:
         paths = paths or convert_bin(bins, Path(converted))
-        everything = plan_shards(paths, range(len(stack)), stack_name, len(stack), {}, [])
-        shards = plan_shards(paths, kept, stack_name, len(stack), sliced, shortened.tied)
+        everything = plan_shards(paths, Renaming(range(len(stack)), len(stack)), stack_name, {}, [])
+        shards = plan_shards(paths, shortened.renaming, stack_name, sliced, tied_names(model))
         if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
             raise ValueError(
                 f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead"
             )
-        yield shortened, shards, kept, stack_name
+        yield shortened, shards, stack_name
 
 
 def _numel(shards: Sequence[Shard]) -> int:
@@ -233,7 +247,7 @@ def _parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _copy_small_files(folder: Path, target: Path, stack_name: str, kept: Sequence[int]) -> None:
+def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Renaming) -> None:
     """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
@@ -242,7 +256,7 @@ def _copy_small_files(folder: Path, target: Path, stack_name: str, kept: Sequenc
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         if re.search(r"quant\w*\.json$", file.name):
-            write_json(target / inside, renumber_names(json.loads(file.read_text()), stack_name, kept))
+            write_json(target / inside, renaming.settings(json.loads(file.read_text()), stack_name))
         else:
             shutil.copy2(file, target / inside)
 
