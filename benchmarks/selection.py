@@ -30,6 +30,7 @@ from blockspin.measures import Quality, measured, quality, token_mean
 from blockspin.models import load_model, load_tokenizer
 from blockspin.prefixes import passes_of_walk
 from blockspin.problem import RemovalProblem
+from blockspin.removable import Removable
 from blockspin.selection import select_with_energies
 from blockspin.solvers import solve
 
@@ -61,6 +62,7 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
         spectrum,
         s.selection,
         s.energy,
+        Removable(s.model.config),
         budget=s.budget,
         batch_size=BATCH,
         progress=False,

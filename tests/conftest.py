@@ -98,10 +98,14 @@ def save_tiny(folder: Path, family: str = "llama", vocabulary: int = 300, **save
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder, **save_options)
+    save_tokenizer(folder, vocabulary)
+    return folder
+
+
+def save_tokenizer(folder: Path, vocabulary: int = 300) -> None:
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(["a few words to learn from"] * 3, vocabulary, special_tokens=["<|end|>"])
     tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

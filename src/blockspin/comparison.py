@@ -26,6 +26,7 @@ from .models import load_config, load_model, load_tokenizer
 from .pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
 from .problem import RemovalProblem
 from .progress import console
+from .removable import Removable
 from .scores import Score, mean_scores
 from .solvers import Spectrum
 from .surgery import checkpoint_bytes, remove_blocks
@@ -134,7 +135,8 @@ def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Pat
     remote, device = config.trust_remote_code, config.device_map
     model = load_model(config.model, dtype=config.dtype, device_map=device, trust_remote_code=remote)
     comparison.costs = {name: cost for name, cost in comparison.costs.items() if name.startswith("energy ")}
-    bench = Bench(model, samples, config, comparison.costs)
+    removable = Removable(model_config, trust_remote_code=remote)
+    bench = Bench(model, samples, config, removable, comparison.costs)
     bench.energies = {name: energies_of(bench, name, out) for name in dict.fromkeys([config.energy, PAPER])}
     for goal, removal in goals.items():
         if goal in measured:
@@ -214,6 +216,10 @@ def choose(bench: Bench, comparison: Comparison, problem: RemovalProblem, goal: 
     windows = found.windows if isinstance(found, baselines.Merged) else ()
     candidates = [found.candidate] if isinstance(found, baselines.Merged) else found
     for candidate in candidates if isinstance(candidates, list) else [candidates]:
+        if not bench.removable(candidate.removed):
+            reason = f"the configuration cannot express the removal of {list(candidate.removed)}"
+            comparison.left_out[f"{name}, {goal}"] = reason
+            continue
         comparison.choices.append(Choice(name, goal, candidate.removed, candidate.energy, windows, passes, seconds))
 
 

@@ -64,13 +64,13 @@ def shorten_config(
         ValueError: no configuration of this class expresses the removal; says which single blocks can be removed.
     """
     original = build(config)
-    shortened, problem = _first_proven(config, original, kept, build, written)
+    shortened, problem = first_proven(config, original, kept, build, written)
     if shortened is not None:
         return shortened
     raise ValueError(f"{problem}; the configuration cannot express this removal. {_possible(config, original, build)}")
 
 
-def _first_proven(
+def first_proven(
     config: PretrainedConfig,
     original: PreTrainedModel,
     kept: Sequence[int],
@@ -213,7 +213,7 @@ def _possible(config: PretrainedConfig, original: PreTrainedModel, build: Build)
     tried, single = 0, []
     for i in range(depth):
         kept = [*range(i), *range(i + 1, depth)]
-        single += [i] if _first_proven(config, original, kept, build, thorough=False)[0] else []
+        single += [i] if first_proven(config, original, kept, build, thorough=False)[0] else []
         tried += 1
         if time.monotonic() > deadline:
             break

@@ -19,6 +19,7 @@ from .measures import shared_losses
 from .pipeline import Samples
 from .prefixes import stream_of
 from .problem import RemovalProblem
+from .removable import Removable
 from .selection import ACTIVATION_SAMPLES, select_with_energies
 from .solvers import Spectrum
 
@@ -66,6 +67,7 @@ class Bench:
     model: nn.Module
     samples: Samples
     config: CompressConfig
+    removable: Removable
     costs: dict[str, Cost]
     energies: dict[str, Energies] = field(default_factory=dict)
     problems: dict[tuple[str, str], RemovalProblem] = field(default_factory=dict)
@@ -170,6 +172,7 @@ def _selected(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
         bench.spectra[config.energy, goal],
         bench.samples.selection,
         bench.samples.calibration[:ACTIVATION_SAMPLES],
+        bench.removable,
         seed=config.seed,
         max_candidates=config.max_candidates,
         batch_size=config.batch_size,

@@ -6,8 +6,9 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .models import load_config, load_model, load_tokenizer, model_without_weigh
 from .preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .problem import RemovalProblem
 from .progress import console
+from .removable import Removable, keep_what_must_stay
 from .scores import Score
 from .selection import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
@@ -57,7 +59,8 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
-    Returns the rows of evaluation.json: original, CBO:0, the chosen state, random, and distilled where wanted.
+    Returns the rows of evaluation.json: original, CBO:0 (the lowest state that can be saved), the chosen state, random,
+    and distilled where wanted.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
@@ -69,7 +72,8 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     else:
         rows = shorten(config, out)
     if config.distill is not None and rows[-1].name != "distilled":
-        rows.append(distillation_stage(config, out, rows[2].removed))
+        chosen = next(row for row in rows if row.name.startswith("chosen"))
+        rows.append(distillation_stage(config, out, chosen.removed))
         write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
 
@@ -99,9 +103,10 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         gradient_checkpointing=config.gradient_checkpointing,
         metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
     )
-    problem = pose_problem(energies, config.remove, config.protect, config.beta)
+    removable = Removable(model_config, trust_remote_code=config.trust_remote_code)
+    problem = within_reach(pose_problem(energies, config.remove, config.protect, config.beta), removable)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
-    selection = selection_stage(config, model, energies, problem, spectrum, samples, out / "candidates.json")
+    selection = selection_stage(config, model, energies, problem, spectrum, samples, removable, out / "candidates.json")
     chosen = selection.chosen
     if not (out / "checkpoint").is_dir():
         details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in energies.blocks]}
@@ -113,7 +118,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
             trust_remote_code=config.trust_remote_code,
         )
     named = replace(chosen, source=f"chosen ({chosen.source})")
-    compared = [states_as_candidates(spectrum)[0], named, random_candidate(problem, config.seed)]
+    states, drawn = states_as_candidates(spectrum), (random_candidate(problem, config.seed + k) for k in range(100))
+    compared = [*first_possible(states, removable), named, *first_possible(drawn, removable)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
@@ -238,6 +244,22 @@ def pose_problem(energies: Energies, remove: Removal, protect: Sequence[int], be
     )
 
 
+def within_reach(problem: RemovalProblem, removable: Removable) -> RemovalProblem:
+    """The problem itself if a low state can be saved; else one that also protects blocks that cannot go alone."""
+    (lowest,) = solve(problem, states=1, solver="tabu").states
+    if removable(lowest.removed):
+        return problem
+    narrower = keep_what_must_stay(problem, removable)
+    if extra := sorted({*narrower.protect} - {*problem.protect}):
+        console.print(f"The configuration of this model cannot do without the blocks {extra}; they are protected.")
+    return narrower
+
+
+def first_possible(candidates: Iterable[Candidate], removable: Removable) -> list[Candidate]:
+    """The first candidate that can be saved, in a list; an empty one if there is none."""
+    return list(islice((candidate for candidate in candidates if removable(candidate.removed)), 1))
+
+
 def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) -> Spectrum:
     """The spectrum file: read, or solved for."""
     if not path.is_file():
@@ -257,6 +279,7 @@ def selection_stage(
     problem: RemovalProblem,
     spectrum: Spectrum,
     samples: Samples,
+    removable: Removable,
     path: Path,
 ) -> Selection:
     """The choice: read, or made, continuing where an interrupted run stopped."""
@@ -269,6 +292,7 @@ def selection_stage(
             spectrum,
             samples.selection,
             samples.calibration[:ACTIVATION_SAMPLES],
+            removable,
             seed=config.seed,
             max_candidates=config.max_candidates,
             batch_size=config.batch_size,

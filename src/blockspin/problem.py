@@ -117,15 +117,15 @@ class RemovalProblem:
 
     def with_energy(self, hessian: ArrayLike, gradient: ArrayLike | None = None) -> RemovalProblem:
         """The same removals with another energy; the gradient stays where none is given."""
-        return RemovalProblem(
-            hessian,
-            self.remove,
-            blocks=self.blocks,
-            protect=self.protect,
-            beta=self.beta,
-            gradient=self.gradient if gradient is None else gradient,
-            remove_parameters=self.remove_parameters,
-        )
+        return self._with(hessian=hessian, gradient=self.gradient if gradient is None else gradient)
+
+    def with_protected(self, protect: Iterable[int]) -> RemovalProblem:
+        """The same energy and goal with other protected blocks. Raises ValueError where the goal is out of reach."""
+        return self._with(protect=protect)
+
+    def _with(self, **changes: Any) -> RemovalProblem:
+        names = ("hessian", "remove", "blocks", "protect", "beta", "gradient", "remove_parameters")
+        return RemovalProblem(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def num_candidates(self) -> int:

@@ -35,7 +35,7 @@ def differences(
     """
     return chain(
         _layer_differences(original, model, renaming),
-        _broken_sharing(config, original, renaming.kept),
+        broken_sharing(config, original, renaming.kept),
         _tie_differences(original, model, renaming),
         _outside_differences(original, model, renaming.kept),
         _buffer_differences(original, model, renaming),
@@ -70,6 +70,12 @@ def find_slots(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> di
         if lengths == ({len(users)}, {len(left)}) and len(left) < len(users):
             slots[name] = [left.index(i) if i in left else None for i in users]
     return slots
+
+
+def alike(one: nn.Module, other: nn.Module, i: int, j: int, depth: int) -> bool:
+    """Whether two layers of one model, i and j of `depth`, are of the same make, but for their indices."""
+    moved = Renaming([-1] * j + [i], depth)  # as if layer i were kept as number j
+    return not any(_make_differences(one, other, i, moved))
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -123,7 +129,7 @@ def _same_attribute(module: nn.Module, key: str, a: Any, b: Any, i: int, renamin
     return bool(a == b)
 
 
-def _broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence[int]) -> Iterator[str]:
+def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence[int]) -> Iterator[str]:
     """Which kept blocks use more of a removed block than the residual stream.
 
     Where a list calls layers "shared", each uses what the last layer before it that is not shared has computed.

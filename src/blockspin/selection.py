@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from .interactions import Energies
 from .ledger import Ledger, Objective, Removed
 from .problem import RemovalProblem
 from .progress import bar
+from .removable import Removable, aligned
 from .solvers import Spectrum, solve
 
 BUDGET = 64.0  # passes over the selection samples
@@ -133,6 +134,7 @@ def select_with_energies(
     spectrum: Spectrum,
     samples: Sequence[Tensor],
     activation_samples: Sequence[Tensor],
+    removable: Removable,
     *,
     seed: int = 0,
     max_candidates: int = 20,
@@ -142,14 +144,38 @@ def select_with_energies(
     """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish.
 
     activation_samples: what the cheap baselines see. options: of `run_selection`.
+    removable: only what it allows is chosen; where it refuses candidates, removals of a possible make join the pool.
+
+    Raises:
+        ValueError: no removal that meets the goal and can be saved was found; or as `run_selection`.
     """
     trust = robustness(energies, problem, seed=seed)
     activations = baselines.measure_activations(model, activation_samples, batch_size=batch_size)
     cheap = cheap_choices(problem, activations)
     pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
-    always = [candidate.removed for candidate in cheap]
-    selection = run_selection(model, pool, samples, problem=problem, always=always, batch_size=batch_size, **options)
-    return selection, trust
+    possible = [candidate for candidate in pool if removable(candidate.removed)]
+    restricted = len(possible) < len(pool)
+    if restricted:
+        known = {candidate.removed for candidate in possible}
+        others = aligned(problem, removable, cheap[0].removed, states=max_candidates, seed=seed)
+        possible += [candidate for candidate in others if candidate.removed not in known]
+    if not possible:
+        raise ValueError(
+            f"no removal was found that meets the goal and that the configuration of {type(model).__name__} can "
+            "express; try another number of blocks, or see what `blockspin prune --blocks` says of some"
+        )
+    always = [candidate.removed for candidate in cheap if candidate in possible]
+    options |= {"always": always, "allowed": removable if restricted else None}
+    selection = run_selection(model, possible, samples, problem=problem, batch_size=batch_size, **options)
+    return _best_possible(selection, removable), trust
+
+
+def _best_possible(selection: Selection, removable: Removable) -> Selection:
+    """With the best of the trials that can be saved as the choice: the one chosen, as good as always."""
+    if removable(selection.chosen.removed):
+        return selection
+    best = next(trial for trial in selection.trials if removable(trial.removed))
+    return replace(selection, chosen=Candidate(best.removed, best.source, best.energy, best.loss))
 
 
 def select(
@@ -194,6 +220,7 @@ def run_selection(
     *,
     problem: RemovalProblem | None = None,
     always: Sequence[Removed] = (),
+    allowed: Callable[[Removed], bool] | None = None,
     objective: Objective = "kl",
     budget: float = BUDGET,
     batch_size: int = 8,
@@ -204,6 +231,7 @@ def run_selection(
 
     always: removals of the pool that are measured on all samples however the race goes, so that the outcome is
         certainly not worse than them there.
+    allowed: what may be proposed in polishing; None: whatever the problem allows.
     objective: "kl" (to the whole model), "loss" (cross-entropy), or a function that takes the model with the blocks
         bypassed and returns a number, lower is better (for example minus a benchmark score).
     budget: polishing ends when so many forward passes over the samples were made, the race included.
@@ -222,7 +250,7 @@ def run_selection(
         race(ledger, [candidate.removed for candidate in pool])
         ledger.extend(always, len(ledger.weights))
         if problem is not None:
-            for removed, source in polish(ledger, problem, budget):
+            for removed, source in polish(ledger, problem, budget, allowed):
                 sources.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
     best = ledger.best()
     trials = sorted((_trial(ledger, c, best) for c in sources.values()), key=lambda t: (-t.num_samples, t.loss))
@@ -247,7 +275,9 @@ def race(ledger: Ledger, removals: Sequence[Removed]) -> None:
         alive = promising[: max(2, math.ceil(len(ranked) / 2))] if rung < number else alive
 
 
-def polish(ledger: Ledger, problem: RemovalProblem, budget: float) -> list[tuple[Removed, str]]:
+def polish(
+    ledger: Ledger, problem: RemovalProblem, budget: float, allowed: Callable[[Removed], bool] | None = None
+) -> list[tuple[Removed, str]]:
     """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
 
     Returns the removals that were measured on the way, with the round that proposed them.
@@ -257,9 +287,10 @@ def polish(ledger: Ledger, problem: RemovalProblem, budget: float) -> list[tuple
     while ledger.passes < budget:
         fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
         low = [state.removed for state in solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states]
-        new = [removed for removed in low if removed not in ledger.values][: PROPOSALS // 2]
+        new = [removed for removed in low if removed not in ledger.values][:PROPOSALS]
+        new = list(filter(allowed, new))[: PROPOSALS // 2]
         near = [removed for removed in swaps(fitted, best) if removed not in ledger.values and removed not in new]
-        new += near[: PROPOSALS - len(new)]
+        new += list(filter(allowed, near[:PROPOSALS]))[: PROPOSALS - len(new)]
         if not new:
             break
         race(ledger, [best, *new])

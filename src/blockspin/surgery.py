@@ -46,7 +46,7 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     name, stack = find_stack(model)
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
-    _check_attention(model, kept)
+    check_attention(model, kept)
     shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     smaller: PreTrainedModel = copy.deepcopy(model, tensors)
@@ -66,7 +66,7 @@ def _like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     return built
 
 
-def _check_attention(model: nn.Module, kept: Sequence[int]) -> None:
+def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
     """The cache of a hybrid model counts tokens in its attention layers: the last of them must stay."""
     kinds = [set(block.kind.split("+")) for block in find_blocks(model)]
     attending = [i for i, kind in enumerate(kinds) if "attention" in kind]
@@ -219,7 +219,7 @@ def _planned(
     stack_name, stack = find_stack(model)
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
-    _check_attention(model, kept)
+    check_attention(model, kept)
     shortened = shorten_config(config, kept, build, json.loads((folder / "config.json").read_text()))
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
     sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}

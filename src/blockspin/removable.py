@@ -1,0 +1,98 @@
+"""Which removals the configuration of a model can express, and candidates where only few of them are.
+
+Most configurations express every removal: their layers are alike, or listed one by one. Some fix a pattern by periods
+(Jamba), tie layers to positions (DiffLlama) or to other layers (Gemma 3n). Then a low energy is of no use if the
+removal cannot be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .blocks import find_stack
+from .candidates import Candidate, swaps
+from .layerconfig import first_proven
+from .models import model_without_weights
+from .problem import RemovalProblem
+from .proof import alike, broken_sharing
+from .surgery import check_attention
+
+
+class Removable:
+    """Whether removing blocks leaves a model that a configuration describes. Answers are remembered.
+
+    Kept layers that are, one by one, of the same make as those of a removal asked before get the same answer. The last
+    word has the surgery, which also tries other periods and runs the result.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
+        self._config, self._trust = config, trust_remote_code
+        self._model = self._build(config)
+        layers = find_stack(self._model)[1]
+        self.makes: list[int] = []  # of each layer: the first layer that is like it
+        for j, layer in enumerate(layers):
+            firsts = dict.fromkeys(self.makes)
+            self.makes.append(next((i for i in firsts if alike(layers[i], layer, i, j, len(layers))), j))
+        self._answers: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, removed: Iterable[int]) -> bool:
+        kept = sorted({*range(len(self.makes))} - {*removed})
+        try:
+            check_attention(self._model, kept)
+        except ValueError:
+            return False
+        if any(broken_sharing(self._config, self._model, kept)):
+            return False
+        make = tuple(self.makes[i] for i in kept)
+        if make not in self._answers:
+            found, _ = first_proven(self._config, self._model, kept, self._build, thorough=False)
+            self._answers[make] = found is not None
+        return self._answers[make]
+
+    def _build(self, config: PretrainedConfig) -> PreTrainedModel:
+        return model_without_weights(config, trust_remote_code=self._trust)
+
+
+def keep_what_must_stay(problem: RemovalProblem, removable: Removable) -> RemovalProblem:
+    """The problem in which blocks that cannot go alone are protected too, if enough others can go."""
+    fixed = [i for i in problem.reduced.block.tolist() if not removable([i])]
+    try:
+        return problem.with_protected({*problem.protect, *fixed})
+    except ValueError:  # not enough are left: the blocks can only go together
+        return problem
+
+
+def aligned(
+    problem: RemovalProblem, removable: Removable, start: Iterable[int], *, states: int = 20, seed: int = 0
+) -> list[Candidate]:
+    """Low-energy removals after which the kept layers are of the same make, one by one, as after the removal `start`.
+
+    Found by exchanging blocks, from `start` and from random walks that start there: steepest descent each time. Empty
+    if `start` itself is not possible.
+    """
+    first = tuple(sorted(start))
+    if not problem.allows(first) or not removable(first):
+        return []
+    makes = np.array(removable.makes)
+    pattern = np.delete(makes, first).tolist()
+
+    def neighbours(removed: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [other for other in swaps(problem, removed) if np.delete(makes, other).tolist() == pattern]
+
+    rng = np.random.default_rng(seed)
+    seen: set[tuple[int, ...]] = {first}
+    for walk in range(states):
+        here = first
+        for _ in range(walk * len(first)):
+            near = neighbours(here)
+            here = near[rng.integers(len(near))] if near else here
+        while near := neighbours(here):
+            seen.update(near)
+            if problem.energy(near[0]) >= problem.energy(here):
+                break
+            here = near[0]
+    lowest = sorted(seen, key=lambda removed: (problem.energy(removed), removed))[:states]
+    return [Candidate(removed, f"aligned:{k}", problem.energy(removed)) for k, removed in enumerate(lowest)]
