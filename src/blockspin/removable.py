@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .blocks import find_stack
-from .candidates import Candidate, swaps
+from .candidates import Candidate
 from .layerconfig import first_proven
 from .models import model_without_weights
 from .problem import RemovalProblem
@@ -70,29 +70,34 @@ def aligned(
 ) -> list[Candidate]:
     """Low-energy removals after which the kept layers are of the same make, one by one, as after the removal `start`.
 
-    Found by exchanging blocks, from `start` and from random walks that start there: steepest descent each time. Empty
-    if `start` itself is not possible.
+    Found by exchanging blocks: steepest descent from `start` and from where a random walk from there passes. Empty if
+    `start` itself is not possible.
     """
     first = tuple(sorted(start))
     if not problem.allows(first) or not removable(first):
         return []
-    makes = np.array(removable.makes)
+    makes = removable.makes
     pattern = np.delete(makes, first).tolist()
 
     def neighbours(removed: tuple[int, ...]) -> list[tuple[int, ...]]:
-        return [other for other in swaps(problem, removed) if np.delete(makes, other).tolist() == pattern]
+        pairs = [(i, j) for i in removed for j in range(len(makes)) if j not in removed and makes[i] == makes[j]]
+        others = (tuple(sorted({*removed, j} - {i})) for i, j in pairs)
+        return [other for other in others if np.delete(makes, other).tolist() == pattern and problem.allows(other)]
 
     rng = np.random.default_rng(seed)
-    seen: set[tuple[int, ...]] = {first}
-    for walk in range(states):
-        here = first
-        for _ in range(walk * len(first)):
+    energies: dict[tuple[int, ...], float] = {}
+    here = first
+    for _ in range(states):
+        lowest = here
+        energies[here] = problem.energy(here)
+        while near := neighbours(lowest):
+            energies |= {removed: problem.energy(removed) for removed in near}
+            step = min(near, key=lambda removed: energies[removed])
+            if energies[step] >= energies[lowest]:
+                break
+            lowest = step
+        for _ in range(2 * len(first)):
             near = neighbours(here)
             here = near[rng.integers(len(near))] if near else here
-        while near := neighbours(here):
-            seen.update(near)
-            if problem.energy(near[0]) >= problem.energy(here):
-                break
-            here = near[0]
-    lowest = sorted(seen, key=lambda removed: (problem.energy(removed), removed))[:states]
-    return [Candidate(removed, f"aligned:{k}", problem.energy(removed)) for k, removed in enumerate(lowest)]
+    order = sorted(energies, key=lambda removed: (energies[removed], removed))[:states]
+    return [Candidate(removed, f"aligned:{k}", energies[removed]) for k, removed in enumerate(order)]
