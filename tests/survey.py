@@ -22,6 +22,7 @@ from tiny import MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
 from blockspin.blocks import find_blocks, find_stack
 from blockspin.gates import gated, skipped, trace_blocks
+from blockspin.models import auto_class
 from blockspin.surgery import prune_checkpoint, remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
@@ -142,7 +143,7 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
     except ValueError as error:
         row.only_in_memory = first_line(error).replace(f"{folder}/", "")
         return
-    loaded, report = tf.AutoModelForCausalLM.from_pretrained(folder / "short", output_loading_info=True)
+    loaded, report = auto_class(smaller.config).from_pretrained(folder / "short", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         row.faults.append(f"{removed}: from_pretrained reports {report}")
     found, expected = logits(loaded.eval(), ids), logits(smaller, ids)
@@ -154,7 +155,7 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

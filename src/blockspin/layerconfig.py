@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from .blocks import DEPTH, find_stack
+from .blocks import DEPTH, find_stack, other_lists
 
 Build = Callable[[PretrainedConfig], nn.Module]
 
@@ -103,34 +103,46 @@ def _rewritten(
     depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
     usual = config.get_text_config(decoder=True).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     for name in text:
-        if name != "quantization_config":
+        if name != "quantization_config" and name not in config.sub_configs:
             text[name] = _shorten(name, text[name], kept, len(stack))
     for name in depth_names or [usual]:
         text[name] = len(kept)
     for part in (result, text):
         if "quantization_config" in part:
-            part["quantization_config"] = renumber_names(values["quantization_config"], stack_name, kept)
+            part["quantization_config"] = renumber_names(
+                values["quantization_config"], stack_name, kept, other_lists(original)
+            )
     return result
 
 
-def renumber_names(value: Any, stack_name: str, kept: Sequence[int]) -> Any:
+def renumber_names(value: Any, stack_name: str, kept: Sequence[int], others: Sequence[str] = ()) -> Any:
     """Module names in JSON values (also patterns, also keys) with the layers' new indices; removed layers are dropped.
 
     E.g. with block 0 removed, ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"] becomes
     ["model.layers.0.mlp", "lm_head"].
+
+    others: lists of layers that stay as they are; a name belongs to the list with which it has most parts in common.
     """
     leaf = re.compile(rf"(?<![A-Za-z_])({re.escape(stack_name.rpartition('.')[2])}\\?\.)(\d+)(?!\d)")
 
+    def ours(name: Any) -> bool:
+        if not isinstance(name, str):
+            return False
+        parts = set(re.findall(r"\w+", name))
+        return all(len(parts & {*stack_name.split(".")}) >= len(parts & {*other.split(".")}) for other in others)
+
     def gone(name: Any) -> bool:
-        return isinstance(name, str) and any(int(match[2]) not in kept for match in leaf.finditer(name))
+        return ours(name) and any(int(match[2]) not in kept for match in leaf.finditer(name))
 
     def new(name: Any) -> Any:
-        return leaf.sub(lambda match: f"{match[1]}{kept.index(int(match[2]))}", name) if isinstance(name, str) else name
+        return leaf.sub(lambda match: f"{match[1]}{kept.index(int(match[2]))}", name) if ours(name) else name
 
     if isinstance(value, dict):
-        return {new(key): renumber_names(entry, stack_name, kept) for key, entry in value.items() if not gone(key)}
+        return {
+            new(key): renumber_names(entry, stack_name, kept, others) for key, entry in value.items() if not gone(key)
+        }
     if isinstance(value, list):
-        return [renumber_names(entry, stack_name, kept) for entry in value if not gone(entry)]
+        return [renumber_names(entry, stack_name, kept, others) for entry in value if not gone(entry)]
     return new(value)
 
 
@@ -254,6 +266,7 @@ def _prove(
         _broken_sharing(config, original, kept),
         _tie_differences(original, model, kept),
         _outside_differences(original, model, kept, slices),
+        _part_differences(config, shortened),
     )
     differences = list(islice(chain(*checks), most))
     if differences:
@@ -366,6 +379,18 @@ def _outside_differences(
             for key, value in _plain(module).items():
                 if isinstance(value, float) and value != _plain(modules.get(name, module)).get(key, value):
                     yield f"{name}.{key} would change"
+
+
+def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> Iterator[str]:
+    """Which other parts of the model (an image encoder, ...) would be configured otherwise."""
+    text = config.get_text_config(decoder=True)
+    for name in config.sub_configs:
+        before, after = getattr(config, name, None), getattr(shortened, name, None)
+        whole = before is text or (
+            isinstance(before, PretrainedConfig) and before.get_text_config(decoder=True) is text
+        )
+        if isinstance(before, PretrainedConfig) and not whole and before.to_diff_dict() != after.to_diff_dict():
+            yield f"{name} would change"
 
 
 def _sliced_dimension(before: Sequence[int], after: Sequence[int], depth: int, left: int) -> int | None:
