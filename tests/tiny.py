@@ -101,6 +101,9 @@ _QWEN4 = {**_INDEXER, "indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 
 _DOTS3 = {"num_key_value_heads": 4}
 
 
+_SPEECH = {"num_filters": 4, "depths": [1] * 7}
+
+
 def _sections(*sizes: int) -> dict[str, Any]:
     """Rotary dimensions shared out among time, height and width."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}
@@ -119,12 +122,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense"] + ["sparse"] * 5}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2}},
     "dots3_note": {"text_config": _DOTS3, "vision_config": {"mlp_layer_types": ["dense"] * 6}},
     "dots3_note_text": _DOTS3,
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [48, 48]} | _sections(1, 1, 2)["text_config"]},
-    "florence2": {"vision_config": {"patch_size": [7, 3, 3, 3]}},
+    "florence2": {"vision_config": {"patch_size": [7, 3, 3, 3], "embed_dim": [32] * 4, "num_heads": [4] * 4}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": _SHARED_KV,
@@ -134,19 +137,28 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe": _sections(1, 1, 0),
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0], [-3, 2]], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0], [-3, 2]],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
     "granitemoehybrid": {"layer_types": _HYBRID},
-    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "xdrope", "rope_theta": 1e4}}},
+    "hunyuan_vl": _sections(1, 1, 1, 1),
     "inkling_mm_model": {"vision_config": {"patch_size": 8}},
+    "janus": {"vision_config": {"projection_dim": 32}, "vq_config": {"projection_dim": 32}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kyutai_speech_to_text": {"audio_pad_token_id": 3, "audio_bos_token_id": 2},
+    "kyutai_speech_to_text": {
+        "audio_pad_token_id": 3,
+        "audio_bos_token_id": 2,
+        "codec_config": {"upsample_groups": 32},
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "moshi": {"audio_vocab_size": VOCABULARY},
-    "molmo2": {"vision_config": {"image_size": [28, 28]}},
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "molmo2": {"vision_config": {"image_size": [28, 28]}, "adapter_config": {"vision_feature_layer": [4, 2]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4}},
     "nemo_speechlm": {"text_config": _NEMOTRON, "word_timestamp_config": {"blank_token_id": VOCABULARY - 1}},
     "nemotron_h": _NEMOTRON,
     "nemotron_h_omni": {"text_config": _NEMOTRON, "vision_config": {"video_temporal_patch_size": 2}},
@@ -161,6 +173,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": (16, 16),
     },
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
+    "vibevoice_asr": dict.fromkeys(("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"), _SPEECH),
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 64,

@@ -60,7 +60,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(
             f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
         )
-    depths = {value for name, value in vars(text).items() if DEPTH.search(name)} | {text.num_hidden_layers}
+    depths = {value for name, value in vars(text).items() if DEPTH.search(name)}
+    depths.add(getattr(text, "num_hidden_layers", None))
     foreign = tuple(
         f"{name}."
         for name, module in model.named_modules()
@@ -75,8 +76,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not stacks:
         raise ValueError(
-            f"no removable blocks found in {type(model).__name__}: it has no list of {text.num_hidden_layers} layers "
-            "(num_hidden_layers); blockspin shortens decoder-only transformers"
+            f"no removable blocks found in {type(model).__name__}: it has no list of as many layers as its "
+            "configuration says; blockspin shortens decoder-only transformers"
         )
     name, stack = max(stacks, key=lambda stack: _num_parameters([stack[1]]))
     parent = name.rpartition(".")[0]
