@@ -74,6 +74,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("depth", "resampler_depth"), DEPTH),
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "adapter_in_dim", "adapter_out_dim", "output_dim"), 32),
+    "hidden_size_global": 32,
     **dict.fromkeys(("embed_dim", "encoder_hidden_size", "vision_hidden_size", "audio_hidden_size"), 32),
     **dict.fromkeys(("downsample_hidden_size", "latent_channels", "base_channels", "output_channels"), 32),
     **dict.fromkeys(("adapter_input_size", "hidden_dim", "image_token_embed_dim", "projection_hidden_dim"), 32),

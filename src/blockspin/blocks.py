@@ -115,9 +115,10 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
         ValueError: without the removed blocks some would be added elsewhere, or it cannot be told where they are added.
     """
     parent = model.get_submodule(find_stack(model)[0].rpartition(".")[0])
+    config: Any = model.config
     if not any("deepstack" in name for name in inspect.signature(parent.forward).parameters):
         return
-    places = [value for name, value in _named_values(model.config.to_dict()) if "deepstack" in name and value]
+    places = [value for name, value in _named_values(config.to_dict()) if "deepstack" in name and value]
     if not all(isinstance(value, list | tuple) and all(type(i) is int for i in value) for value in places):
         raise ValueError(
             f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
@@ -128,7 +129,7 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
     if moved:
         raise ValueError(
             f"after each of the first {first} blocks {type(model).__name__} adds features of images; "
-            f"they would move without the blocks {moved}; remove others"
+            f"they would move without the blocks {moved}; protect these (--protect)"
         )
 
 

@@ -385,7 +385,7 @@ def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> 
     """Which other parts of the model (an image encoder, ...) would be configured otherwise."""
     text = config.get_text_config(decoder=True)
     for name in config.sub_configs:
-        before, after = getattr(config, name, None), getattr(shortened, name, None)
+        before, after = getattr(config, name, None), getattr(shortened, name)
         whole = before is text or (
             isinstance(before, PretrainedConfig) and before.get_text_config(decoder=True) is text
         )
