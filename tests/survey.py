@@ -296,8 +296,10 @@ COMPOSITE = """
 ## Composite models
 
 Models that take images or sound besides text. Blocks are chosen and removed in their text decoder, on text; the other
-parts stay as they are, byte for byte. They are opened by `AutoModelForImageTextToText`, those for sound by
-`AutoModelForMultimodalLM` ({speech}). Of {all} types {refused} are refused as a
+parts stay as they are, byte for byte. They are opened by `AutoModelForImageTextToText`, or by
+`AutoModelForMultimodalLM` ({speech}).
+
+Of {all} types {refused} are refused as a
 whole and {cannot} cannot be built here or do not run on text alone. Of the {decoders} others {good} pass everything
 that is said above. Where features of images are added to the hidden states between blocks, the blocks whose removal
 would move them are refused.
