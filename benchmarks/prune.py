@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -68,7 +69,7 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def in_fresh_process(function: Callable, *arguments: Path):
+def in_fresh_process(function: Callable[..., Any], *arguments: Path) -> Any:
     os.sync()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

@@ -1,4 +1,4 @@
-"""Puts every causal model type of transformers through removal, and writes what works to docs/architectures.md.
+"""Puts every model type of transformers with a text decoder through removal; docs/architectures.md says what works.
 
 python tests/survey.py [MODEL_TYPE ...]      # without arguments: all of them, and docs/architectures.md is written
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from tiny import MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
+from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
 from blockspin.blocks import find_blocks, find_stack
 from blockspin.gates import gated, skipped, trace_blocks
+from blockspin.models import auto_class
 from blockspin.surgery import prune_checkpoint, remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
@@ -36,6 +37,7 @@ class Row:
     """What happened to one model type: faults are what must not happen, refusals are clear and before any harm."""
 
     model_type: str
+    auto_class: str = ""
     kinds: list[str] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)
     works: list[tuple[int, ...]] = field(default_factory=list)
@@ -50,14 +52,24 @@ class Row:
 def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
     row = Row(model_type)
     try:
-        model = tiny_random_model(tiny_config(model_type))
+        config = tiny_config(model_type)
+        row.auto_class = auto_class(config).__name__
+        model = tiny_random_model(config)
+    except Exception as error:
+        row.cannot_start = first_line(error)
+        return row
+    try:
+        row.kinds = [block.kind for block in find_blocks(model)]
+    except ValueError as error:
+        row.not_a_decoder = first_line(error)
+        return row
+    try:
         ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
         whole = logits(model, ids)
     except Exception as error:
         row.cannot_start = first_line(error)
         return row
     try:
-        row.kinds = [block.kind for block in find_blocks(model)]
         traces = trace_blocks(model)
     except ValueError as error:
         row.not_a_decoder = first_line(error)
@@ -67,14 +79,29 @@ def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
     row.has_cache = generation_agrees(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/whole")
-        check_removals(row, model, removals, ids, Path(folder))
+        whole_again = reads_back(model, Path(folder))
+        if not whole_again:
+            row.only_in_memory = "transformers does not read back the whole model that it saved"
+        check_removals(row, model, removals, ids, Path(folder) if whole_again else None)
     if not torch.equal(logits(model, ids), whole):
         row.faults.append("the model was changed")
     return row
 
 
-def check_removals(row: Row, model: torch.nn.Module, removals: Removals, ids: torch.Tensor, folder: Path) -> None:
-    """Each removal works in memory and on disk, or is refused."""
+def reads_back(model: torch.nn.Module, folder: Path) -> bool:
+    """Whether transformers itself loads the saved model without missing, unexpected or mismatched tensors."""
+    try:
+        _, report = auto_class(model.config).from_pretrained(folder / "whole", output_loading_info=True)
+    except Exception as error:
+        print("   read back:", first_line(error), file=sys.stderr)
+        return False
+    return not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def check_removals(
+    row: Row, model: torch.nn.Module, removals: Removals, ids: torch.Tensor, folder: Path | None
+) -> None:
+    """Each removal works in memory and, where there is a folder, on disk, or is refused."""
     for removed in removals:
         with guard(row, f"{removed}"):
             try:
@@ -85,7 +112,8 @@ def check_removals(row: Row, model: torch.nn.Module, removals: Removals, ids: to
             check_removal(row, model, by_surgery, removed, ids)
             if row.has_cache and not generation_agrees(by_surgery, ids):
                 row.faults.append(f"{removed}: cached generation differs")
-            check_disk(row, by_surgery, removed, ids, folder)
+            if folder is not None:
+                check_disk(row, by_surgery, removed, ids, folder)
             row.works.append(removed)
 
 
@@ -142,7 +170,7 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
     except ValueError as error:
         row.only_in_memory = first_line(error).replace(f"{folder}/", "")
         return
-    loaded, report = tf.AutoModelForCausalLM.from_pretrained(folder / "short", output_loading_info=True)
+    loaded, report = auto_class(smaller.config).from_pretrained(folder / "short", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         row.faults.append(f"{removed}: from_pretrained reports {report}")
     found, expected = logits(loaded.eval(), ids), logits(smaller, ids)
@@ -154,7 +182,7 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -220,16 +248,32 @@ def line(row: Row) -> str:
 
 
 def document(rows: list[Row]) -> str:
+    """The page: causal models, then the composite ones, each with their counts."""
+    causal = [row for row in rows if row.model_type in MODEL_TYPES]
+    composite = [row for row in rows if row.model_type not in MODEL_TYPES]
+    speech = [row.model_type for row in composite if row.auto_class == "AutoModelForMultimodalLM"]
+    return (
+        HEAD.format(version=tf.__version__, **counts(causal))
+        + table(causal)
+        + COMPOSITE.format(**counts(composite), speech=", ".join(speech))
+        + table(composite)
+    )
+
+
+def counts(rows: list[Row]) -> dict[str, int]:
     decoders = [row for row in rows if not row.cannot_start and not row.not_a_decoder]
     good = [row for row in decoders if row.works and row.has_cache and not row.faults and not row.only_in_memory]
-    return HEAD.format(
-        version=tf.__version__,
-        all=len(rows),
-        decoders=len(decoders),
-        good=len(good),
-        refused=sum(bool(row.not_a_decoder) for row in rows),
-        cannot=sum(bool(row.cannot_start) for row in rows),
-    ) + "".join(line(row) + "\n" for row in rows)
+    return {
+        "all": len(rows),
+        "decoders": len(decoders),
+        "good": len(good),
+        "refused": sum(bool(row.not_a_decoder) for row in rows),
+        "cannot": sum(bool(row.cannot_start) for row in rows),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    return TABLE + "".join(line(row) + "\n" for row in rows)
 
 
 HEAD = """# Architectures
@@ -246,13 +290,29 @@ the configuration cannot express are refused with the reason and the single bloc
 the reason for the first of them. "gate" says whether alpha acts on each residual branch or on the block as a whole
 (where branches cannot be told apart, or are scaled after the addition).
 
-| model type | kinds | gate | removals | refused, and why |
+"""
+
+COMPOSITE = """
+## Composite models
+
+Models that take images or sound besides text. Blocks are chosen and removed in their text decoder, on text; the other
+parts stay as they are, byte for byte. They are opened by `AutoModelForImageTextToText`, or by
+`AutoModelForMultimodalLM` ({speech}).
+
+Of {all} types {refused} are refused as a
+whole and {cannot} cannot be built here or do not run on text alone. Of the {decoders} others {good} pass everything
+that is said above. Where features of images are added to the hidden states between blocks, the blocks whose removal
+would move them are refused.
+
+"""
+
+TABLE = """| model type | kinds | gate | removals | refused, and why |
 |---|---|---|---|---|
 """
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or MODEL_TYPES
+    chosen = sys.argv[1:] or [*MODEL_TYPES, *COMPOSITE_TYPES]
     rows = []
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for row in pool.imap(quiet_examine, chosen):

@@ -10,11 +10,13 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from survey import REMOVALS, examine, quiet_examine
-from tiny import MODEL_TYPES, tiny_config, tiny_random_model
+from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 
 from blockspin.blocks import find_blocks
 from blockspin.gates import skipped, trace_blocks
+from blockspin.models import load_model
 from blockspin.renaming import Renaming
+from blockspin.shards import layer_prefix
 from blockspin.surgery import prune_checkpoint, remove_blocks
 
 # model type -> (the kinds of its blocks, removals that must work, removals that must be refused)
@@ -40,6 +42,9 @@ UNLIKE = {
     "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2), (1,)], []),
     "zamba": (["mamba", "attention+mamba+mlp"] * 3, [(1,)], []),  # shared blocks, the first of them removed
     "zamba2": (["mamba", "attention+mamba+mlp"] * 3, [(1, 3), (5,), (1, 2, 3)], [(1,)]),  # two shared blocks in turn
+    "llava": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # an image encoder as deep, its list called alike
+    "qwen2_5_vl": (["attention+mlp"] * 6, [(2, 3)], []),  # the checkpoint names its layers otherwise than the model
+    "qwen3_vl": (["attention+mlp"] * 6, [(2, 3)], [(0,)]),  # adds features of images after the first two blocks
     "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
 }
 
@@ -56,7 +61,7 @@ def test_unlike_architectures(model_type: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *COMPOSITE_TYPES])
 def test_every_architecture(model_type: str) -> None:
     """Passes, is refused as a whole, or is refused removal by removal; nothing in between."""
     row = quiet_examine(model_type)
@@ -89,6 +94,60 @@ def test_an_image_encoder_as_deep_as_the_decoder_is_not_taken_for_it() -> None:
     assert sum(block.num_parameters for block in find_blocks(model)) == sum(
         p.numel() for p in model.git.encoder.layer.parameters()
     )
+
+
+def test_the_image_encoder_of_a_shortened_model_stays_as_it_is(tmp_path: Path) -> None:
+    """Byte for byte on disk; with an image the shortened models from disk and in memory do what skipping does."""
+    model = tiny_random_model(tiny_config("llava", image_token_index=5))
+    model.save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", [1, 4], tmp_path / "short", progress=False)
+    whole, short = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "short"))
+    removed = {name for name in whole if "language_model.model.layers.4." in name or ".layers.5." in name}
+    others = {name: tensor for name, tensor in whole.items() if "language_model" not in name}
+    assert sum(".layers.5." in name for name in others) > 0
+    assert short.keys() == whole.keys() - {name for name in removed if "language_model" in name}
+    torch.testing.assert_close({name: short[name] for name in others}, others, rtol=0, atol=0)
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": torch.tensor([[2, 5, 5, 5, 5, 3, 4]]), "use_cache": False}
+    with torch.no_grad():
+        found = load_model(tmp_path / "short")(**inputs, pixel_values=image).logits
+        in_memory = remove_blocks(model, [1, 4])(**inputs, pixel_values=image).logits
+        with skipped(model, [1, 4], trace_blocks(model)):
+            by_skipping = model(**inputs, pixel_values=image).logits
+            without_image = model(**inputs).logits
+    torch.testing.assert_close(found, in_memory)
+    torch.testing.assert_close(found, by_skipping)
+    assert not torch.allclose(found, without_image, atol=1e-2)
+
+
+def test_settings_of_the_image_encoder_are_not_taken_for_the_decoders(tmp_path: Path) -> None:
+    """Old folders have the decoder's settings at the top, beside those of the image encoder, which lists layers too."""
+    model = tiny_random_model(tiny_config("qwen2_5_vl"))
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    written = json.loads(path.read_text())
+    written |= {name: value for name, value in written.pop("text_config").items() if name not in written}
+    path.write_text(json.dumps(written))
+    assert written["vision_config"]["fullatt_block_indexes"] == [1, 4]
+    prune_checkpoint(tmp_path / "whole", [0, 2], tmp_path / "short", progress=False)
+    short = json.loads((tmp_path / "short" / "config.json").read_text())
+    expected = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    assert short == written | {name: value for name, value in expected.items() if name in written}
+
+
+def test_the_tensors_inside_tell_lists_of_the_same_name_apart() -> None:
+    inside = {f"{i}.{name}": (4, 4) for i in range(2) for name in ("q.weight", "up.weight")}
+    text = {f"language_model.model.layers.{name}": shape for name, shape in inside.items()}
+    vision = {f"vision_tower.layers.{i}.{name}": (4, 2) for i in range(2) for name in ("q.weight", "up.weight")}
+    assert layer_prefix(vision | text, "model.language_model.layers", 2, inside) == "language_model.model.layers"
+    with pytest.raises(ValueError, match="may be any of"):
+        layer_prefix(text | {f"vision_tower.layers.{n}": s for n, s in inside.items()}, "decoder.layers", 2, inside)
+
+
+def test_features_of_images_added_at_chosen_blocks_are_not_moved() -> None:
+    model = tiny_random_model(tiny_config("granite4_vision"))
+    with pytest.raises(ValueError, match="cannot move them"):
+        remove_blocks(model, [5])
 
 
 def test_hidden_states_changed_between_blocks_are_refused() -> None:
@@ -166,6 +225,17 @@ def test_computed_values_that_depend_on_the_position_are_compared() -> None:
     remove_blocks(model, [5])
     with pytest.raises(ValueError, match=r"block 4 would become a different layer 3 \(the values of slope\)"):
         remove_blocks(model, [3])
+
+
+def test_names_of_other_lists_in_quantisation_settings_stay() -> None:
+    names = [
+        "vision_tower.encoder.layers.1.fc1",
+        "model.vision_tower.encoder.layers.0",
+        "language_model.model.layers.1.q",
+    ]
+    others = ["model.vision_tower.encoder.layers"]
+    renumbered = Renaming([1, 2], depth=3).settings(names, "model.language_model.layers", others)
+    assert renumbered == [*names[:2], "language_model.model.layers.0.q"]
 
 
 def test_a_quantised_nemotron_h_checkpoint(tmp_path: Path) -> None:

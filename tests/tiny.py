@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 import transformers as tf
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+from blockspin.models import auto_class
 
 VOCABULARY = 64
 DEPTH = 6
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+COMPOSITE_TYPES = sorted(
+    {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} - set(MODEL_TYPES)
+)
 
 # Values for every configuration, nested ones too, that has a field of this name.
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "decoder_layers")
@@ -63,6 +72,16 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 8),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("depth", "resampler_depth"), DEPTH),
+    **dict.fromkeys(("out_hidden_size", "text_hidden_size", "adapter_in_dim", "adapter_out_dim", "output_dim"), 32),
+    "hidden_size_global": 32,
+    **dict.fromkeys(("embed_dim", "encoder_hidden_size", "vision_hidden_size", "audio_hidden_size"), 32),
+    **dict.fromkeys(("downsample_hidden_size", "latent_channels", "base_channels", "output_channels"), 32),
+    **dict.fromkeys(("adapter_input_size", "hidden_dim", "image_token_embed_dim", "projection_hidden_dim"), 32),
+    **dict.fromkeys(("projector_hidden_size", "projection_intermediate_size", "alignment_intermediate_size"), 48),
+    **dict.fromkeys(("num_embeddings", "codebook_vocab_size", "mel_vocab_size"), VOCABULARY),
+    "fullatt_block_indexes": [1, 4],
+    "deepstack_visual_indexes": [1, 3],
     "image_size": 28,
     "patch_size": 14,
     "vocab_size_per_layer_input": VOCABULARY,
@@ -75,36 +94,77 @@ _SMALL: dict[str, Any] = {
 }
 
 # What single model types need besides.
+_COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
 _HYBRID = ["linear_attention", "full_attention"] * 3
 _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+_NEMOTRON = {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe", "mlp"]}
 _QWEN4 = {**_INDEXER, "indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "head_dim": 8}
 _DOTS3 = {"num_key_value_heads": 4}
+
+
+_SPEECH = {"num_filters": 4, "depths": [1] * 7}
+
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Rotary dimensions shared out among time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}
+    return {"text_config": {"rope_parameters": rope}}
+
+
 _SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 4]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "chameleon": {"vocabulary_map": {"<image>": 2}},
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
+    "cosmos3_edge": _sections(1, 1, 2),
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note": {"text_config": _DOTS3},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense"] + ["sparse"] * 5}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2}},
+    "dots3_note": {"text_config": _DOTS3, "vision_config": {"mlp_layer_types": ["dense"] * 6}},
     "dots3_note_text": _DOTS3,
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [48, 48]} | _sections(1, 1, 2)["text_config"]},
+    "florence2": {"vision_config": {"patch_size": [7, 3, 3, 3], "embed_dim": [32] * 4, "num_heads": [4] * 4}},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": _SHARED_KV,
     "gemma4": {"text_config": _SHARED_KV},
     "gemma4_text": _SHARED_KV,
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), _sections(1, 1, 2)),
+    "glm4v_moe": _sections(1, 1, 0),
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0], [-3, 2]],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
     "granitemoehybrid": {"layer_types": _HYBRID},
+    "hunyuan_vl": _sections(1, 1, 1, 1),
+    "inkling_mm_model": {"vision_config": {"patch_size": 8}},
+    "janus": {"vision_config": {"projection_dim": 32}, "vq_config": {"projection_dim": 32}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kyutai_speech_to_text": {
+        "audio_pad_token_id": 3,
+        "audio_bos_token_id": 2,
+        "codec_config": {"upsample_groups": 32},
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "moshi": {"audio_vocab_size": VOCABULARY},
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe", "mlp"]
-    },
+    "molmo2": {"vision_config": {"image_size": [28, 28]}, "adapter_config": {"vision_feature_layer": [4, 2]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32], "depths": [1] * 4}},
+    "nemo_speechlm": {"text_config": _NEMOTRON, "word_timestamp_config": {"blank_token_id": VOCABULARY - 1}},
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_omni": {"text_config": _NEMOTRON, "vision_config": {"video_temporal_patch_size": 2}},
+    "paddleocr_vl": _sections(1, 1, 2),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"), _sections(1, 1, 2)),
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
@@ -114,6 +174,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": (16, 16),
     },
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
+    "vibevoice_asr": dict.fromkeys(("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"), _SPEECH),
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 64,
@@ -155,7 +216,7 @@ def _small(config: type[tf.PreTrainedConfig]) -> dict[str, Any]:
 def tiny_random_model(config: tf.PreTrainedConfig, seed: int = 0) -> tf.PreTrainedModel:
     """A random model whose every parameter matters: weights scaled up, noise on what starts as zeros or ones."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    model = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:

@@ -29,7 +29,7 @@ class Batch:
         positions = torch.arange(self.token_ids.shape[1])
         mask = (positions < self.lengths[:, None]).long()
         padded = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-        logits: Tensor = model(self.token_ids.to(device), use_cache=False, **padded).logits
+        logits: Tensor = model(input_ids=self.token_ids.to(device), use_cache=False, **padded).logits
         return logits
 
 

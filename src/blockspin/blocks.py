@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,13 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    if any(re.search(r"^(num_)?encoder_layers$", name) for name in vars(text)):
+    both = config.is_encoder_decoder or text.is_encoder_decoder
+    if both or any(re.search(r"^(num_)?encoder_layers$", name) for name in vars(text)):
         raise ValueError(
             f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
         )
-    depths = {value for name, value in vars(text).items() if DEPTH.search(name)} | {text.num_hidden_layers}
+    depths = {value for name, value in vars(text).items() if DEPTH.search(name)}
+    depths.add(getattr(text, "num_hidden_layers", None))
     foreign = tuple(
         f"{name}."
         for name, module in model.named_modules()
@@ -73,8 +76,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not stacks:
         raise ValueError(
-            f"no removable blocks found in {type(model).__name__}: it has no list of {text.num_hidden_layers} layers "
-            "(num_hidden_layers); blockspin shortens decoder-only transformers"
+            f"no removable blocks found in {type(model).__name__}: it has no list of as many layers as its "
+            "configuration says; blockspin shortens decoder-only transformers"
         )
     name, stack = max(stacks, key=lambda stack: _num_parameters([stack[1]]))
     parent = name.rpartition(".")[0]
@@ -95,6 +98,47 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     _, stack = find_stack(model)
     return [Block(i, _kind(layer), _num_parameters([layer])) for i, layer in enumerate(stack)]
+
+
+def other_lists(model: nn.Module) -> list[str]:
+    """Names of the lists of layers outside the stack that are called like it, such as those of an image encoder."""
+    stack = find_stack(model)[0]
+    last = stack.rpartition(".")[2]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if name.rpartition(".")[2] == last and not f"{name}.".startswith(f"{stack}.")]
+
+
+def check_images(model: nn.Module, removed: Sequence[int]) -> None:
+    """Features of images that are added to the hidden states between blocks must stay where they are.
+
+    Raises:
+        ValueError: without the removed blocks some would be added elsewhere, or it cannot be told where they are added.
+    """
+    parent = model.get_submodule(find_stack(model)[0].rpartition(".")[0])
+    config: Any = model.config
+    if not any("deepstack" in name for name in inspect.signature(parent.forward).parameters):
+        return
+    places = [value for name, value in _named_values(config.to_dict()) if "deepstack" in name and value]
+    if not all(isinstance(value, list | tuple) and all(type(i) is int for i in value) for value in places):
+        raise ValueError(
+            f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
+            "blockspin cannot move them to others"
+        )
+    first = max(map(len, places), default=0)  # as many features, one after each of the first blocks
+    moved = [i for i in removed if i < first]
+    if moved:
+        raise ValueError(
+            f"after each of the first {first} blocks {type(model).__name__} adds features of images; "
+            f"they would move without the blocks {moved}; protect these (--protect)"
+        )
+
+
+def _named_values(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a configuration and of those inside it."""
+    for name, value in values.items():
+        yield str(name), value
+        if isinstance(value, dict):
+            yield from _named_values(value)
 
 
 def check_removal(removed: Iterable[int], num_blocks: int) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def _cache_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     for length in (max(1, ids.shape[1] // 2), max(2, ids.shape[1])):
         tokens = ids.repeat(1, 2)[:, :length]
         with frozen(model), torch.no_grad():
-            cache = model(tokens, use_cache=True).get("past_key_values")
+            cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
         sizes.append((length, sum(_tensors(cache, {}).values())))
     (short, small), (long, large) = sizes
     return round((large - small) / (long - short))

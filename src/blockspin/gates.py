@@ -147,7 +147,7 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
         patches.enter_context(frozen(model))
         for i, layer in enumerate(stack):
             patches.enter_context(_patched_forward(layer, tracing(i, layer.forward)))
-        logits = model(token_ids, use_cache=False).logits[:, :3]
+        logits = model(input_ids=token_ids, use_cache=False).logits[:, :3]
     rounding = 50 * torch.finfo(logits.dtype).eps * logits.abs().max()
     if (logits[0] - logits[1]).abs().max() > rounding:
         raise ValueError(

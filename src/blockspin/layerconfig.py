@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .blocks import DEPTH, find_stack
+from .blocks import DEPTH, find_stack, other_lists
 from .proof import differences, find_slices, find_slots
 from .renaming import Renaming
 
@@ -101,13 +101,14 @@ def _rewritten(
     depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
     usual = config.get_text_config(decoder=True).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     for name in text:
-        if name != "quantization_config":
+        if name != "quantization_config" and name not in config.sub_configs:
             text[name] = _shorten(name, text[name], kept, len(stack))
     for name in depth_names or [usual]:
         text[name] = len(kept)
     for part in [result] if text is result else [result, text]:
         if "quantization_config" in part:
-            part["quantization_config"] = renaming.settings(part["quantization_config"], stack_name)
+            settings = part["quantization_config"]
+            part["quantization_config"] = renaming.settings(settings, stack_name, other_lists(original))
     return result
 
 
@@ -244,7 +245,7 @@ def _prove(
     if len(stack) != len(kept):
         return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
     renaming = Renaming(kept, len(find_stack(original)[1]), find_slots(original, model, kept))
-    found = list(islice(differences(config, original, model, renaming), most))
+    found = list(islice(differences(config, shortened, original, model, renaming), most))
     if found:
         return None, found
     slices = find_slices(original, model, kept)

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -17,6 +21,27 @@ from transformers import (
 )
 
 from .config import DTYPES
+
+_AUTO_CLASSES = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+)
+
+
+def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that opens models of this type: AutoModelForCausalLM, or for models that take images or
+    sound besides text AutoModelForImageTextToText or AutoModelForMultimodalLM.
+
+    Raises:
+        ValueError: there is none, and the model does not come with code of its own that may run.
+    """
+    for mapping, found in _AUTO_CLASSES:
+        if type(config) in mapping:
+            return found
+    if trust_remote_code:
+        return AutoModelForCausalLM
+    raise ValueError(f"transformers has no language model of the type {config.model_type}")
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -32,8 +57,9 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open the model {str(source)!r}: {_first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
-    encoder = config.is_encoder_decoder or any("MaskedLM" in name for name in architectures)
-    if encoder or (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code):
+    known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
+    encoder = any(part.is_encoder_decoder for part in (config, config.get_text_config(decoder=True)))
+    if not known or encoder or any("MaskedLM" in name for name in architectures):
         described = ", ".join(architectures) or config.model_type
         raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
     return config
@@ -58,14 +84,14 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
-    load_config(source, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
     arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
     arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
     if quantization is not None:
         arguments["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
             source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
         )
     except (OSError, ValueError) as error:
@@ -76,8 +102,9 @@ def load_model(
 
 def model_without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a configuration on the meta device: its structure costs neither time nor memory."""
+    opening = auto_class(config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = opening.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

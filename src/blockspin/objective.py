@@ -76,7 +76,7 @@ def split(model: PreTrainedModel) -> Iterator[SplitModel]:
     token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
     with ExitStack() as stack:
         with frozen(model), torch.no_grad():
-            expected: Tensor = model(token_ids, use_cache=False).logits[0]
+            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits[0]
             if halves.is_split:
                 stack.enter_context(_forward_replaced(halves.decoder, halves.stand_in))
                 halves.is_split = _gives(halves, token_ids, expected)

@@ -54,7 +54,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     energies.safetensors  what the energy is computed from; for the gradients, A
     spectrum.json         the lowest-energy removals, and what is proven of them
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
-    checkpoint/           the smaller model, for AutoModelForCausalLM.from_pretrained
+    checkpoint/           the smaller model, for from_pretrained of the class that opens the original
     distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there

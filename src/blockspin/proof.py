@@ -27,17 +27,22 @@ _PLAIN = bool | int | float | str | None
 
 
 def differences(
-    config: PretrainedConfig, original: PreTrainedModel, model: PreTrainedModel, renaming: Renaming
+    config: PretrainedConfig,
+    shortened: PretrainedConfig,
+    original: PreTrainedModel,
+    model: PreTrainedModel,
+    renaming: Renaming,
 ) -> Iterator[str]:
     """What of the kept layers the shortened model has otherwise than the original, in words; nothing: it is proven.
 
-    original, model: of the original configuration `config` and of the shortened one, both without weights.
+    original, model: of the configurations `config` and `shortened`, both without weights.
     """
     return chain(
         _layer_differences(original, model, renaming),
         broken_sharing(config, original, renaming.kept),
         _tie_differences(original, model, renaming),
         _outside_differences(original, model, renaming.kept),
+        _part_differences(config, shortened),
         _buffer_differences(original, model, renaming),
     )
 
@@ -177,6 +182,19 @@ def _outside_differences(original: nn.Module, model: nn.Module, kept: Sequence[i
             for key, value in _plain(module).items():
                 if isinstance(value, float) and value != _plain(modules.get(name, module)).get(key, value):
                     yield f"{name}.{key} would change"
+
+
+def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> Iterator[str]:
+    """Which other parts of the model (an image encoder, ...) would be configured otherwise."""
+    text = config.get_text_config(decoder=True)
+    for name in config.sub_configs:
+        before, after = getattr(config, name, None), getattr(shortened, name)
+        if (
+            isinstance(before, PretrainedConfig)
+            and before.get_text_config(decoder=True) is not text
+            and before.to_diff_dict() != after.to_diff_dict()
+        ):
+            yield f"{name} would change"
 
 
 def _outside(model: nn.Module) -> dict[str, Tensor]:

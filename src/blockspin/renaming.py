@@ -49,33 +49,41 @@ class Renaming:
         index, inside = self.index(int(match[2])), self.inside(match[3])
         return None if index is None or inside is None else f"{match[1]}{index}.{inside}"
 
-    def settings(self, value: Any, stack_name: str) -> Any:
+    def settings(self, value: Any, stack_name: str, others: Sequence[str] = ()) -> Any:
         """JSON values in which every module name, also in patterns and keys, is new; removed layers are dropped.
 
         E.g. with block 0 removed, ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"] becomes
         ["model.layers.0.mlp", "lm_head"]; a pattern for some of the layers, as in "re:.*layers.[0-2].mlp", becomes a
         pattern for each of them.
 
+        others: lists of layers that stay as they are; a name belongs to the list that it shares most parts with.
+
         Raises:
             ValueError: a pattern that is neither in a list nor a key means more or fewer than one of the kept layers.
         """
         if isinstance(value, dict):
-            new = {key: self.settings(entry, stack_name) for key, entry in value.items()}
-            return {name: entry for key, entry in new.items() for name in self._names(str(key), stack_name)}
+            new = {key: self.settings(entry, stack_name, others) for key, entry in value.items()}
+            return {name: entry for key, entry in new.items() for name in self._names(str(key), stack_name, others)}
         if isinstance(value, list):
             entries = (
-                self._names(v, stack_name) if isinstance(v, str) else [self.settings(v, stack_name)] for v in value
+                self._names(entry, stack_name, others)
+                if isinstance(entry, str)
+                else [self.settings(entry, stack_name, others)]
+                for entry in value
             )
             return list(chain.from_iterable(entries))
         if not isinstance(value, str):
             return value
-        names = self._names(value, stack_name)
+        names = self._names(value, stack_name, others)
         if len(names) != 1:
             raise ValueError(f"the quantisation setting {value!r} cannot be rewritten for the kept layers")
         return names[0]
 
-    def _names(self, pattern: str, stack_name: str) -> list[str]:
+    def _names(self, pattern: str, stack_name: str, others: Sequence[str]) -> list[str]:
         """What a module name or a pattern for module names becomes."""
+        common = {*re.findall(r"\w+", pattern)}
+        if any(len(common & {*other.split(".")}) > len(common & {*stack_name.split(".")}) for other in others):
+            return [pattern]
         leaf = re.escape(stack_name.rpartition(".")[2])
         parts = re.split(rf"(?<![A-Za-z_])({leaf}\\?\.{_INDEX})", pattern)  # text, layers.index, text, ...
         choices = []

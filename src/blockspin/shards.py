@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,18 +62,21 @@ def plan_shards(
     stack_name: str,
     sliced: dict[str, tuple[int, tuple[int, ...]]],
     tied: Sequence[Sequence[str]],
+    inside: Mapping[str, Sequence[int]],
 ) -> list[Shard]:
     """What to copy from which file, for each file that keeps a tensor.
 
     sliced: tensors outside the layers with a slice for each layer: name in the model -> (dimension, shape).
     tied: names in the model of one and the same tensor; where a removed layer holds it for others, it is renamed.
+    inside: shapes of the tensors of the model's layers by their names inside the stack ("0.mlp.up_proj.weight").
 
     Raises:
         ValueError: a file is truncated, or its tensors are not named like the layers.
     """
     headers = [(path, *read_header(path)) for path in paths]
     names = {name for _, header, _ in headers for name in header}
-    prefix = layer_prefix(sorted(names), stack_name, renaming.depth)
+    shapes = {name: tensor.get("shape", ()) for _, header, _ in headers for name, tensor in header.items()}
+    prefix = layer_prefix(shapes, stack_name, renaming.depth, inside)
     renamed = _new_names(names, prefix, renaming, stack_name, tied)
     shards = []
     for path, header, start in headers:
@@ -145,14 +148,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, start
 
 
-def layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
-    """How the checkpoint calls the stack: it may lack or add leading parts ("h" for "transformer.h").
+def layer_prefix(
+    shapes: Mapping[str, Sequence[int]], stack_name: str, depth: int, inside: Mapping[str, Sequence[int]]
+) -> str:
+    """How the checkpoint calls the stack: it may lack, add or exchange leading parts ("h" for "transformer.h").
+
+    An image encoder may have a list of the same name that is as long, so what is in the lists is compared first.
 
     Raises:
-        ValueError: no tensors are named like the layers.
+        ValueError: no tensors are named like the layers, or two lists of tensors could be the layers.
     """
     indices: dict[str, set[int]] = {}
-    for name in names:
+    for name in shapes:
         for match in re.finditer(r"\.(\d+)\.", name):
             indices.setdefault(name[: match.start()], set()).add(int(match[1]))
     complete = [prefix for prefix, found in indices.items() if found >= set(range(depth))]
@@ -164,7 +171,17 @@ def layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
     matching = [prefix for prefix in complete if shared_parts(prefix) > 0]
     if not matching:
         raise ValueError(f"the checkpoint has no tensors named like the {depth} layers {stack_name}.0 and so on")
-    return max(matching, key=shared_parts)
+
+    def agreement(prefix: str) -> tuple[int, int, int]:
+        found = [(shapes.get(f"{prefix}.{name}"), shape) for name, shape in inside.items()]
+        named = [(a, b) for a, b in found if a is not None]
+        return sum(tuple(a) == tuple(b) for a, b in named), len(named), shared_parts(prefix)
+
+    best = max(map(agreement, matching))
+    fitting = sorted(prefix for prefix in matching if agreement(prefix) == best)
+    if len(fitting) > 1:
+        raise ValueError(f"the layers {stack_name} may be any of {', '.join(fitting)} in the checkpoint")
+    return fitting[0]
 
 
 def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:

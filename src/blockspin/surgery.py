@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__
 from .batches import frozen, input_device
-from .blocks import check_removal, find_blocks, find_stack
+from .blocks import check_images, check_removal, find_blocks, find_stack, other_lists
 from .files import replacing, write_json
 from .gates import closed, trace_blocks
 from .layerconfig import Shortened, shorten_config
@@ -47,6 +47,7 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
     check_attention(model, kept)
+    check_images(model, removed)
     shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     smaller: PreTrainedModel = copy.deepcopy(model, tensors)
@@ -121,9 +122,9 @@ def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) 
     trace_blocks(model)
     token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
     with frozen(model), frozen(smaller), torch.no_grad():
-        found: Tensor = smaller(token_ids, use_cache=False).logits.float()
+        found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()
         with closed(model, removed):
-            expected: Tensor = model(token_ids, use_cache=False).logits.float()
+            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
     dtype = next(model.parameters()).dtype
     tolerance = 1e-2 if dtype.itemsize < 4 else 1e-3
     if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()), equal_nan=True):
@@ -164,7 +165,7 @@ def prune_checkpoint(
         replacing(target) as temporary,
     ):
         temporary.mkdir()
-        _copy_small_files(folder, temporary, stack_name, shortened.renaming)
+        _copy_small_files(folder, temporary, stack_name, shortened.renaming, other_lists(shortened.model))
         write_json(temporary / "config.json", shortened.values)
         write_shards(shards, temporary, progress)
         write_json(
@@ -220,16 +221,18 @@ def _planned(
     removed = check_removal(removed, len(stack))
     kept = [i for i in range(len(stack)) if i not in removed]
     check_attention(model, kept)
+    check_images(model, removed)
     shortened = shorten_config(config, kept, build, json.loads((folder / "config.json").read_text()))
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
+    inside = {n.removeprefix(f"{stack_name}."): t.shape for n, t in tensors.items() if n.startswith(f"{stack_name}.")}
     sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}
     paths, bins = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
     if not paths and not bins:
         raise ValueError(f"{folder} has no .safetensors or .bin weights")
     with tempfile.TemporaryDirectory() as converted:
         paths = paths or convert_bin(bins, Path(converted))
-        everything = plan_shards(paths, Renaming(range(len(stack)), len(stack)), stack_name, {}, [])
-        shards = plan_shards(paths, shortened.renaming, stack_name, sliced, tied_names(model))
+        everything = plan_shards(paths, Renaming(range(len(stack)), len(stack)), stack_name, {}, [], inside)
+        shards = plan_shards(paths, shortened.renaming, stack_name, sliced, tied_names(model), inside)
         if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
             raise ValueError(
                 f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead"
@@ -247,7 +250,7 @@ def _parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Renaming) -> None:
+def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Renaming, others: Sequence[str]) -> None:
     """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
@@ -256,7 +259,7 @@ def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Ren
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         if re.search(r"quant\w*\.json$", file.name):
-            write_json(target / inside, renaming.settings(json.loads(file.read_text()), stack_name))
+            write_json(target / inside, renaming.settings(json.loads(file.read_text()), stack_name, others))
         else:
             shutil.copy2(file, target / inside)
 
