@@ -299,10 +299,9 @@ Models that take images or sound besides text. Blocks are chosen and removed in 
 parts stay as they are, byte for byte. They are opened by `AutoModelForImageTextToText`, or by
 `AutoModelForMultimodalLM` ({speech}).
 
-Of {all} types {refused} are refused as a
-whole and {cannot} cannot be built here or do not run on text alone. Of the {decoders} others {good} pass everything
-that is said above. Where features of images are added to the hidden states between blocks, the blocks whose removal
-would move them are refused.
+Of {all} types {refused} are refused as a whole and {cannot} cannot be built here or do not run on text alone. Of the
+{decoders} others {good} pass everything that is said above. Where features of images are added to the hidden states
+between blocks, the blocks whose removal would move them are refused.
 
 """
 

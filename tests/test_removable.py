@@ -43,6 +43,14 @@ def test_many_answers_need_few_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(removable([i]) for i in range(DEPTH))
 
 
+def test_little_is_examined_anew() -> None:
+    removable = Removable(tiny_config("jamba"))  # a period of two
+    assert removable([0, 1])
+    assert removable.some([(0,), (2, 3), (1, 4), (1, 2)], examine=0) == [(2, 3), (1, 2)]
+    assert removable.some([(1, 4), (0,), (2, 3)], examine=1) == [(2, 3)]
+    assert removable.some([(1, 4), (0,), (2, 3)], examine=1) == [(0,), (2, 3)]
+
+
 class Periodic:
     """Allows what leaves layers that repeat with a period of four."""
 
@@ -73,6 +81,8 @@ def test_blocks_that_others_need_are_protected() -> None:
     problem = within_reach(RemovalProblem(hessian, remove=2), removable)
     assert problem.protect == (2, 3)
     assert solve(problem, states=1).states[0].removed == (0, 1)
+    qwen = Removable(tiny_config("qwen3_vl"))  # adds features of images after its first two blocks
+    assert within_reach(RemovalProblem(np.eye(DEPTH), remove=2), qwen).protect == (0, 1)
     untouched = RemovalProblem(np.diag([1.0, 1.0, 9, 9, 9, 9]), remove=2)
     assert within_reach(untouched, removable) is untouched
 

@@ -237,7 +237,10 @@ def _prove(
     most `most` of them."""
     try:
         shortened = type(config).from_dict(_decoded(values))
-        shortened._attn_implementation = config._attn_implementation
+        parts = {
+            name: part._attn_implementation for name in config.sub_configs if (part := getattr(config, name, None))
+        }
+        shortened._attn_implementation = {"": config._attn_implementation, **parts}
         model = build(shortened)
         stack = find_stack(model)[1]
     except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together

@@ -249,7 +249,8 @@ def within_reach(problem: RemovalProblem, removable: Removable) -> RemovalProble
     (lowest,) = solve(problem, states=1, solver="tabu").states
     if removable(lowest.removed):
         return problem
-    narrower = keep_what_must_stay(problem, removable)
+    with console.status("Looking for blocks that can go"):
+        narrower = keep_what_must_stay(problem, removable)
     if extra := sorted({*narrower.protect} - {*problem.protect}):
         console.print(f"The configuration of this model cannot do without the blocks {extra}; they are protected.")
     return narrower

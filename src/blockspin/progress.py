@@ -13,7 +13,7 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
-def bar() -> Progress:
+def bar(show: bool = True) -> Progress:
     """A progress display: what, how far, time spent and time left. Use as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
@@ -23,6 +23,7 @@ def bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not show,
     )
 
 

@@ -105,14 +105,14 @@ def _make_differences(before: nn.Module, after: nn.Module, i: int, renaming: Ren
     yield from (n for n in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(n) != shapes[1].get(n))
     modules = [dict(layer.named_modules(remove_duplicate=False)) for layer in (before, after)]
     modules[0] = {new: module for n, module in modules[0].items() if (new := renaming.inside(n)) is not None}
-    for name in modules[0].keys() | modules[1].keys():
+    for name in sorted(modules[0].keys() | modules[1].keys()):
         one, other = modules[0].get(name), modules[1].get(name)
         if type(one) is not type(other):
             yield name or "its type"
             continue
         assert one is not None
         assert other is not None
-        for key in _plain(one).keys() | _plain(other).keys():
+        for key in sorted(_plain(one).keys() | _plain(other).keys()):
             a, b = _plain(one).get(key), _plain(other).get(key)
             if not _same_attribute(one, key, a, b, i, renaming):
                 yield f"{name}.{key}".lstrip(".")
@@ -161,16 +161,15 @@ def _tie_differences(original: nn.Module, model: nn.Module, renaming: Renaming) 
         for group in tied_names(original)
     }
     after = {frozenset(group) for group in tied_names(model)}
-    for group in before ^ after:
-        if len(group) > 1:
-            yield f"{min(group)} would no longer share its weights as before"
+    for name in sorted(min(group) for group in before ^ after if len(group) > 1):
+        yield f"{name} would no longer share its weights as before"
 
 
 def _outside_differences(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> Iterator[str]:
     """What differs outside the layers. Tensors with a slice for each layer are no difference."""
     before, after = _outside(original), _outside(model)
     slices = find_slices(original, model, kept)
-    for name in before.keys() | after.keys():
+    for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after:
             yield f"{name} would be lost or added"
         elif before[name].shape != after[name].shape and name not in slices:

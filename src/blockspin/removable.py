@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .blocks import find_stack
+from .blocks import check_images, find_stack
 from .candidates import Candidate
 from .layerconfig import first_proven
 from .models import model_without_weights
@@ -39,18 +39,35 @@ class Removable:
         self._answers: dict[tuple[int, ...], bool] = {}
 
     def __call__(self, removed: Iterable[int]) -> bool:
-        kept = sorted({*range(len(self.makes))} - {*removed})
+        gone = sorted(removed)
+        kept = [i for i in range(len(self.makes)) if i not in gone]
         try:
             check_attention(self._model, kept)
+            check_images(self._model, gone)
         except ValueError:
             return False
         if any(broken_sharing(self._config, self._model, kept)):
             return False
-        make = tuple(self.makes[i] for i in kept)
+        make = self._make(gone)
         if make not in self._answers:
             found, _ = first_proven(self._config, self._model, kept, self._build, thorough=False)
             self._answers[make] = found is not None
         return self._answers[make]
+
+    def some(self, removals: Iterable[tuple[int, ...]], examine: int = 4) -> list[tuple[int, ...]]:
+        """Those removals of which it is known that they are possible; of the others the first `examine` are asked."""
+        possible = []
+        for removed in removals:
+            known = self._answers.get(self._make(removed), examine > 0)
+            examine -= self._make(removed) not in self._answers
+            if known and self(removed):
+                possible.append(removed)
+        return possible
+
+    def _make(self, removed: Iterable[int]) -> tuple[int, ...]:
+        """What the layers that are left are like."""
+        gone = {*removed}
+        return tuple(make for i, make in enumerate(self.makes) if i not in gone)
 
     def _build(self, config: PretrainedConfig) -> PreTrainedModel:
         return model_without_weights(config, trust_remote_code=self._trust)

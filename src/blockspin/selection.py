@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -165,7 +165,7 @@ def select_with_energies(
             "express; try another number of blocks, or see what `blockspin prune --blocks` says of some"
         )
     always = [candidate.removed for candidate in cheap if candidate in possible]
-    options |= {"always": always, "allowed": removable if restricted else None}
+    options |= {"always": always, "removable": removable if restricted else None}
     selection = run_selection(model, possible, samples, problem=problem, batch_size=batch_size, **options)
     return _best_possible(selection, removable), trust
 
@@ -220,7 +220,7 @@ def run_selection(
     *,
     problem: RemovalProblem | None = None,
     always: Sequence[Removed] = (),
-    allowed: Callable[[Removed], bool] | None = None,
+    removable: Removable | None = None,
     objective: Objective = "kl",
     budget: float = BUDGET,
     batch_size: int = 8,
@@ -231,7 +231,7 @@ def run_selection(
 
     always: removals of the pool that are measured on all samples however the race goes, so that the outcome is
         certainly not worse than them there.
-    allowed: what may be proposed in polishing; None: whatever the problem allows.
+    removable: polishing proposes only what it allows; None: whatever the problem allows.
     objective: "kl" (to the whole model), "loss" (cross-entropy), or a function that takes the model with the blocks
         bypassed and returns a number, lower is better (for example minus a benchmark score).
     budget: polishing ends when so many forward passes over the samples were made, the race included.
@@ -250,7 +250,7 @@ def run_selection(
         race(ledger, [candidate.removed for candidate in pool])
         ledger.extend(always, len(ledger.weights))
         if problem is not None:
-            for removed, source in polish(ledger, problem, budget, allowed):
+            for removed, source in polish(ledger, problem, budget, removable):
                 sources.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
     best = ledger.best()
     trials = sorted((_trial(ledger, c, best) for c in sources.values()), key=lambda t: (-t.num_samples, t.loss))
@@ -276,7 +276,7 @@ def race(ledger: Ledger, removals: Sequence[Removed]) -> None:
 
 
 def polish(
-    ledger: Ledger, problem: RemovalProblem, budget: float, allowed: Callable[[Removed], bool] | None = None
+    ledger: Ledger, problem: RemovalProblem, budget: float, removable: Removable | None = None
 ) -> list[tuple[Removed, str]]:
     """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
 
@@ -287,10 +287,10 @@ def polish(
     while ledger.passes < budget:
         fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
         low = [state.removed for state in solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states]
-        new = [removed for removed in low if removed not in ledger.values][:PROPOSALS]
-        new = list(filter(allowed, new))[: PROPOSALS // 2]
+        low = [removed for removed in low if removed not in ledger.values]
+        new = (low if removable is None else removable.some(low))[: PROPOSALS // 2]
         near = [removed for removed in swaps(fitted, best) if removed not in ledger.values and removed not in new]
-        new += list(filter(allowed, near[:PROPOSALS]))[: PROPOSALS - len(new)]
+        new += (near if removable is None else removable.some(near))[: PROPOSALS - len(new)]
         if not new:
             break
         race(ledger, [best, *new])

@@ -188,8 +188,8 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
     """Write the planned shards and, where there are several, their index."""
     total = sum(entry.size for shard in shards for entry in shard.entries)
     weight_map: dict[str, str] = {}
-    with bar() as display:
-        task = display.add_task("Writing (MiB)", total=total / 2**20, visible=progress)
+    with bar(progress) as display:
+        task = display.add_task("Writing (MiB)", total=total / 2**20)
         for number, shard in enumerate(shards, 1):
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
