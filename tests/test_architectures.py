@@ -45,6 +45,7 @@ UNLIKE = {
     "llava": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # an image encoder as deep, its list called alike
     "qwen2_5_vl": (["attention+mlp"] * 6, [(2, 3)], []),  # the checkpoint names its layers otherwise than the model
     "qwen3_vl": (["attention+mlp"] * 6, [(2, 3)], [(0,)]),  # adds features of images after the first two blocks
+    "mllama": (["attention+mlp"] * 3 + ["cross_attention+mlp"] + ["attention+mlp"] * 2, [(0, 2, 5)], [(3,)]),
     "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
 }
 
@@ -299,6 +300,24 @@ def test_layers_for_multi_token_prediction_stay_behind_the_last(tmp_path: Path) 
     short = load_file(tmp_path / "short" / "model.safetensors")
     assert torch.equal(short["model.layers.4.eh_proj.weight"], torch.ones(2, 2))
     assert json.loads((tmp_path / "short" / "config.json").read_text())["first_k_dense_replace"] == 0
+
+
+def test_the_rest_of_a_model_whose_layers_attend_to_images_is_shortened(tmp_path: Path) -> None:
+    """Mllama's layers of this kind rest on text; a folder as published holds the image encoder too."""
+    model = tf.MllamaForConditionalGeneration(tiny_config("mllama")).eval()
+    model.save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", [0, 5], tmp_path / "short", progress=False)
+    loaded, report = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "short", output_loading_info=True)
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.text_config.cross_attention_layers == [2]
+    assert loaded.state_dict().keys() == remove_blocks(model, [0, 5]).state_dict().keys()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad(), skipped(model, [0, 5], trace_blocks(model)):
+        expected = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match=r"the blocks \[3\] of Mllama\w+ attend to images"):
+        prune_checkpoint(tmp_path / "whole", [3], tmp_path / "other", progress=False)
 
 
 def test_skipping_passes_on_what_the_next_block_takes() -> None:

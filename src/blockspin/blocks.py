@@ -21,13 +21,14 @@ _MIXERS = (
     ("mamba", r"mamba|ssm", r"(?=.*\bA_log\b)(?=.*\bD\b)"),
     ("recurrent", r"recurrent|lstm|rglru", None),
     ("conv", r"conv", None),
+    ("cross_attention", r"cross_?att", None),
     ("attention", r"att", None),
     ("moe", r"moe|expert", r"\bexperts?\b"),
     ("mlp", r"mlp|feed_?forward|ffn|fc\d|fc_|dense|linear", None),
 )
 _NO_MIXER = re.compile(r"^\w+ (?!\w*att)\w*norm|hyper_?connection|residual$", re.IGNORECASE)
 _LAYER = re.compile(r"decoder_?layer|transf", re.IGNORECASE)  # a layer inside a layer is looked into
-_ORDER = ("attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
+_ORDER = ("attention", "cross_attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,25 @@ def other_lists(model: nn.Module) -> list[str]:
     return [name for name in lists if name.rpartition(".")[2] == last and not f"{name}.".startswith(f"{stack}.")]
 
 
+def looks_at_images(block: Block) -> bool:
+    """Whether a block attends to images instead of the tokens; on text it does not run."""
+    kinds = block.kind.split("+")
+    return "cross_attention" in kinds and "attention" not in kinds
+
+
 def check_images(model: nn.Module, removed: Sequence[int]) -> None:
-    """Features of images that are added to the hidden states between blocks must stay where they are.
+    """Blocks that attend to images must stay, and features of images that are added to the hidden states between blocks
+    must stay where they are.
 
     Raises:
-        ValueError: without the removed blocks some would be added elsewhere, or it cannot be told where they are added.
+        ValueError: without the removed blocks this would not hold, or it cannot be told where features are added.
     """
+    looking = [block.index for block in find_blocks(model) if looks_at_images(block)]
+    if seeing := sorted({*looking} & {*removed}):
+        raise ValueError(
+            f"the blocks {seeing} of {type(model).__name__} attend to images; what they do shows on no text, so "
+            f"blockspin does not remove them; protect {looking} (--protect)"
+        )
     parent = model.get_submodule(find_stack(model)[0].rpartition(".")[0])
     config: Any = model.config
     if not any("deepstack" in name for name in inspect.signature(parent.forward).parameters):

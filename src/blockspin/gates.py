@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .batches import frozen, input_device
-from .blocks import check_removal, find_stack
+from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 
@@ -32,12 +32,14 @@ class BlockTrace:
     outputs: the length of the tuple or list that it returns; 0: a bare tensor.
     batch_dim: the dimension of the residual stream that counts samples.
     passed: for each further output, the argument in which the next block takes it ("": it does not).
+    rests: it attends to images and does not run on text.
     """
 
     branches: int
     outputs: int
     batch_dim: int = 0
     passed: tuple[str, ...] = ()
+    rests: bool = False
 
 
 class _Residual(TorchFunctionMode):
@@ -116,7 +118,8 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
     before it returned.
 
     Raises:
-        ValueError: one of these does not hold, a block did not run exactly once, or the model is not causal.
+        ValueError: one of these does not hold, a block did not run exactly once (those that attend to images may rest),
+            or the model is not causal.
     """
     stack = find_stack(model)[1]
     traces: list[list[BlockTrace]] = [[] for _ in stack]
@@ -154,6 +157,9 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
             f"{type(model).__name__} is not causal: a token changes the predictions before it. "
             "blockspin shortens decoder-only language models, not encoders"
         )
+    for block, trace in zip(find_blocks(model), traces, strict=True):
+        if not trace and looks_at_images(block):
+            trace.append(BlockTrace(0, 0, rests=True))
     for i, trace in enumerate(traces):
         if len(trace) != 1:
             raise ValueError(f"block {i} of {type(model).__name__} ran {len(trace)} times in one pass, not once")

@@ -45,7 +45,7 @@ def measure_activations(
 ) -> Activations:
     """One streaming pass: hidden states are reduced to sums as they come; only last-token states are kept for a batch.
 
-    removed: blocks to bypass; their cosine and ratio are 1.
+    removed: blocks to bypass; their cosine and ratio are 1, as are those of blocks that rest (`BlockTrace.rests`).
 
     Raises:
         ValueError: unusable samples or blocks.
@@ -54,24 +54,27 @@ def measure_activations(
     depth = len(stack)
     cosine, ratio, angle = (torch.zeros(*shape, dtype=torch.float64) for shape in [(depth,)] * 2 + [(depth + 1,) * 2])
     mask = lengths = torch.empty(0)
-    last: list[Tensor] = []
+    traces = trace_blocks(model)
+    last: dict[int, Tensor] = {}  # the hidden states that enter block i, at the last token of each sample
 
     def watching(i: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before = _wide(stream_of(args, kwargs))
-            after = _wide(output[0] if isinstance(output, tuple) else output).to(before.device)
+            before = _by_token(stream_of(args, kwargs), traces[i].batch_dim)
+            after = _by_token(output[0] if isinstance(output, tuple | list) else output, traces[i].batch_dim)
+            after = after.to(before.device)
             real = mask.to(before.device)
             norms = before.norm(dim=-1), after.norm(dim=-1)
             cosine[i] += _total((before * after).sum(-1) / (norms[0] * norms[1]), real)
             ratio[i] += _total(norms[1] / norms[0], real)
             rows = torch.arange(len(lengths))
-            last.extend(h[rows, lengths - 1].cpu() for h in ([before, after] if i == 0 else [after]))
+            last.setdefault(i, before[rows, lengths - 1].cpu())
+            last[i + 1] = after[rows, lengths - 1].cpu()
 
         return hook
 
     batches = make_batches(samples, batch_size)
     with ExitStack() as hooks, torch.no_grad():
-        hooks.enter_context(skipped(model, removed, trace_blocks(model)))
+        hooks.enter_context(skipped(model, removed, traces))
         hooks.enter_context(frozen(model))
         for i, layer in enumerate(stack):
             hooks.callback(layer.register_forward_hook(watching(i), with_kwargs=True).remove)
@@ -80,7 +83,12 @@ def measure_activations(
             mask = torch.arange(batch.token_ids.shape[1]) < lengths[:, None]
             last.clear()
             batch.forward(model)
-            directions = nn.functional.normalize(torch.stack(last, dim=1).double(), dim=-1)  # (batch, N+1, width)
+            for i, trace in enumerate(traces):
+                if trace.rests:
+                    last[i + 1] = last[i]
+                    cosine[i], ratio[i] = cosine[i] + lengths.sum(), ratio[i] + lengths.sum()
+            states = torch.stack([last[i] for i in range(depth + 1)], dim=1)
+            directions = nn.functional.normalize(states.double(), dim=-1)  # (batch, N+1, width)
             angle += torch.arccos((directions @ directions.mT).clamp(-1, 1)).sum(dim=0) / np.pi
     tokens = sum(len(sample) for sample in samples)
     return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
@@ -150,7 +158,9 @@ def angular_distance(problem: RemovalProblem, activations: Activations) -> Candi
     return Candidate(removed, "angular distance", problem.energy(removed))
 
 
-def _wide(hidden: Tensor) -> Tensor:
+def _by_token(hidden: Tensor, batch_dim: int) -> Tensor:
+    """Hidden states as (batch, length, width) in float32 or wider; where a model keeps several, all are one vector."""
+    hidden = hidden.movedim(batch_dim, 0).movedim(-2, 1).flatten(2)
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
