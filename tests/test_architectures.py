@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers as tf
+from conftest import save_tokenizer
 from safetensors.torch import load_file, save_file
 from survey import REMOVALS, examine, quiet_examine
+from test_pipeline import settings
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 
 from blockspin.blocks import find_blocks
 from blockspin.gates import skipped, trace_blocks
 from blockspin.models import load_model
+from blockspin.pipeline import compress
 from blockspin.renaming import Renaming
 from blockspin.shards import layer_prefix
 from blockspin.surgery import prune_checkpoint, remove_blocks
@@ -69,6 +73,29 @@ def test_every_architecture(model_type: str) -> None:
     assert not row.faults
     if not row.cannot_start and not row.not_a_decoder:
         assert len(row.works) + len(row.refused) == len(REMOVALS)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma3n_text", *(pytest.param(t, marks=pytest.mark.slow) for t in [*MODEL_TYPES, *COMPOSITE_TYPES])],
+)
+def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compress` ends with a checkpoint that loads, wherever the model itself can be built, saved and loaded."""
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        monkeypatch.setitem(tiny._SMALL, name, 300)
+    try:
+        model = tiny_random_model(tiny_config(model_type))
+        trace_blocks(model)
+        model.save_pretrained(tmp_path / "model")
+        load_model(tmp_path / "model")
+    except Exception as error:
+        pytest.skip(f"see docs/architectures.md ({error})")
+    save_tokenizer(tmp_path / "model")
+    numbers = {"energy_samples": 8, "num_samples": 8, "selection_samples": 4, "evaluation_samples": 4}
+    compress(settings(tmp_path / "model", text_file, budget=2.0, **numbers), tmp_path / "run")
+    loaded = load_model(tmp_path / "run" / "checkpoint")
+    assert len(find_blocks(loaded)) == len(find_blocks(model)) - 2
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])

@@ -16,6 +16,7 @@ from .gates import BlockTrace, closed, skipped, trace_blocks
 from .progress import track
 
 Removal = Sequence[int]
+_NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
 MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
 
 
@@ -68,7 +69,7 @@ def _bypassing(model: nn.Module, batch: Batch, removed: Removal, traces: Sequenc
     try:
         with skipped(model, removed, traces):
             return batch.forward(model)
-    except (KeyError, IndexError, AttributeError, TypeError):  # how models say that something was not computed
+    except _NOT_COMPUTED:
         with closed(model, removed):
             return batch.forward(model)
 
@@ -85,7 +86,7 @@ def can_share(model: nn.Module, traces: Sequence[BlockTrace]) -> bool:
     removals = [(), (depth - 1,), (depth // 2,)]
     try:
         shared = dict(shared_logits(model, batch, removals, traces))
-    except (KeyError, IndexError, AttributeError, TypeError):
+    except _NOT_COMPUTED:
         return False
     plain = dict(plain_logits(model, batch, removals, traces))
     rounding = 50 * torch.finfo(plain[0].dtype).eps

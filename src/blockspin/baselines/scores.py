@@ -59,9 +59,9 @@ def measure_activations(
 
     def watching(i: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before = _by_token(stream_of(args, kwargs), traces[i].batch_dim)
-            after = _by_token(output[0] if isinstance(output, tuple | list) else output, traces[i].batch_dim)
-            after = after.to(before.device)
+            stream = output[0] if isinstance(output, tuple | list) else output
+            before = _by_token(stream_of(args, kwargs), traces[i].batch_dim, mask.shape[1])
+            after = _by_token(stream, traces[i].batch_dim, mask.shape[1]).to(before.device)
             real = mask.to(before.device)
             norms = before.norm(dim=-1), after.norm(dim=-1)
             cosine[i] += _total((before * after).sum(-1) / (norms[0] * norms[1]), real)
@@ -158,9 +158,10 @@ def angular_distance(problem: RemovalProblem, activations: Activations) -> Candi
     return Candidate(removed, "angular distance", problem.energy(removed))
 
 
-def _by_token(hidden: Tensor, batch_dim: int) -> Tensor:
+def _by_token(hidden: Tensor, batch_dim: int, length: int) -> Tensor:
     """Hidden states as (batch, length, width) in float32 or wider; where a model keeps several, all are one vector."""
-    hidden = hidden.movedim(batch_dim, 0).movedim(-2, 1).flatten(2)
+    hidden = hidden.movedim(batch_dim, 0)
+    hidden = hidden.movedim(hidden.shape.index(length, 1), 1).flatten(2)
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
