@@ -7,7 +7,6 @@ settings, expert counts), buffers that are computed and not stored, sharing. So 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
@@ -37,14 +36,17 @@ def differences(
 
     original, model: of the configurations `config` and `shortened`, both without weights.
     """
-    return chain(
+    found = chain(
         _layer_differences(original, model, renaming),
         broken_sharing(config, original, renaming.kept),
         _tie_differences(original, model, renaming),
         _outside_differences(original, model, renaming.kept),
         _part_differences(config, shortened),
-        _buffer_differences(original, model, renaming),
     )
+    first = next(found, None)
+    if first is None:  # only layers of one make can be compared further
+        return _buffer_differences(original, model, renaming)
+    return chain([first], found)
 
 
 def find_slices(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> dict[str, int]:
@@ -225,17 +227,19 @@ def _buffer_differences(original: PreTrainedModel, model: PreTrainedModel, renam
 
 def _computed_buffers(model: PreTrainedModel, layer: nn.Module) -> dict[str, Tensor]:
     """The buffers of a layer without weights that no checkpoint holds, computed as from_pretrained does."""
-    if not any(module._non_persistent_buffers_set for module in layer.modules()):
-        return {}
-    layer = copy.deepcopy(layer)
-    buffers: dict[str, Tensor] = {}
-    for name, module in layer.named_modules():
-        for key in module._non_persistent_buffers_set:
-            if (empty := module._buffers[key]) is not None:
-                buffers[f"{name}.{key}".lstrip(".")] = module._buffers[key] = torch.zeros_like(empty, device="cpu")
-    for module in layer.modules():
-        model._init_weights(module)
-    return buffers
+    places = [
+        (name, module, key) for name, module in layer.named_modules() for key in module._non_persistent_buffers_set
+    ]
+    empty = [module._buffers[key] for _, module, key in places]
+    for (_, module, key), buffer in zip(places, empty, strict=True):
+        module._buffers[key] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
+    for name, module in layer.named_modules():  # the modules that own such buffers, and those around them
+        if any(f"{owner}.".startswith(f"{name}.") or not name for owner, _, _ in places):
+            model._init_weights(module)
+    computed = {f"{name}.{key}".lstrip("."): module._buffers[key] for name, module, key in places}
+    for (_, module, key), buffer in zip(places, empty, strict=True):
+        module._buffers[key] = buffer
+    return {name: buffer for name, buffer in computed.items() if buffer is not None}
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
