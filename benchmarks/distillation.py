@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from gradients import LLAMA_8B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockspin.config import DistillConfig
@@ -45,15 +46,7 @@ CONFIGS = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
     },
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
+    "llama-3.1-8b": LLAMA_8B,
 }
 
 

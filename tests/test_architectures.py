@@ -76,6 +76,16 @@ def test_every_architecture(model_type: str) -> None:
         assert len(row.works) + len(row.refused) == len(REMOVALS)
 
 
+def can_be_shortened(model: tf.PreTrainedModel, folder: Path, removed: tuple[int, int]) -> bool:
+    """Whether this removal is possible in memory and on disk."""
+    try:
+        remove_blocks(model, removed)
+        prune_checkpoint(folder / "model", removed, folder / f"without {removed}", progress=False)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize(
     "model_type",
@@ -93,6 +103,8 @@ def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypat
         load_model(tmp_path / "model")
     except Exception as error:
         pytest.skip(f"see docs/architectures.md ({error})")
+    if not any(can_be_shortened(model, tmp_path, removed) for removed in ((4, 5), (0, 1), (2, 3))):
+        pytest.skip("see docs/architectures.md")
     save_tokenizer(tmp_path / "model")
     numbers = {"energy_samples": 8, "num_samples": 8, "selection_samples": 4, "evaluation_samples": 4}
     compress(settings(tmp_path / "model", text_file, budget=2.0, **numbers), tmp_path / "run")

@@ -128,7 +128,7 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
 
     def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            stream = _stream_of(args, kwargs)
+            stream = stream_of(args, kwargs)
             branches = _proven_branches(run, args, kwargs)
             output = run(*args, **kwargs)
             whole, outputs = _whole(output)
@@ -171,7 +171,7 @@ def trace_blocks(model: nn.Module) -> list[BlockTrace]:
 
 def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The residual branches of a block; 0 unless gates of zero on them make it the identity, of one nothing."""
-    stream = _stream_of(args, kwargs)
+    stream = stream_of(args, kwargs)
     untouched, _ = _whole(run(*args, **kwargs))
     with _Residual(stream, torch.zeros_like) as closed:
         identity, _ = _whole(run(*args, **kwargs))
@@ -216,13 +216,13 @@ def gated(
             return _gate_branch(branch, alphas[:, i], open_)
 
         def by_branch(*args: Any, **kwargs: Any) -> Any:
-            with _Residual(_stream_of(args, kwargs), gate):
+            with _Residual(stream_of(args, kwargs), gate):
                 return run(*args, **kwargs)
 
         def by_block(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
             whole, outputs = _whole(output)
-            delta = (whole - _stream_of(args, kwargs).to(whole.device)).movedim(traces[i].batch_dim, 0)
+            delta = (whole - stream_of(args, kwargs).to(whole.device)).movedim(traces[i].batch_dim, 0)
             change = (gate(delta) - delta).movedim(0, traces[i].batch_dim)
             whole = whole + change  # in this order it is exactly the block's output at alpha = 1
             return _with_stream(output, whole) if outputs else whole
@@ -245,7 +245,7 @@ def skipped(model: nn.Module, removed: Sequence[int], traces: Sequence[BlockTrac
 
     def passing(trace: BlockTrace) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            stream = _stream_of(args, kwargs)
+            stream = stream_of(args, kwargs)
             further = [kwargs.get(name) for name in trace.passed] or [None] * (trace.outputs - 1)
             return (stream, *further) if trace.outputs else stream
 
@@ -265,7 +265,7 @@ def closed(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
     def closing(run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
-            stream = _stream_of(args, kwargs)
+            stream = stream_of(args, kwargs)
             return _with_stream(output, stream) if _whole(output)[1] else stream
 
         return forward
@@ -276,7 +276,7 @@ def closed(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def _stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states that enter a block, (batch, length, width)."""
     stream: Tensor = args[0] if args else kwargs["hidden_states"]
     return stream

@@ -14,10 +14,10 @@ from . import baselines
 from .blocks import find_stack
 from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig
+from .gates import stream_of
 from .interactions import Energies
 from .measures import shared_losses
 from .pipeline import Samples
-from .prefixes import stream_of
 from .problem import RemovalProblem
 from .removable import Removable
 from .selection import ACTIVATION_SAMPLES, select_with_energies

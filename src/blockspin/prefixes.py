@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, frozen, make_batches
 from .blocks import find_stack
-from .gates import BlockTrace, closed, skipped, trace_blocks
+from .gates import BlockTrace, closed, skipped, stream_of, trace_blocks
 from .progress import track
 
 Removal = Sequence[int]
@@ -99,12 +99,6 @@ def passes_of_walk(removals: Sequence[Removal], depth: int) -> float:
     starts = [0, *(_first_difference(a, b, depth) for a, b in pairwise(order))]
     blocks = sum(depth - start - sum(i >= start for i in r) for start, r in zip(starts, order, strict=False))
     return blocks / depth
-
-
-def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a block, (batch, length, width)."""
-    stream: Tensor = args[0] if args else kwargs["hidden_states"]
-    return stream
 
 
 def removal_passes(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -244,9 +243,8 @@ def run_selection(
         raise ValueError("there are no candidates to select from")
     ledger = Ledger(model, samples, objective, batch_size, partial)
     sources = {candidate.removed: candidate for candidate in reversed(pool)}
-    with bar() if progress else nullcontext() as display:
-        if display is not None:
-            ledger.bar = display, display.add_task("Selecting", total=budget if problem else None)
+    with bar(progress) as display:
+        ledger.bar = display, display.add_task("Selecting", total=budget if problem else None)
         race(ledger, [candidate.removed for candidate in pool])
         ledger.extend(always, len(ledger.weights))
         if problem is not None:

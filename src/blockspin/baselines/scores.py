@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..batches import frozen, make_batches
 from ..blocks import find_stack
 from ..candidates import Candidate, fill, open_blocks
-from ..gates import skipped, trace_blocks
-from ..prefixes import stream_of
+from ..gates import skipped, stream_of, trace_blocks
 from ..problem import RemovalProblem
 from ..progress import track
 

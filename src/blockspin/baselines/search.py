@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 from torch import Tensor, nn
@@ -71,8 +70,8 @@ def evopress(
 
     pool = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
     parent, best, idle = pool[0], float("inf"), 0
-    with bar() if progress else nullcontext() as display:
-        task = display.add_task("EvoPress", total=budget) if display is not None else None
+    with bar(progress) as display:
+        task = display.add_task("EvoPress", total=budget)
         while spent < budget and idle < IDLE:
             pool = sorted(set(pool) - {parent} if best < float("inf") else set(pool))
             idle = 0 if pool else idle + 1
@@ -83,8 +82,7 @@ def evopress(
                 kl, removed = min(zip(fitness(chosen, samples), chosen, strict=True))
                 if kl < best:
                     parent, best = removed, kl
-            if display is not None and task is not None:
-                display.update(task, completed=spent)
+            display.update(task, completed=spent)
             pool = [mutated(problem, parent, generator) for _ in range(offspring)]
     return Candidate(parent, "EvoPress", problem.energy(parent))
 
