@@ -24,9 +24,9 @@ from gradients import LLAMA_8B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockspin.config import DistillConfig
-from blockspin.distillation import distill
-from blockspin.models import load_model
-from blockspin.surgery import remove_blocks
+from blockspin.distillation.run import distill
+from blockspin.model.loading import load_model
+from blockspin.surgery.checkpoint import remove_blocks
 
 CONFIGS = {
     "tiny": {

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockspin.calibration import load_calibration
-from blockspin.candidates import random_candidate
+from blockspin.comparison.methods import counted
+from blockspin.comparison.report import spearman
+from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
+from blockspin.energies.gradients import estimate_gradients
+from blockspin.energies.removals import Energies, gauss_newton, measure_pairs
 from blockspin.files import write_json
-from blockspin.hessian import estimate_gradients
-from blockspin.interactions import Energies, gauss_newton, measure_pairs
-from blockspin.measures import shared_qualities
-from blockspin.methods import counted
-from blockspin.models import load_model, load_tokenizer
+from blockspin.model.loading import load_model, load_tokenizer
+from blockspin.model.quality import shared_qualities
 from blockspin.problem import RemovalProblem
-from blockspin.report import spearman
 from blockspin.solvers import solve
+from blockspin.solvers.candidates import random_candidate
 
 Matrix = NDArray[np.float64]
 REMOVE = (3, 4, 6, 8, 10, 12)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blockspin.batches import Batch, frozen, input_device, make_batches, sample_losses
 from blockspin.demo import MODEL
-from blockspin.gates import BlockTrace, trace_blocks
-from blockspin.hessian import gate_gradients
+from blockspin.energies.gradients import gate_gradients
+from blockspin.model.batches import Batch, frozen, input_device, make_batches, sample_losses
+from blockspin.model.gates import BlockTrace, trace_blocks
 
 LLAMA_8B = {
     "vocab_size": 128256,

@@ -25,7 +25,7 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
-from blockspin.surgery import prune_checkpoint
+from blockspin.surgery.checkpoint import prune_checkpoint
 
 
 def make_checkpoint(folder: Path, gib: float, shards: int = 4) -> None:

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from blockspin import baselines
-from blockspin.calibration import load_calibration
-from blockspin.candidates import Candidate, states_as_candidates
+from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
-from blockspin.energies import estimate_energies
+from blockspin.energies.estimate import estimate_energies
 from blockspin.files import write_json
-from blockspin.measures import Quality, measured, quality, token_mean
-from blockspin.models import load_model, load_tokenizer
-from blockspin.prefixes import passes_of_walk
+from blockspin.model.loading import load_model, load_tokenizer
+from blockspin.model.passes import passes_of_walk
+from blockspin.model.quality import Quality, measured, quality, token_mean
 from blockspin.problem import RemovalProblem
-from blockspin.removable import Removable
-from blockspin.selection import select_with_energies
+from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
+from blockspin.solvers.candidates import Candidate, states_as_candidates
+from blockspin.surgery.feasible import Removable
 
 BATCH = 16
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blockspin.batches import Batch, frozen, make_batches, sample_losses
-from blockspin.calibration import load_calibration
+from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL
-from blockspin.gates import trace_blocks
-from blockspin.hessian import estimate_gradients
-from blockspin.prefixes import can_share, plain_logits, shared_logits
+from blockspin.energies.gradients import estimate_gradients
+from blockspin.model.batches import Batch, frozen, make_batches, sample_losses
+from blockspin.model.gates import trace_blocks
+from blockspin.model.passes import can_share, plain_logits, shared_logits
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 

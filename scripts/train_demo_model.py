@@ -23,8 +23,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blockspin.batches import mean_loss
-from blockspin.measures import shared_losses
+from blockspin.model.batches import mean_loss
+from blockspin.model.quality import shared_losses
 
 PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
 VOCABULARY = 4096

@@ -15,6 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.overrides import TorchFunctionMode
 
 from blockspin import cli
+from blockspin.config import CompressConfig
 
 Command = Callable[..., tuple[int, str]]
 VOCABULARY = 64
@@ -106,6 +107,18 @@ def save_tokenizer(folder: Path, vocabulary: int = 300) -> None:
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(["a few words to learn from"] * 3, vocabulary, special_tokens=["<|end|>"])
     tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>").save_pretrained(folder)
+
+
+def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
+    small = {
+        "energy_samples": 24,
+        "num_samples": 24,
+        "selection_samples": 8,
+        "evaluation_samples": 8,
+        "max_length": 32,
+        "states": 6,
+    }
+    return CompressConfig(str(model), str(text), **{"remove": 2, **small, **changes})
 
 
 @pytest.fixture

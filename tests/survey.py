@@ -20,10 +20,10 @@ import torch
 import transformers as tf
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
-from blockspin.blocks import find_blocks, find_stack
-from blockspin.gates import gated, skipped, trace_blocks
-from blockspin.models import auto_class
-from blockspin.surgery import prune_checkpoint, remove_blocks
+from blockspin.model.blocks import find_blocks, find_stack
+from blockspin.model.gates import gated, skipped, trace_blocks
+from blockspin.model.loading import auto_class
+from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
 REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))

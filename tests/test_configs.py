@@ -10,9 +10,9 @@ import pytest
 import transformers as tf
 from tiny import tiny_config
 
-from blockspin.blocks import find_blocks
 from blockspin.config import PAPER_TASKS, CompressConfig
-from blockspin.models import model_without_weights
+from blockspin.model.blocks import find_blocks
+from blockspin.model.loading import model_without_weights
 from blockspin.problem import RemovalProblem
 
 ROOT = Path(__file__).parents[1]

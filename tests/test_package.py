@@ -46,7 +46,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert Path(where.stdout.strip()).is_relative_to(site)
     done = subprocess.run(
-        [python, "-m", "blockspin.cli", "demo"],
+        [python, "-m", "blockspin", "demo"],
         cwd=folder / "empty",
         env={**environment, "COLUMNS": "80"},
         check=True,

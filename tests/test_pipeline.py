@@ -13,31 +13,19 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import Command, save_tiny
+from conftest import Command, save_tiny, settings
 
-from blockspin.batches import mean_loss
-from blockspin.blocks import Block
-from blockspin.calibration import load_calibration
-from blockspin.candidates import Candidate, random_candidate
-from blockspin.config import ENERGY_NAMES, CompressConfig, parse_remove
-from blockspin.interactions import load_energies
+from blockspin.config import ENERGY_NAMES, parse_remove
+from blockspin.data.calibration import load_calibration
+from blockspin.energies.removals import load_energies
+from blockspin.model.batches import mean_loss
+from blockspin.model.blocks import Block
 from blockspin.pipeline import compress
 from blockspin.problem import RemovalProblem
-from blockspin.selection import Selection, select
+from blockspin.selection.select import Selection, select
 from blockspin.solvers import Spectrum
-from blockspin.surgery import remove_blocks
-
-
-def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
-    small = {
-        "energy_samples": 24,
-        "num_samples": 24,
-        "selection_samples": 8,
-        "evaluation_samples": 8,
-        "max_length": 32,
-        "states": 6,
-    }
-    return CompressConfig(str(model), str(text), **{"remove": 2, **small, **changes})
+from blockspin.solvers.candidates import Candidate, random_candidate
+from blockspin.surgery.checkpoint import remove_blocks
 
 
 def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -111,7 +99,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     unbroken = compress(config, tmp_path / "unbroken")
     config.save(tmp_path / "settings.yaml")
     arguments = ["compress", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]
-    run = [sys.executable, "-m", "blockspin.cli", *arguments]
+    run = [sys.executable, "-m", "blockspin", *arguments]
     seen: set[str] = set()
     for stage in ("energies.partial.jsonl", "candidates.partial.json", "candidates.json", "checkpoint"):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

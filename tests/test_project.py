@@ -1,4 +1,4 @@
-"""The project's own promises: import order, file map, documented functions, light imports, runnable README."""
+"""The project's own promises: import order, maps of the files, documented functions, light imports, runnable README."""
 
 from __future__ import annotations
 
@@ -19,38 +19,62 @@ PACKAGE = ROOT / "src" / "blockspin"
 README = (ROOT / "README.md").read_text()
 
 
-def file_map() -> list[str]:
-    """The names in the README's file map, in its order."""
+def packages() -> list[str]:
+    """The names in the README's map, in its order."""
     block = re.search(r"```text\nsrc/blockspin/\n(.*?)```", README, re.DOTALL)
     assert block
     return re.findall(r"^  (\S+)", block[1], re.MULTILINE)
 
 
+def file_map() -> list[str]:
+    """The files in docs/files.md, in its order, as paths below the package."""
+    block = re.search(r"```text\nsrc/blockspin/\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), re.DOTALL)
+    assert block
+    folder, files = "", []
+    for indent, name in re.findall(r"^( +)(\S+)", block[1], re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        else:
+            files.append(folder + name if len(indent) > 2 else name)
+    return files
+
+
 def modules() -> dict[str, Path]:
-    """Modules of the package as the file map names them: a file, or a folder with a slash."""
-    entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    return {path.name + "/" * path.is_dir(): path for path in entries}
+    """Every module by its path below the package, but for the faces of packages that only hold a docstring."""
+    found = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if len(ast.parse(path.read_text()).body) > 1}
 
 
-def test_the_file_map_matches_the_tree() -> None:
-    assert sorted(file_map()) == sorted(modules())
+def imported(name: str, path: Path) -> set[str]:
+    """The modules of the package that a module imports, as paths below the package."""
+    here = [*Path(name).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+        inside = PACKAGE.joinpath(*base)
+        for alias in node.names:
+            candidates = [inside / f"{alias.name}.py", inside.with_suffix(".py"), inside / alias.name / "__init__.py"]
+            target = next((file for file in candidates if file.is_file()), inside / "__init__.py")
+            found.add(target.relative_to(PACKAGE).as_posix())
+    return found - {"__init__.py"}
+
+
+def test_the_maps_match_the_tree() -> None:
+    known = [name for name in modules() if name not in ("__init__.py", "__main__.py")]
+    assert sorted(file_map()) == sorted([*known, "__main__.py"])
+    assert packages() == list(dict.fromkeys(name.split("/")[0] + "/" * ("/" in name) for name in file_map()[:-1]))
 
 
 def test_imports_go_one_way() -> None:
-    """A module imports only modules above it in the file map, which is the order in which to read them."""
-    order = {name.removesuffix(".py").removesuffix("/"): rank for rank, name in enumerate(file_map())}
+    """A module imports only modules above it in the map of files, which is the order in which to read them."""
+    order = {name: rank for rank, name in enumerate(file_map())}
     for name, path in modules().items():
         if name == "__init__.py":
             continue
-        own = name.removesuffix(".py").removesuffix("/")
-        for file in path.rglob("*.py") if path.is_dir() else [path]:
-            inside = len(file.relative_to(PACKAGE).parts)
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.level == inside:
-                    imported = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                    for other in imported:
-                        allowed = other == "__version__" or other == own or order[other] < order[own]
-                        assert allowed, f"{file.name} imports {other}, which comes later in the file map"
+        for other in imported(name, path):
+            assert order[other] < order[name], f"{name} imports {other}, which comes later in docs/files.md"
 
 
 @pytest.mark.parametrize("module", ["blockspin", "blockspin.cli", "blockspin.problem", "blockspin.solvers"])

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from blockspin.models import auto_class
+from blockspin.model.loading import auto_class
 
 VOCABULARY = 64
 DEPTH = 6

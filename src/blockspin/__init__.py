@@ -6,48 +6,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .blocks import Block, find_blocks
-    from .calibration import load_calibration
-    from .candidates import Candidate
     from .config import DistillConfig
-    from .distillation import distill, distill_checkpoint
-    from .energies import estimate_energies
-    from .evaluation import perplexity, text_perplexity
-    from .hessian import Gradients, estimate_gradients
-    from .interactions import Interactions, gauss_newton, load_energies, measure_pairs
+    from .data.calibration import load_calibration
+    from .distillation.run import distill, distill_checkpoint
+    from .energies.estimate import estimate_energies
+    from .energies.gradients import Gradients, estimate_gradients
+    from .energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
+    from .evaluation.perplexity import perplexity, text_perplexity
+    from .evaluation.tasks import evaluate
+    from .model.blocks import Block, find_blocks
     from .problem import RemovalProblem
-    from .selection import select
+    from .selection.select import select
     from .solvers import Spectrum, solve
-    from .surgery import prune_checkpoint, remove_blocks
-    from .tasks import evaluate
+    from .solvers.candidates import Candidate
+    from .surgery.checkpoint import prune_checkpoint, remove_blocks
 
 __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import blockspin` does not wait for torch.
 _HOME = {
-    "Block": "blocks",
-    "find_blocks": "blocks",
-    "load_calibration": "calibration",
-    "Candidate": "candidates",
+    "Block": "model.blocks",
+    "find_blocks": "model.blocks",
+    "load_calibration": "data.calibration",
+    "Candidate": "solvers.candidates",
     "DistillConfig": "config",
-    "distill": "distillation",
-    "distill_checkpoint": "distillation",
-    "estimate_energies": "energies",
-    "Interactions": "interactions",
-    "gauss_newton": "interactions",
-    "load_energies": "interactions",
-    "measure_pairs": "interactions",
-    "select": "selection",
-    "perplexity": "evaluation",
-    "text_perplexity": "evaluation",
-    "Gradients": "hessian",
-    "estimate_gradients": "hessian",
+    "distill": "distillation.run",
+    "distill_checkpoint": "distillation.run",
+    "estimate_energies": "energies.estimate",
+    "Interactions": "energies.removals",
+    "gauss_newton": "energies.removals",
+    "load_energies": "energies.removals",
+    "measure_pairs": "energies.removals",
+    "select": "selection.select",
+    "perplexity": "evaluation.perplexity",
+    "text_perplexity": "evaluation.perplexity",
+    "Gradients": "energies.gradients",
+    "estimate_gradients": "energies.gradients",
     "RemovalProblem": "problem",
     "Spectrum": "solvers",
     "solve": "solvers",
-    "prune_checkpoint": "surgery",
-    "remove_blocks": "surgery",
-    "evaluate": "tasks",
+    "prune_checkpoint": "surgery.checkpoint",
+    "remove_blocks": "surgery.checkpoint",
+    "evaluate": "evaluation.tasks",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .interactions import Energies
+    from .energies.removals import Energies
     from .problem import RemovalProblem
 
 app = typer.Typer(
@@ -136,7 +136,7 @@ def solve(
 ) -> None:
     """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
     from . import solvers
-    from .energies import robustness
+    from .energies.estimate import robustness
 
     s, (energies, problem) = complete(settings), _posed(file, settings)
     spectrum = solvers.solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
@@ -168,10 +168,10 @@ def select(
 
     Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
     """
-    from .models import load_config
+    from .model.loading import load_config
     from .pipeline import Samples, selection_stage, within_reach
-    from .removable import Removable
     from .solvers import solve
+    from .surgery.feasible import Removable
 
     s, (found, problem) = complete(settings), _posed(energies, settings)
     if out.exists():
@@ -196,7 +196,7 @@ def prune(
     **settings: Any,
 ) -> None:
     """Write a checkpoint without some blocks, shard by shard; the model is never loaded."""
-    from .surgery import prune_checkpoint
+    from .surgery.checkpoint import prune_checkpoint
 
     prune_checkpoint(model, parse_indices(blocks), out, trust_remote_code=complete(settings).trust_remote_code)
     console.print(f"Wrote {out}.", soft_wrap=True)
@@ -234,8 +234,8 @@ def evaluate(
 
     Example: blockspin evaluate MODEL MODEL-without-8-blocks --tasks mmlu,gsm8k --text wikitext2 --cost
     """
-    from .nemo_skills import commands
-    from .sidebyside import evaluate_side_by_side
+    from .evaluation.nemo_skills import commands
+    from .evaluation.side_by_side import evaluate_side_by_side
 
     names = {f.name for f in fields(EvaluateConfig)}
     config = EvaluateConfig(**{name: value for name, value in settings.items() if name in names})
@@ -277,8 +277,8 @@ def compare(
 
     Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
     """
-    from .comparison import compare as run
-    from .report import terminal_table, write_report
+    from .comparison.report import terminal_table, write_report
+    from .comparison.run import compare as run
 
     texts = [part.strip() for text in remove for part in ([text] if "=" in text else text.split(","))]
     goals = {text: parse_remove(text) for text in texts}
@@ -305,7 +305,7 @@ def distill(
 
     Example: blockspin distill smaller --teacher MODEL --data teknium/OpenHermes-2.5 --out retrained
     """
-    from .distillation import distill_checkpoint
+    from .distillation.run import distill_checkpoint
 
     values = {**(DistillConfig.read(config) if config else {}), **settings}
     result = distill_checkpoint(student, out, DistillConfig(**values))
@@ -319,13 +319,13 @@ def distill(
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
     """Make the tables, figures and the HTML page of a comparison again."""
-    from .report import write_report
+    from .comparison.report import write_report
 
     console.print(f"Wrote {write_report(out)}.", soft_wrap=True)
 
 
 def _compress(config: CompressConfig, out: Path) -> None:
-    from .evaluation import results_table
+    from .evaluation.perplexity import results_table
     from .pipeline import compress
 
     rows = compress(config, out)
@@ -335,7 +335,7 @@ def _compress(config: CompressConfig, out: Path) -> None:
 
 def _posed(file: Path, settings: dict[str, Any]) -> tuple[Energies, RemovalProblem]:
     """The energies in a file, and the problem that the options state."""
-    from .interactions import load_energies
+    from .energies.removals import load_energies
     from .pipeline import pose_problem
 
     if "remove" not in settings:
@@ -345,15 +345,15 @@ def _posed(file: Path, settings: dict[str, Any]) -> tuple[Energies, RemovalProbl
 
 
 def _samples(model: str, data: str, number: int, s: SimpleNamespace) -> list[Tensor]:
-    from .calibration import load_calibration
-    from .models import load_tokenizer
+    from .data.calibration import load_calibration
+    from .model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=s.trust_remote_code)
     return load_calibration(data, tokenizer, num_samples=number, max_length=s.max_length, seed=s.seed, split=s.split)
 
 
 def _model(name: str, s: SimpleNamespace) -> PreTrainedModel:
-    from .models import load_model
+    from .model.loading import load_model
 
     return load_model(name, dtype=s.dtype, device_map=s.device_map, trust_remote_code=s.trust_remote_code)
 
@@ -376,7 +376,3 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("Interrupted. Run the same command again to continue.")
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,26 +16,26 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .blocks import Block, find_blocks
-from .calibration import load_calibration, tokenise
-from .candidates import Candidate, random_candidate, states_as_candidates
 from .config import CompressConfig, Removal
-from .distillation import distill_checkpoint
-from .energies import estimate_energies
-from .evaluation import Evaluation, evaluate_models
+from .data.calibration import load_calibration, tokenise
+from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
+from .distillation.run import distill_checkpoint
+from .energies.estimate import estimate_energies
+from .energies.gradients import Gradients
+from .energies.removals import Energies, load_energies
+from .evaluation.perplexity import Evaluation, evaluate_models
+from .evaluation.scores import Score
+from .evaluation.tasks import scorer
 from .files import write_json
-from .hessian import Gradients
-from .interactions import Energies, load_energies
-from .models import load_config, load_model, load_tokenizer, model_without_weights
-from .preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
+from .model.blocks import Block, find_blocks
+from .model.loading import load_config, load_model, load_tokenizer, model_without_weights
 from .problem import RemovalProblem
 from .progress import console
-from .removable import Removable, keep_what_must_stay
-from .scores import Score
-from .selection import ACTIVATION_SAMPLES, Selection, select_with_energies
+from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
-from .surgery import checkpoint_bytes, prune_checkpoint, remove_blocks
-from .tasks import scorer
+from .solvers.candidates import Candidate, random_candidate, states_as_candidates
+from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint, remove_blocks
+from .surgery.feasible import Removable, keep_what_must_stay
 
 
 @dataclass(frozen=True)

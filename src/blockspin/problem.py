@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from .blocks import Block
+    from .model.blocks import Block
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, frozen, make_batches
-from ..blocks import find_stack
-from ..candidates import Candidate
-from ..gates import BlockTrace, skipped, trace_blocks
+from ..model.batches import Batch, frozen, make_batches
+from ..model.blocks import find_stack
+from ..model.gates import BlockTrace, skipped, trace_blocks
 from ..problem import RemovalProblem
 from ..progress import track
-from ..surgery import remove_blocks
+from ..solvers.candidates import Candidate
+from ..surgery.checkpoint import remove_blocks
 
 Windows = tuple[tuple[int, int], ...]  # (lo, hi): blocks lo to hi, both included, become one
 _BISECTIONS = 16

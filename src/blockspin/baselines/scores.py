@@ -12,12 +12,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ..batches import frozen, make_batches
-from ..blocks import find_stack
-from ..candidates import Candidate, fill, open_blocks
-from ..gates import skipped, stream_of, trace_blocks
+from ..model.batches import frozen, make_batches
+from ..model.blocks import find_stack
+from ..model.gates import skipped, stream_of, trace_blocks
 from ..problem import RemovalProblem
 from ..progress import track
+from ..solvers.candidates import Candidate, fill, open_blocks
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from ..candidates import Candidate, fill, open_blocks
-from ..measures import shared_losses, shared_qualities
-from ..prefixes import passes_of_walk
+from ..model.passes import passes_of_walk
+from ..model.quality import shared_losses, shared_qualities
 from ..problem import RemovalProblem
 from ..progress import bar, track
+from ..solvers.candidates import Candidate, fill, open_blocks
 
 IDLE = 20  # after so many generations of nothing but the parent there are no other removals
 

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..batches import check_finite, frozen, make_batches, sample_losses
-from ..blocks import find_stack
-from ..candidates import Candidate
-from ..measures import shared_losses
+from ..model.batches import check_finite, frozen, make_batches, sample_losses
+from ..model.blocks import find_stack
+from ..model.quality import shared_losses
 from ..problem import RemovalProblem
 from ..progress import track
+from ..solvers.candidates import Candidate
 from .scores import from_scores
 
 

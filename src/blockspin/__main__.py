@@ -1,0 +1,7 @@
+"""`python -m blockspin` is the command `blockspin`."""
+
+from __future__ import annotations
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Text in, token samples and training windows out."""

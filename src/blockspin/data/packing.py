@@ -1,0 +1,87 @@
+"""A dataset to a file of token windows, all full, for training: no step is spent on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..files import replacing
+from ..progress import track
+from .calibration import tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Rows of a file of token ids, read from disk as they are asked for: {"input_ids": (length,) int64}."""
+
+    def __init__(self, path: str | Path, length: int) -> None:
+        self.rows = np.memmap(path, dtype=np.int32, mode="r").reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.from_numpy(self.rows[index].astype(np.int64))}
+
+
+def write_windows(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    length: int,
+    limit: int,
+    seed: int = 42,
+    split: str = "train",
+    leave_out: range = range(0),
+    progress: bool = True,
+) -> None:
+    """Write at most `limit` windows of `length` tokens: the samples of the dataset one after another, each whole and
+    followed by the tokenizer's end-of-sequence token, in an order fixed by the seed.
+
+    A window may hold the end of one sample and the beginning of the next. The teacher sees the same, so its
+    distribution is right for what the student sees.
+
+    source: as in `load_calibration`; conversations get the chat template.
+    leave_out: numbers of samples to leave out, in the order of `load_calibration` with the same seed.
+
+    Raises:
+        ValueError: the dataset cannot be read, or fills fewer than two windows.
+    """
+    everything = tokenise(source, tokenizer, length, seed=seed, split=split, truncate=False)
+    samples = (sample for i, sample in enumerate(everything) if i not in leave_out)
+    windows = islice(pack(samples, length, tokenizer.eos_token_id), limit)
+    written = 0
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for window in track(windows, "Packing", limit, show=progress):
+            file.write(np.array(window, dtype=np.int32).tobytes())
+            written += 1
+        if written < 2:
+            raise ValueError(
+                f"the dataset {str(source)!r} fills {written} windows of {length} tokens; at least 2 are needed: "
+                "to train and to validate on (--data, --max-length)"
+            )
+
+
+def pack(samples: Iterable[list[int]], length: int, separator: int | None) -> Iterator[list[int]]:
+    """Samples one after another, cut into windows of `length` tokens; what is left at the end is dropped.
+
+    separator: put after each sample that does not end with it.
+    """
+    tokens: list[int] = []
+    for sample in samples:
+        tokens += sample
+        if separator is not None and sample[-1] != separator:
+            tokens.append(separator)
+        whole = len(tokens) // length * length
+        yield from (tokens[i : i + length] for i in range(0, whole, length))
+        tokens = tokens[whole:]

@@ -1,0 +1,1 @@
+"""Trains a shortened model with the original as its teacher."""

@@ -1,0 +1,137 @@
+"""What a training needs, checked before anything is loaded or written: models that fit each other, and room."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..config import DistillConfig
+from ..model.loading import load_config, load_tokenizer, model_without_weights
+
+
+def check_training(student: Path, config: DistillConfig, state: PartialState) -> PreTrainedTokenizerBase:
+    """Refuse what cannot end well before anything is loaded; the tokenizer.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    check_requirements(config)
+    remote = config.trust_remote_code
+    configs = [load_config(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
+    check_pair(configs[0], configs[1], config.max_length)
+    tokenizers = [load_tokenizer(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise ValueError("the vocabularies differ: the tokenizers of student and teacher give tokens other numbers")
+    if hasattr(configs[0], "quantization_config"):
+        raise ValueError("the student is quantised; shorten the original in full precision and train that")
+    if config.hidden_states and kept_blocks(student, config) is None:
+        raise ValueError(f"{student} has no blockspin.json, which tells which blocks were kept (--hidden-states)")
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if config.lora_rank is not None and sharded:
+        raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
+    sizes = [sum(p.numel() for p in model_without_weights(c, trust_remote_code=remote).parameters()) for c in configs]
+    vocabulary = configs[0].get_text_config(decoder=True).vocab_size
+    needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
+    check_room(needed, free_memory())
+    return tokenizers[0]
+
+
+def check_requirements(config: DistillConfig) -> None:
+    """Refuse settings that need packages which are not installed.
+
+    Raises:
+        ValueError: what to install.
+    """
+    needs = {"bitsandbytes": config.teacher_quantization == "nf4", "peft": config.lora_rank is not None}
+    flags = {"bitsandbytes": "--teacher-quantization nf4", "peft": "--lora-rank"}
+    for package, needed in needs.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flags[package]} needs {package}: pip install 'blockspin[distill]', or leave it out")
+
+
+def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:
+    """Refuse models that do not share a vocabulary, and samples that are longer than one of them can take.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    configs = {"student": student.get_text_config(decoder=True), "teacher": teacher.get_text_config(decoder=True)}
+    sizes = {name: config.vocab_size for name, config in configs.items()}
+    if sizes["student"] != sizes["teacher"]:
+        raise ValueError(
+            f"the vocabularies differ: {sizes['student']} tokens of the student, {sizes['teacher']} of the teacher "
+            "(--teacher); give the model that the student was made from"
+        )
+    for name, config in configs.items():
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and length > positions:
+            raise ValueError(f"the samples have {length} tokens and the {name} takes {positions}; lower --max-length")
+
+
+def check_room(needed: dict[str, float], free: float) -> None:
+    """Refuse a training whose models alone do not fit into the memory of a device.
+
+    needed: bytes by purpose; activations, which come on top, are not counted.
+
+    Raises:
+        ValueError: it does not fit, with the estimate.
+    """
+    total = sum(needed.values())
+    if total > free:
+        parts = ", ".join(f"{name} {number / 2**30:.1f}" for name, number in needed.items())
+        raise ValueError(
+            f"no room for both models: {total / 2**30:.1f} GiB are needed before activations ({parts}) and "
+            f"{free / 2**30:.1f} GiB are free; try --lora-rank 64, --teacher-quantization nf4, or more GPUs with "
+            "`accelerate launch --use_fsdp`"
+        )
+
+
+def memory_estimate(
+    student: int, teacher: int, vocabulary: int, config: DistillConfig, shards: int
+) -> dict[str, float]:
+    """Bytes on each device for models of so many parameters, by purpose; without activations.
+
+    shards: over how many devices the student, its gradients and the optimiser are spread.
+    """
+    cuda = torch.cuda.is_available()
+    width = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and cuda) else 4
+    trained = student if config.lora_rank is None else 0  # adapters are small
+    quantized = config.teacher_quantization == "nf4"
+    return {
+        "student": student * width / shards,
+        "gradients": trained * width / shards,
+        "optimiser": 2 * trained * width / shards,
+        "teacher": teacher * (0.56 if quantized else 2 if cuda else 4),  # 4 bits, and a float32 for each 64 weights
+        "logits": 6 * min(config.chunk_tokens, config.batch_size * config.max_length) * vocabulary * 4,
+    }
+
+
+def choose_quantization(config: DistillConfig) -> str:
+    """nf4 or none: `auto` is nf4 where there are a GPU, bitsandbytes and a teacher that is not quantised already."""
+    if config.teacher_quantization != "auto":
+        return config.teacher_quantization
+    found = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    return "nf4" if found and not hasattr(teacher, "quantization_config") else "none"
+
+
+def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
+    """Which blocks of the teacher the student's blocks are, where that is asked for and blockspin.json tells it."""
+    if not config.hidden_states or not (student / "blockspin.json").is_file():
+        return None
+    kept: list[int] = json.loads((student / "blockspin.json").read_text())["kept"]
+    return kept
+
+
+def free_memory() -> float:
+    """Bytes that are free on this process's GPU; without one, its share of what the machine has free."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0])
+    return float(psutil.virtual_memory().available) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

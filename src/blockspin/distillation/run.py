@@ -1,0 +1,303 @@
+"""Trains a shortened model to give the distribution of the original, its teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import DistillConfig
+from ..data.packing import Windows, write_windows
+from ..files import replacing, write_json
+from ..model.batches import frozen
+from ..model.loading import load_config, load_model
+from ..progress import console
+from ..surgery.checkpoint import local_folder
+from .loss import Objective, split, training_forward
+from .preflight import check_pair, check_training, choose_quantization, kept_blocks
+from .trainer import DistillationTrainer, collate, training_arguments
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", ".*")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a training has done.
+
+    steps: optimiser steps. before, after: KL(teacher || student) in nats a token and the student's perplexity on the
+    validation samples. history: the reports on the way, as the Trainer keeps them.
+    """
+
+    steps: int
+    before: dict[str, float]
+    after: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    samples: Sequence[Tensor],
+    validation: Sequence[Tensor],
+    *,
+    config: DistillConfig | None = None,
+    kept: Sequence[int] | None = None,
+    folder: str | Path | None = None,
+) -> Distillation:
+    """Train `student` in place to give the distribution of `teacher` for the next token (paper, step 4).
+
+    samples, validation: 1-D int64 tensors of token ids, to train on and to measure.
+    config: how to train; its teacher and data are not read.
+    kept: for each block of the student its index in the teacher (needed where hidden states are compared).
+    folder: where checkpoints are kept, and found again by a call that continues; None: nowhere.
+
+    Raises:
+        ValueError: the models do not fit each other or the samples, or the loss is not finite.
+    """
+    config = config or DistillConfig()
+    check_pair(student.config, teacher.config, max(map(len, [*samples, *validation])))
+    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise ValueError("student and teacher share weights, as `remove_blocks` leaves them; distil a deep copy")
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer, result = _train(
+            student, teacher, _Samples(samples), _Samples(validation), config, kept, Path(folder or temporary)
+        )
+        merged = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
+        assert merged is student
+    student.eval()
+    return result
+
+
+def distill_checkpoint(
+    student: str | Path, out: str | Path, config: DistillConfig, *, leave_out: range = range(0)
+) -> Distillation:
+    """Train the model in the folder `student` with `config.teacher` on `config.data`; write it to the folder `out`.
+
+    While it runs the packed text and the latest checkpoint are in `<out>-training`, from which the same call continues
+    after an interruption; the folder goes when `out` is whole, but for TensorBoard's logs (`<out>-logs`). `out` is a
+    checkpoint of the same form and dtype as the student's, with its tokenizer and other files; `blockspin.json` tells
+    about the training. Started by `accelerate launch` or `torchrun`, all processes train one model.
+
+    leave_out: numbers of samples of the data that must not be trained on, in the order of `load_calibration`.
+
+    Raises:
+        ValueError: the models, the data or the settings do not fit each other or the machine; nothing is written.
+    """
+    student, out = local_folder(student), Path(out)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # packing may take long
+    console.quiet = not state.is_main_process
+    if config.teacher is None or config.data is None:
+        raise ValueError("distillation needs a teacher and data (--teacher, --data)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another place (--out) or remove it")
+    config = replace(config, teacher_quantization=choose_quantization(config))
+    tokenizer = check_training(student, config, state)
+    folder = out.with_name(f"{out.name}-training")
+    kept = kept_blocks(student, config)
+    with state.main_process_first():
+        samples, validation = _data(config, tokenizer, folder, student, leave_out, state.num_processes)
+    model = _load_student(student, config)
+    dtype = getattr(load_config(student, trust_remote_code=config.trust_remote_code), "dtype", None) or model.dtype
+    trainer, result = _train(model, _load_teacher(config, state), samples, validation, config, kept, folder)
+    weights = _merged_weights(model, trainer, config, dtype)
+    if state.is_main_process:
+        _write(model, weights, student, out, result, asdict(config))
+        if (folder / "runs").is_dir():  # of TensorBoard
+            shutil.copytree(folder / "runs", out.with_name(f"{out.name}-logs"), dirs_exist_ok=True)
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
+    return result
+
+
+def _train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    samples: Dataset[Any],
+    validation: Dataset[Any],
+    config: DistillConfig,
+    kept: Sequence[int] | None,
+    folder: Path,
+) -> tuple[DistillationTrainer, Distillation]:
+    """The trainer after all its steps, and what it measured."""
+    if config.hidden_states and kept is None:
+        raise ValueError("--hidden-states needs to know which blocks were kept (blockspin.json of the student)")
+    steps = _steps(config, len(samples), PartialState(cpu=not torch.cuda.is_available()).num_processes)  # type: ignore[arg-type]
+    model: Any = student
+    use_cache = student.config.use_cache
+    with ExitStack() as stack:
+        stack.enter_context(frozen(teacher))
+        halves = [stack.enter_context(split(m)) for m in (student, teacher)]
+        objective = Objective(
+            *halves,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            chunk_tokens=config.chunk_tokens,
+            kept=kept if config.hidden_states else None,
+        )
+        stack.enter_context(training_forward(objective))
+        if config.lora_rank is not None:
+            model = _with_adapters(student, config.lora_rank)
+        trainer = DistillationTrainer(
+            config,
+            model=model,
+            args=training_arguments(config, folder, steps, student.dtype),
+            train_dataset=samples,
+            eval_dataset=validation,
+            data_collator=collate,
+        )
+        checkpoint = last_checkpoint(folder)
+        trainer.args.eval_on_start = checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if not any("eval_kl" in row and row["step"] == steps for row in trainer.state.log_history):
+            trainer.evaluate()
+    student.config.use_cache = use_cache
+    measured = [row for row in trainer.state.log_history if "eval_kl" in row]
+    before, after = (
+        {"kl": row["eval_kl"], "perplexity": row["eval_perplexity"]} for row in (measured[0], measured[-1])
+    )
+    return trainer, Distillation(steps, before, after, trainer.state.log_history)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint that was written whole: its trainer_state.json comes last."""
+
+    def whole(path: Path) -> bool:
+        try:
+            return isinstance(json.loads((path / "trainer_state.json").read_text()), dict)
+        except (OSError, ValueError):
+            return False
+
+    found = [path for path in folder.glob("checkpoint-*") if whole(path)]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+class _Samples(Dataset[dict[str, Tensor]]):
+    def __init__(self, samples: Sequence[Tensor]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.samples[index]}
+
+
+def _data(
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    student: Path,
+    leave_out: range,
+    processes: int,
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """The packed text, written once: what is trained on, and what is only measured."""
+    _check_settings(folder, {"student": str(student), **asdict(config), "report_to": list(config.report_to)})
+    path = folder / "tokens.int32"
+    step = config.batch_size * config.gradient_accumulation * processes
+    if not path.is_file():
+        write_windows(
+            config.data or "",
+            tokenizer,
+            path,
+            length=config.max_length,
+            limit=max(2, math.ceil(config.max_steps * step / (1 - config.validation_split))),
+            seed=config.seed,
+            split=config.split,
+            leave_out=leave_out,
+        )
+    windows = Windows(path, config.max_length)
+    held_out = max(1, round(len(windows) * config.validation_split))
+    return Subset(windows, range(held_out, len(windows))), Subset(windows, range(held_out))
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings beside the checkpoints; refuse to continue with others."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+    stored = json.loads(path.read_text())
+    differing = [name for name in settings if settings[name] != stored.get(name)]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a training with other settings ({', '.join(differing)}); give the same to continue it, or "
+            "remove the folder"
+        )
+
+
+def _steps(config: DistillConfig, samples: int, processes: int) -> int:
+    """Optimiser steps, as the Trainer counts them."""
+    passes = -(-samples // (config.batch_size * processes))
+    return min(config.max_steps, math.ceil(config.num_epochs * -(-passes // config.gradient_accumulation)))
+
+
+def _load_student(folder: Path, config: DistillConfig) -> PreTrainedModel:
+    """On the CPU: the Trainer moves or shards it."""
+    automatic = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype = automatic if config.dtype == "auto" else config.dtype
+    return load_model(folder, dtype=dtype, device_map="cpu", trust_remote_code=config.trust_remote_code)
+
+
+def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel:
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    quantization = None
+    if config.teacher_quantization == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return load_model(
+        config.teacher or "",
+        dtype=str(dtype).removeprefix("torch."),
+        device_map=str(state.device) if cuda else "cpu",
+        trust_remote_code=config.trust_remote_code,
+        quantization=quantization,
+    )
+
+
+def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def _merged_weights(
+    student: PreTrainedModel, trainer: DistillationTrainer, config: DistillConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The student's weights in the dtype of its checkpoint, gathered from all devices; asked for by all processes."""
+    if config.lora_rank is not None:
+        weights = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().state_dict()
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    tied = getattr(student, "all_tied_weights_keys", {})  # stored once, under the other name
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+        if name not in tied
+    }
+
+
+def _write(
+    student: PreTrainedModel, weights: dict[str, Tensor], source: Path, out: Path, result: Distillation, config: Any
+) -> None:
+    """The checkpoint: the student's own files, but for the weights."""
+    summary = {"steps": result.steps, "before": result.before, "after": result.after, "settings": config}
+    with replacing(out) as temporary:
+        student.save_pretrained(temporary, state_dict=weights)
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+        about = source / "blockspin.json"
+        known = json.loads(about.read_text()) if about.is_file() else {}
+        write_json(temporary / "blockspin.json", {**known, "distillation": summary})
+        write_json(temporary / "distillation.json", result.history)

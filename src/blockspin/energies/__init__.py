@@ -1,0 +1,1 @@
+"""What predicts the loss of a model without some blocks."""

@@ -1,0 +1,279 @@
+"""Energies from shortened models instead of gradients: what the text says of every block and every pair of blocks.
+
+The gradients describe the loss near the whole model; a removal is far from it. Here blocks are really removed, one
+(`gauss_newton` with step 1) or two (`measure_pairs`) at a time, and the energy is a quadratic model of what that does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor, nn
+
+from ..files import replacing
+from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
+from ..model.blocks import Block, find_blocks
+from ..model.gates import gated, trace_blocks
+from ..model.passes import passes_of_walk, removal_passes
+from ..model.quality import kl, loss, measured
+from ..problem import RemovalProblem
+from ..progress import console, track
+from ..solvers import solve
+from .gradients import Gradients, Partial, fingerprint
+
+Floats = NDArray[np.float64]
+Passes = Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """A quadratic form of each sample, whose mean over the tokens is the matrix of the energy.
+
+    matrices: (num_samples, num_blocks, num_blocks) float32, symmetric, in nats; NaN where a pair was not measured.
+    tokens: (num_samples,) int64, predicted tokens of each sample: its weight in the mean.
+    blocks: the blocks of the model. metadata: where the numbers come from, as text.
+    """
+
+    matrices: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    blocks: tuple[Block, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hessian(self) -> Floats:
+        """(num_blocks, num_blocks): the energy of a removal x is x^T hessian x, an estimate in nats a token."""
+        return self._moments()[0]
+
+    @property
+    def standard_errors(self) -> Floats:
+        """(num_blocks, num_blocks): of every entry of `hessian`, from the scatter between samples; inf with one."""
+        mean, weights = self._moments()
+        apart = np.nan_to_num(self.matrices.astype(np.float64) - mean)
+        number = (weights > 0).sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors: Floats = np.sqrt((weights**2 * apart**2).sum(axis=0) * number / (number - 1))
+        errors[number < 2] = np.inf
+        return errors
+
+    @property
+    def mean_gradient(self) -> Floats:
+        """Zeros: the diagonal of `hessian` holds what single removals do."""
+        return np.zeros(len(self.blocks))
+
+    def resampled(self, generator: np.random.Generator) -> Interactions:
+        """As many samples, drawn with replacement: one bootstrap replicate; unmeasured pairs keep their mean."""
+        rows = generator.integers(0, len(self.matrices), len(self.matrices))
+        matrices = self.matrices[rows]
+        matrices = np.where(np.isnan(matrices).all(axis=0), self.hessian, matrices).astype(np.float32)
+        return replace(self, matrices=matrices, tokens=self.tokens[rows])
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the blocks and the metadata are in its header."""
+        header = {"interactions": json.dumps({"blocks": [asdict(b) for b in self.blocks], "metadata": self.metadata})}
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"matrices": self.matrices, "tokens": self.tokens}, metadata=header))
+
+    def _moments(self) -> tuple[Floats, Floats]:
+        """The weighted mean of the matrices, and the weights (num_samples, N, N), which sum to 1 for each entry."""
+        weights = np.where(np.isnan(self.matrices), 0.0, self.tokens[:, None, None])
+        weights = weights / weights.sum(axis=0)
+        return (weights * np.nan_to_num(self.matrices.astype(np.float64))).sum(axis=0), weights
+
+
+Energies = Gradients | Interactions
+
+
+def load_energies(path: str | Path) -> Energies:
+    """What `Gradients.save` or `Interactions.save` wrote.
+
+    Raises:
+        ValueError: there is no such file, it is truncated, or it holds something else.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("interactions", "null"))
+            if header is not None:
+                blocks = tuple(Block(**entry) for entry in header["blocks"])
+                tensors = file.get_tensor("matrices"), file.get_tensor("tokens")
+                return Interactions(*tensors, blocks, header["metadata"])
+    except (SafetensorError, OSError):
+        pass  # Gradients.load says what is wrong
+    return Gradients.load(path)
+
+
+def measure_pairs(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    objective: Literal["kl", "loss"] = "kl",
+    batch_size: int = 8,
+    partial: str | Path | None = None,
+    metadata: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Interactions:
+    """What removing each block, and each pair of blocks, does to the objective: Q with the energy x^T Q x.
+
+    Q_ii = L(without i) - L and 2 Q_ij = L(without i and j) - L - Q_ii - Q_jj, L the token mean over the samples of the
+    KL divergence from the whole model ("kl", where L is 0) or of the cross-entropy ("loss", several times noisier).
+    Removals that agree on the first blocks share the pass up to there: N(N+1)/6 passes of the whole model instead of
+    N(N+1)/2. All pairs are measured on the first quarter of the samples; on the rest only those that occur together in
+    a low-energy removal, which are the ones whose errors matter (`pairs_in_low_states`).
+
+    partial: a file to which every finished batch is added; the same call continues it.
+
+    Raises:
+        ValueError: unusable samples or model, a loss that is NaN or infinite, or a partial file of something else.
+    """
+    blocks, n = tuple(find_blocks(model)), len(find_blocks(model))
+    tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)
+    matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
+    finished = Partial(partial, fingerprint(model, samples, objective)) if partial is not None else None
+    for index, row in finished.read() if finished is not None else ():
+        matrices[index] = row.reshape(n, n)
+    first = min(len(samples), max(4, len(samples) // 4))
+    every = list(combinations(range(n), 2))
+    if progress:
+        cost = passes_of_walk([(), *((i,) for i in range(n)), *every], n)
+        console.print(
+            f"{len(every)} pairs of {n} blocks cost about {cost:.0f} passes of the model for each of the first {first} "
+            f"samples, and fewer for the other {len(samples) - first}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for chosen in (range(first), range(first, len(samples))):
+        todo = [i for i in chosen if np.isnan(matrices[i, 0, 0])]
+        if not todo:
+            continue
+        known = Interactions(matrices[:first], tokens[:first], blocks)
+        pairs = every if chosen.start == 0 else pairs_in_low_states(known)
+        for start in track(range(0, len(todo), batch_size), "Pairs", -(-len(todo) // batch_size), show=progress):
+            part = todo[start : start + batch_size]
+            found = _pair_matrices(model, [samples[i] for i in part], pairs, objective, n)
+            matrices[part] = found
+            if finished is not None:
+                finished.append(part, found.reshape(len(part), -1))
+    return Interactions(matrices, tokens, blocks, metadata or {})
+
+
+def _pair_matrices(
+    model: nn.Module, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str, n: int
+) -> NDArray[np.float32]:
+    """(number of samples, N, N): Q of each sample; NaN for other pairs."""
+    measure = {"kl": kl, "loss": loss}[objective]
+    removals = [(), *((i,) for i in range(n)), *pairs]
+    values = measured(model, removals, samples, measure, batch_size=len(samples))[..., 0]
+    change = values - values[0]
+    matrices = np.full((len(samples), n, n), np.nan)
+    matrices[:, range(n), range(n)] = change[1 : n + 1].T
+    for (i, j), both in zip(pairs, change[n + 1 :], strict=True):
+        matrices[:, i, j] = matrices[:, j, i] = (both - change[1 + i] - change[1 + j]) / 2
+    return matrices.astype(np.float32)
+
+
+def pairs_in_low_states(interactions: Interactions, replicates: int = 4, states: int = 20) -> list[tuple[int, int]]:
+    """The pairs of blocks in the lowest states of bootstrap replicates, for an eighth to a half of the blocks."""
+    n, generator, found = len(interactions.blocks), np.random.default_rng(0), set()
+    for _ in range(replicates):
+        hessian = interactions.resampled(generator).hessian
+        for remove in sorted({max(1, n * eighths // 8) for eighths in (1, 2, 3, 4)}):
+            if remove < n:
+                spectrum = solve(RemovalProblem(hessian, remove=remove), states=states, solver="tabu")
+                found |= {pair for state in spectrum.states for pair in combinations(state.removed, 2)}
+    return sorted(found)
+
+
+def gauss_newton(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    step: float = 1.0,
+    positions: int = 64,
+    batch_size: int = 8,
+    partial: str | Path | None = None,
+    metadata: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Interactions:
+    """The Gauss-Newton form of the KL divergence from the whole model: Q_ij = 1/2 mean over tokens cov_p(z_i, z_j).
+
+    z_i (vocabulary,) is how the logits change as the gate of block i goes from 1 to 1 - step, divided by the step, and
+    cov_p the covariance under the whole model's prediction p: KL is 1/2 var_p of a small change of the logits, and the
+    changes of several blocks are taken to add up. A small step gives the derivative, the usual Gauss-Newton matrix;
+    step 1 removes the block, which gives the secant instead: right for single blocks whatever their size. Costs a
+    pass for each block, half of it where passes can be shared (step 1).
+
+    positions: tokens of each sample that are used, spread over it. Memory: the logits there for every block.
+
+    Raises:
+        ValueError: unusable samples or model, step not in (0, 1], or a partial file of something else.
+    """
+    if not 0 < step <= 1:
+        raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
+    blocks, n = tuple(find_blocks(model)), len(find_blocks(model))
+    matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
+    finished = Partial(partial, fingerprint(model, samples, step, positions)) if partial is not None else None
+    for index, row in finished.read() if finished is not None else ():
+        matrices[index] = row.reshape(n, n)
+    todo = [i for i in range(len(samples)) if np.isnan(matrices[i, 0, 0])]
+    passes = _single_removals if step == 1 else _gates_moved
+    batches = passes(model, [samples[i] for i in todo], step, batch_size) if todo else ()
+    number = -(-len(samples) // batch_size)
+    for batch, outputs in track(batches, "Blocks", number, number - -(-len(todo) // batch_size), progress):
+        part = [todo[i] for i in batch.indices]
+        matrices[part] = _covariances(batch, outputs, n, step, positions)
+        if finished is not None:
+            finished.append(part, matrices[part].reshape(len(part), -1))
+    tokens = np.array([min(len(sample) - 1, positions) for sample in samples], dtype=np.int64)
+    return Interactions(matrices, tokens, blocks, metadata or {})
+
+
+def _single_removals(model: nn.Module, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
+    removals = [(), *((i,) for i in range(len(find_blocks(model))))]
+    return removal_passes(model, removals, samples, batch_size=batch_size)
+
+
+def _gates_moved(model: nn.Module, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
+    """Every batch with the logits of the whole model (0) and of those with one gate at 1 - step (i + 1)."""
+    traces = trace_blocks(model)
+
+    def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        for k in range(len(traces) + 1):
+            alphas = torch.ones(len(batch.indices), len(traces), device=next(model.parameters()).device)
+            alphas[:, k - 1 : k] = 1 - step
+            with gated(model, alphas, traces):
+                yield k, batch.forward(model)
+
+    with frozen(model), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            yield batch, outputs(batch)
+
+
+def _covariances(
+    batch: Batch, outputs: Iterator[tuple[int, Tensor]], n: int, step: float, positions: int
+) -> NDArray[np.float32]:
+    """(batch, N, N): the Gauss-Newton form of each sample. The whole model's logits come first."""
+    used = [torch.linspace(0, length - 2, min(length - 1, positions)).long() for length in batch.lengths.tolist()]
+    picked: dict[int, list[Tensor]] = {}
+    for k, logits in outputs:
+        check_finite(sample_losses(logits, batch), batch)
+        picked[k] = [row[where.to(row.device)] for row, where in zip(logits, used, strict=True)]
+    forms = []
+    for r in range(len(used)):
+        whole = picked[0][r].float()
+        p = whole.softmax(-1)
+        changes = []
+        for k in range(1, n + 1):
+            z = (picked[k][r].to(whole.device).float() - whole) / step
+            changes.append((p.sqrt() * (z - (p * z).sum(-1, keepdim=True))).flatten())
+        scores = torch.stack(changes)
+        forms.append((scores @ scores.T / (2 * len(used[r]))).cpu().numpy())
+    return np.stack(forms).astype(np.float32)

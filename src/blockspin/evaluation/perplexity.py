@@ -1,0 +1,255 @@
+"""What a model is worth and what it costs: perplexity of samples and of texts, parameters, bytes, speed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..model.batches import frozen, make_batches, mean_loss
+from ..model.blocks import find_blocks
+from ..progress import track
+from .scores import Score, cell
+
+WIKITEXT2 = "wikitext2"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the result table.
+
+    loss: token-mean cross-entropy in nats, on the samples of the evaluation; perplexity is its exponential.
+    num_bytes: size of the weights on disk.
+    tokens_per_second: prefill throughput; compare it only within one run.
+    removed, energy: of the candidate, where the model is one. scores: on benchmark tasks, where some were asked for.
+    """
+
+    name: str
+    num_blocks: int
+    loss: float
+    num_parameters: int
+    num_bytes: int
+    tokens_per_second: float
+    removed: tuple[int, ...] = ()
+    energy: float | None = None
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def as_json(self) -> dict[str, Any]:
+        scores = [score.as_json() for score in self.scores]
+        return {**asdict(self), "perplexity": self.perplexity, "scores": scores}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Evaluation:
+        known = {name: value for name, value in values.items() if name != "perplexity"}
+        scores = tuple(Score.from_json(score) for score in values.get("scores", ()))
+        return Evaluation(**{**known, "removed": tuple(values["removed"]), "scores": scores})
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Perplexity of a text, cut into windows of `window` tokens that share none.
+
+    loss: nats per predicted token; the first token of a window is not predicted. num_tokens, num_bytes: of the text.
+    """
+
+    text: str
+    loss: float
+    num_tokens: int
+    num_bytes: int
+    window: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """loss * tokens / bytes / ln 2 (The Pile, arXiv 2101.00027, section 3.1); does not depend on the tokenizer."""
+        return self.loss * self.num_tokens / self.num_bytes / math.log(2)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+def text_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path = WIKITEXT2,
+    *,
+    window: int = 2048,
+    batch_size: int = 1,
+) -> TextPerplexity:
+    """Perplexity of a whole text: tokenized in one piece, cut into windows, stride = length.
+
+    text: a text file, or "wikitext2" for the test split of WikiText-2 (raw), its rows joined by blank lines: the
+    number that papers on compression report at window 2048. A shorter rest at the end is left out, as they do.
+    window: tokens; a model with a shorter context gets windows of that length.
+
+    Raises:
+        ValueError: the text cannot be read or is shorter than two tokens, or the loss is NaN or infinite.
+    """
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = min(window, longest or window)
+    if window < 2:
+        raise ValueError(f"a window has at least 2 tokens, not {window} (--window)")
+    content = _read_text(text)
+    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
+    whole = len(ids) // window
+    windows = list(ids[: whole * window].view(whole, window)) if whole else [ids]
+    if len(ids) < 2:
+        raise ValueError(f"{text} has fewer than two tokens; give a longer text (--text)")
+    loss = mean_loss(model, windows, batch_size)
+    return TextPerplexity(str(text), loss, len(ids), len(content.encode()), window)
+
+
+def _read_text(text: str | Path) -> str:
+    try:
+        if str(text) != WIKITEXT2:
+            return Path(text).read_text()
+        from datasets import load_dataset
+
+        return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot read the text {text} ({reason}); give a text file or {WIKITEXT2} (--text)") from error
+
+
+def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> float:
+    """exp of the token-mean cross-entropy over all predicted tokens of the samples.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    return math.exp(mean_loss(model, samples, batch_size))
+
+
+def tokens_per_second(
+    models: Sequence[nn.Module],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    rounds: int = 5,
+    progress: bool = True,
+) -> list[float]:
+    """Prefill throughput of each model on the same batch: the median of several rounds.
+
+    The models take turns within each round, so that a machine that slows down or speeds up does so for all of them.
+    """
+    batch = max(make_batches(samples, batch_size), key=lambda b: int(b.lengths.sum()))
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
+            for model, times in zip(models, seconds, strict=True):
+                with frozen(model):
+                    started = time.perf_counter()
+                    batch.forward(model)[0, 0, 0].item()  # waits for the device
+                    times.append(time.perf_counter() - started)
+    return [int(batch.lengths.sum()) / statistics.median(times[1:]) for times in seconds]
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    num_bytes: Sequence[int],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """A row for each named model: loss on the samples, parameters, size, and speed measured in turns.
+
+    num_bytes: size of each model's weights on disk.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    losses = [
+        mean_loss(model, samples, batch_size)
+        for model in track(models.values(), "Evaluating", len(models), show=progress)
+    ]
+    speeds = tokens_per_second(list(models.values()), samples, batch_size=batch_size, progress=progress)
+    return [
+        Evaluation(
+            name=name,
+            num_blocks=len(find_blocks(model)),
+            loss=loss,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_bytes=size,
+            tokens_per_second=speed,
+        )
+        for (name, model), loss, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True)
+    ]
+
+
+def results_table(rows: Sequence[Evaluation]) -> Table:
+    """The rows as a terminal table; parameters, size and speed also relative to the first row."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("removed blocks", overflow="fold")
+    for column in ("perplexity", "parameters", "on disk", "tokens/s"):
+        table.add_column(column, justify="right", overflow="fold")
+    first = rows[0]
+    for score in rows[0].scores:
+        table.add_column(score.task, justify="right", overflow="fold")
+    for row in rows:
+        share, speed = row.num_parameters / first.num_parameters, row.tokens_per_second / first.tokens_per_second
+        table.add_row(
+            row.name,
+            ",".join(map(str, row.removed)),
+            f"{row.perplexity:.2f}",
+            f"{short(row.num_parameters)} {share:.0%}",
+            f"{short(row.num_bytes)}B",
+            f"{row.tokens_per_second:,.0f} {speed:.2f}x",
+            *map(cell, row.scores),
+        )
+    return table
+
+
+def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:
+    """Models down (name -> the same texts), texts across: perplexity and bits per byte."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    heading, *lines = _texts_lines(texts)
+    for i, column in enumerate(heading):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def texts_markdown(texts: Mapping[str, Sequence[TextPerplexity]]) -> str:
+    """The same table in Markdown."""
+    heading, *lines = _texts_lines(texts)
+    rows = [heading, ["---"] + ["---:"] * (len(heading) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _texts_lines(texts: Mapping[str, Sequence[TextPerplexity]]) -> list[list[str]]:
+    first = next(iter(texts.values()))
+    lines = [["model"]]
+    for text in first:
+        lines[0] += [f"{Path(text.text).name} perplexity ({text.window} tokens)", "bits/byte"]
+    for name, found in texts.items():
+        lines.append([name, *(part for t in found for part in (f"{t.perplexity:.4g}", f"{t.bits_per_byte:.4f}"))])
+    return lines
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 2.76 M."""
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.4g} T"

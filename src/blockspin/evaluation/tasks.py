@@ -1,0 +1,138 @@
+"""Scores models on the tasks of the lm-evaluation-harness; each result is kept on disk once it is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import CompressConfig, EvaluateConfig, TaskSettings
+from ..files import write_json
+from ..model import fingerprint
+from ..model.loading import load_tokenizer
+from ..progress import console
+from . import harness
+from .scores import Score, cell, over_rollouts, scores_of
+
+_DECIDING = ("limit", "num_fewshot", "apply_chat_template", "backend", "max_gen_tokens", "dtype")
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Any,
+) -> list[Score]:
+    """Score a model on tasks of EleutherAI's lm-evaluation-harness (extra `eval`).
+
+    model: in memory, a local folder or a hub id. tasks: tasks or groups of the harness, default those of the paper.
+    tokenizer: default that of the folder or hub id the model was loaded from.
+    settings: those of `blockspin.config.EvaluateConfig`: limit=100, num_fewshot=5, rollouts={"aime25": 10}, ...
+
+    Returns a score for each task in order; groups that the harness does not aggregate give one for each member.
+
+    Raises:
+        ValueError: the harness is missing, a task is unknown or its data cannot be had, there is no chat template
+            though one is asked for, or memory runs out.
+    """
+    return evaluate_tasks(model, EvaluateConfig(tasks=tuple(tasks), **settings), tokenizer)
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | str | Path, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Score]:
+    """`evaluate` with settings in one piece."""
+    if tokenizer is None:
+        source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    files = result_files(model, tokenizer, config)
+    known = {task: _read(file) for task, file in files.items() if file.is_file()}
+    missing = [task for task in config.tasks if task not in known]
+    if missing:
+        loaded = check_tasks(missing, config, tokenizer)
+        lm = harness.open_model(model, tokenizer, config)
+    for number, task in enumerate(missing, 1):
+        known[task], results = _score(lm, loaded.pop(task), task, config)
+        for score in known[task]:
+            console.print(f"{score.task} {cell(score)}, task {number} of {len(missing)}", highlight=False)
+        if task in files:
+            write_json(files[task], {"scores": [score.as_json() for score in known[task]], "results": results})
+    return [score for task in config.tasks for score in known[task]]
+
+
+def check_tasks(
+    tasks: Sequence[str], config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, Any]]:
+    """Refuse what cannot be scored before any model is loaded; returns what `harness.find_tasks` found.
+
+    Raises:
+        ValueError: the harness is missing, a task is unknown or its data cannot be had, or there is no chat template.
+    """
+    if config.apply_chat_template:
+        harness.check_chat_template(tokenizer)
+    return harness.find_tasks(tasks, config.include_path)
+
+
+def scorer(
+    config: CompressConfig, tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> Callable[[PreTrainedModel], tuple[Score, ...]]:
+    """A function that scores models on the tasks of a run, checked now; without tasks it returns nothing.
+
+    Raises:
+        ValueError: as `check_tasks`.
+    """
+    if not config.tasks:
+        return lambda model: ()
+    shared = {f.name: getattr(config, f.name) for f in fields(TaskSettings)}
+    settings = EvaluateConfig(**shared, cache=str(cache), trust_remote_code=config.trust_remote_code)
+    check_tasks(settings.tasks, settings, tokenizer)
+    return lambda model: tuple(evaluate_tasks(model, settings, tokenizer))
+
+
+def result_files(
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+) -> dict[str, Path]:
+    """Where the result of each task is kept: under its name and a digest of all that decides it; {} without a cache."""
+    if config.cache is None:
+        return {}
+    shared = {
+        "model": fingerprint.of_model(model, trust_remote_code=config.trust_remote_code),
+        "tokenizer": fingerprint.of_tokenizer(tokenizer),
+        "task files": fingerprint.of_folder(config.include_path) if config.include_path else None,
+        "harness": harness.version(),
+        "gpu": torch.cuda.is_available(),
+        **{name: getattr(config, name) for name in _DECIDING},
+    }
+    files = {}
+    for task in config.tasks:
+        rollouts = dict(config.rollouts).get(task, 0)
+        sampling = (rollouts, config.temperature, config.top_p, config.seed) if rollouts else 0
+        key = fingerprint.digest({**shared, "task": task, "sampling": sampling})
+        files[task] = Path(config.cache) / f"{Path(task).stem}-{key}.json"
+    return files
+
+
+def _read(file: Path) -> list[Score]:
+    try:
+        return [Score.from_json(values) for values in json.loads(file.read_text())["scores"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not a result of blockspin; remove it, or choose another folder (--cache)"
+        ) from error
+
+
+def _score(lm: Any, loaded: dict[str, Any], task: str, config: EvaluateConfig) -> tuple[list[Score], dict[str, Any]]:
+    """The scores, and the numbers of the harness that they come from."""
+    rollouts = dict(config.rollouts).get(task, 0)
+    results = harness.run(lm, loaded, config, rollouts)
+    scores = scores_of(results, loaded, task)
+    if rollouts:
+        scores = [over_rollouts(score, loaded, rollouts) for score in scores]
+    kept = ("results", "versions", "n-shot", "n-samples", "configs")
+    return scores, json.loads(json.dumps({name: results[name] for name in kept}, default=str))

@@ -1,0 +1,125 @@
+"""Opens a model and its tokenizer from a hub id or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..config import DTYPES
+
+_AUTO_CLASSES = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+)
+
+
+def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that opens models of this type: AutoModelForCausalLM, or for models that take images or
+    sound besides text AutoModelForImageTextToText or AutoModelForMultimodalLM.
+
+    Raises:
+        ValueError: there is none, and the model does not come with code of its own that may run.
+    """
+    for mapping, found in _AUTO_CLASSES:
+        if type(config) in mapping:
+            return found
+    if trust_remote_code:
+        return AutoModelForCausalLM
+    raise ValueError(f"transformers has no language model of the type {config.model_type}")
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model, checked to be one that can be shortened.
+
+    Raises:
+        ValueError: there is no such model, or it is not a decoder-only language model.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json; give a folder made by save_pretrained, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {str(source)!r}: {_first_line(error)}") from error
+    architectures = getattr(config, "architectures", None) or []
+    known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
+    encoder = any(part.is_encoder_decoder for part in (config, config.get_text_config(decoder=True)))
+    if not known or encoder or any("MaskedLM" in name for name in architectures):
+        described = ", ".join(architectures) or config.model_type
+        raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
+    return config
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """A causal language model, in evaluation mode.
+
+    dtype: "auto" takes the checkpoint's, but float32 on a CPU, where narrow types are slow.
+    device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU.
+    quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
+
+    Raises:
+        ValueError: the model cannot be opened, its dtype is unknown, or it is not a causal language model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+    arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
+    arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    try:
+        model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
+            source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def model_without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration on the meta device: its structure costs neither time nor memory."""
+    opening = auto_class(config, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = opening.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

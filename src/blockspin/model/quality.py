@@ -1,0 +1,140 @@
+"""How good shortened models are: loss, KL divergence from the original and agreement, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .batches import Batch, check_finite, frozen, make_batches, sample_losses
+from .passes import Removal, removal_passes
+
+Floats = NDArray[np.float64]
+# (logits, logits of the whole model, batch) -> (batch, number of measures), token means of each sample
+Measure = Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on a text, and how close to the original; means over all predicted tokens.
+
+    loss: cross-entropy in nats. kl: KL(original || this model) in nats. agreement: share of tokens where both models
+    predict the same most likely token.
+    """
+
+    loss: float
+    kl: float
+    agreement: float
+
+
+def measured(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    measure: Measure,
+    **options: Any,
+) -> Floats:
+    """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
+
+    options: batch_size, memory_limit, progress; see `removal_passes`.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    result: list[list[Any]] = [[None] * len(samples) for _ in removals]
+    for batch, outputs in removal_passes(model, [(), *removals], samples, **options):
+        whole = None
+        for k, logits in outputs:
+            whole = logits if whole is None else whole  # nothing removed comes first
+            if k:
+                for sample, row in zip(batch.indices, measure(logits, whole, batch).tolist(), strict=True):
+                    result[k - 1][sample] = row
+    return np.array(result, dtype=np.float64)
+
+
+def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
+    """Means over all predicted tokens, (..., ), of the token means of each sample, (..., number of samples)."""
+    weights = np.array([len(sample) - 1 for sample in samples], dtype=np.float64)
+    return np.asarray(values @ (weights / weights.sum()))
+
+
+def shared_losses(
+    model: nn.Module, removals: Sequence[Removal], samples: Sequence[Tensor], **options: Any
+) -> list[float]:
+    """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    values = measured(model, removals, samples, loss, **options)
+    losses: list[float] = token_mean(values[..., 0], samples).tolist()
+    return losses
+
+
+def shared_qualities(
+    model: nn.Module, removals: Sequence[Removal], samples: Sequence[Tensor], **options: Any
+) -> list[Quality]:
+    """The quality of the model without the blocks of each removal, compared with the whole model.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    values = measured(model, removals, samples, quality, **options)
+    return [Quality(*row) for row in token_mean(values.swapaxes(1, 2), samples).tolist()]
+
+
+def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Quality:
+    """The quality of any model with the vocabulary of `original`.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    values = np.zeros((3, len(samples)))
+    with frozen(model), frozen(original), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            rows = quality(batch.forward(model), batch.forward(original), batch)
+            values[:, list(batch.indices)] = rows.T.numpy()
+    return Quality(*token_mean(values, samples).tolist())
+
+
+def loss(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each sample in nats, (batch, 1)."""
+    losses = sample_losses(logits, batch).double().cpu()
+    check_finite(losses, batch)
+    return losses[:, None]
+
+
+def kl(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
+    """KL(original || shortened model) of each sample in nats, (batch, 1) float64.
+
+    logits, whole: (batch, length, vocabulary). Row by row, so that the temporaries are those of one sample.
+
+    Raises:
+        ValueError: a divergence is NaN or infinite.
+    """
+    rows = []
+    for row, reference, length in zip(logits, whole, batch.lengths.tolist(), strict=True):
+        wide = torch.promote_types(row.dtype, torch.float32)
+        ours = nn.functional.log_softmax(row[: length - 1].to(wide), -1)
+        theirs = nn.functional.log_softmax(reference[: length - 1].to(row.device, wide), -1)
+        rows.append(nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True) / (length - 1))
+    divergences = torch.stack(rows).double().cpu()
+    check_finite(divergences, batch)
+    return divergences[:, None]
+
+
+def quality(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
+    """Loss, KL divergence and agreement of each sample, (batch, 3) float64.
+
+    Raises:
+        ValueError: a loss is NaN or infinite.
+    """
+    same = (logits.argmax(-1) == whole.argmax(-1).to(logits.device)).double().cpu()
+    predicting = torch.arange(same.shape[1]) < batch.lengths[:, None] - 1
+    agreement = (same * predicting).sum(1, keepdim=True) / predicting.sum(1, keepdim=True)
+    return torch.cat([loss(logits, whole, batch), kl(logits, whole, batch), agreement], dim=1)

@@ -1,0 +1,92 @@
+"""Candidate removals: from the states of a spectrum, from an order of preference, at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..problem import RemovalProblem
+from . import Spectrum
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A removal from any method, with what is known of it.
+
+    removed: sorted indices of the removed blocks.
+    source: the method, e.g. "CBO:0" for the ground state.
+    energy: predicted by the problem; None where the method has none.
+    loss: what removing the blocks was measured to cost, by default the KL divergence from the whole model in nats a
+        token; None before it is measured.
+    """
+
+    removed: tuple[int, ...]
+    source: str
+    energy: float | None = None
+    loss: float | None = None
+
+
+def states_as_candidates(spectrum: Spectrum) -> list[Candidate]:
+    """State k of the spectrum as the candidate `CBO:k`."""
+    return [Candidate(state.removed, f"CBO:{k}", state.energy) for k, state in enumerate(spectrum.states)]
+
+
+def open_blocks(problem: RemovalProblem, removed: Iterable[int]) -> list[int]:
+    """The blocks that may go next on the way from `removed` to a removal that the problem allows; none once it is one.
+
+    `removed` holds the blocks that every allowed removal contains (`problem.reduced.always`).
+    """
+    r = problem.reduced
+    gone = np.isin(r.block, list(removed))
+    missing = r.need - np.bincount(r.group[gone], r.weight[gone], minlength=len(r.need))
+    free = np.flatnonzero(~gone & (missing[r.group] > 0))
+    if r.max_removed < len(r.block) and not r.equality:  # one block stays: it must be small enough to reach the budget
+        spare = r.weight.sum() - r.need[0]
+        free = np.array([i for i in free if any(r.weight[j] <= spare for j in np.flatnonzero(~gone) if j != i)], int)
+    return sorted(r.block[free].tolist())
+
+
+def fill(problem: RemovalProblem, order: Iterable[int]) -> tuple[int, ...]:
+    """The removal made by taking blocks in this order of preference, each where the problem still allows it.
+
+    order: block indices, most dispensable first; every block of the problem once. With a number of blocks to remove
+    it is simply the first that are not protected; kinds fill up one by one; a parameter budget is filled until met.
+    """
+    removed = set(problem.reduced.always)
+    for block in order:
+        if block in open_blocks(problem, removed):
+            removed.add(block)
+    return tuple(sorted(removed))
+
+
+def random_candidate(problem: RemovalProblem, seed: int = 0) -> Candidate:
+    """A removal drawn at random among those that the problem allows: the baseline that every method must beat."""
+    order = np.random.default_rng(seed).permutation(problem.num_blocks).tolist()
+    removed = fill(problem, order)
+    return Candidate(removed, "random", problem.energy(removed))
+
+
+def distinct(candidates: Sequence[Candidate], apart: int = 2) -> list[Candidate]:
+    """One representative, the first, of each group of candidates that differ from it in at most `apart` blocks.
+
+    Blocks that one removes and the other keeps count; exchanging one block makes two. Neighbouring states of a spectrum
+    are often nearly the same removal.
+    """
+    kept: list[Candidate] = []
+    for candidate in candidates:
+        if all(len({*candidate.removed} ^ {*other.removed}) > apart for other in kept):
+            kept.append(candidate)
+    return kept
+
+
+def swaps(problem: RemovalProblem, removed: Iterable[int]) -> list[tuple[int, ...]]:
+    """The allowed removals that put one block back and remove another in its place, lowest energy first."""
+    out = set(removed)
+    r = problem.reduced
+    free = r.block.tolist()
+    moves = [(i, j) for i in sorted(out & {*free}) for j in free if j not in out]
+    neighbours = [tuple(sorted(out - {i} | {j})) for i, j in moves]
+    allowed = [neighbour for neighbour in neighbours if problem.allows(neighbour)]
+    return sorted(allowed, key=lambda neighbour: (problem.energy(neighbour), neighbour))

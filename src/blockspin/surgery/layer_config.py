@@ -1,0 +1,262 @@
+"""Makes a configuration describe the kept layers only, and proves that it does.
+
+What a configuration says about layers takes few forms: their number, a list or a string with an entry a layer, a list
+of layer indices, a table by index, a count of the first or last layers, a period. Each form is rewritten by what it
+looks like. Only a configuration that passes the proof is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..model.blocks import DEPTH, find_stack, other_lists
+from .proof import differences, find_slices, find_slots
+from .renaming import Renaming
+
+Build = Callable[[PretrainedConfig], PreTrainedModel]
+
+_LISTS_INDICES = re.compile(r"layer|block|idx|indices", re.IGNORECASE)
+_NOT_BY_LAYER = re.compile(r"token_id|multiplier|_section$", re.IGNORECASE)
+_COUNTS_LAYERS = re.compile(r"layer|blocks|dense|period|interval|offset|step|freq|every|shared", re.IGNORECASE)
+_LONGEST_PERIOD = 16
+_MOST_TRIALS = 200  # models built in search of a configuration; a deep one takes half a second
+_UNUSABLE = 10**6  # counts as so many differences
+_PATIENCE = 15.0  # seconds to look for other removals when one is refused
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A configuration proven to describe the kept layers.
+
+    config: the configuration. values: what to write to config.json for it.
+    model: the model of this configuration, without weights.
+    renaming: the new names of modules and tensors.
+    slices: tensors outside the layers with a slice for each layer: name in the model -> dimension of the slices.
+    """
+
+    config: PretrainedConfig
+    values: dict[str, Any]
+    model: PreTrainedModel
+    renaming: Renaming
+    slices: dict[str, int]
+
+
+def shorten_config(
+    config: PretrainedConfig, kept: Sequence[int], build: Build, written: dict[str, Any] | None = None
+) -> Shortened:
+    """The configuration of the kept layers, each proven to be of the same make as the layer it came from.
+
+    build: makes the model of a configuration, without weights.
+    written: the values as config.json has them; used where they can express the removal, so that nothing else in the
+        file changes. Otherwise the complete values are used, with the lists that the class derives written out.
+
+    Raises:
+        ValueError: no configuration of this class expresses the removal; says which single blocks can be removed.
+    """
+    original = build(config)
+    shortened, problem = first_proven(config, original, kept, build, written)
+    if shortened is not None:
+        return shortened
+    raise ValueError(f"{problem}; the configuration cannot express this removal. {_possible(config, original, build)}")
+
+
+def first_proven(
+    config: PretrainedConfig,
+    original: PreTrainedModel,
+    kept: Sequence[int],
+    build: Build,
+    written: dict[str, Any] | None = None,
+    thorough: bool = True,
+) -> tuple[Shortened | None, str]:
+    """The first proven configuration, or None and what is wrong with the first one tried."""
+    problems: list[str] = []
+    for values in (written, config.to_dict()):
+        if values is not None:
+            trial = _rewritten(config, original, values, kept)
+            shortened, found = _prove(config, original, trial, kept, build)
+            if shortened is not None:
+                return replace(shortened, values=trial) if values is written else shortened, ""
+            problems += found[:1]
+    return _search(config, original, trial, kept, build, thorough, len(found)), problems[0]
+
+
+def _rewritten(
+    config: PretrainedConfig, original: PreTrainedModel, values: dict[str, Any], kept: Sequence[int]
+) -> dict[str, Any]:
+    """A copy of `values` in which everything that describes layers describes the kept ones."""
+    stack_name, stack = find_stack(original)
+    renaming = Renaming(kept, len(stack))
+    result = copy.deepcopy(values)
+    text = _text_values(result)
+    depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
+    usual = config.get_text_config(decoder=True).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for name in text:
+        if name != "quantization_config" and name not in config.sub_configs:
+            text[name] = _shorten(name, text[name], kept, len(stack))
+    for name in depth_names or [usual]:
+        text[name] = len(kept)
+    for part in [result] if text is result else [result, text]:
+        if "quantization_config" in part:
+            settings = part["quantization_config"]
+            part["quantization_config"] = renaming.settings(settings, stack_name, other_lists(original))
+    return result
+
+
+def _text_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's values that describes the decoder."""
+    nested = [values[name] for name in ("decoder", "generator", "text_config") if isinstance(values.get(name), dict)]
+    return nested[0] if nested else values
+
+
+def _shorten(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
+    """One setting for the kept layers, by its form; as it was where it does not speak of layers."""
+    if isinstance(value, dict):
+        if value and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in value):
+            return {type(key)(p): value[key] for p, i in enumerate(kept) for key in value if int(key) == i}
+        first = int(any(_are_indices(v, depth, 1) and depth in v for v in value.values() if isinstance(v, list)))
+        if first:  # a table of lists of layer indices that count from 1
+            return {key: _new_indices(v, kept, 1) if _are_indices(v, depth, 1) else v for key, v in value.items()}
+        return {key: _shorten(str(key), entry, kept, depth) for key, entry in value.items()}
+    if isinstance(value, str):
+        return "".join(value[i] for i in kept) if len(value) == depth and "pattern" in name else value
+    if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
+        return value
+    if _LISTS_INDICES.search(name) and _are_indices(value, depth, 0):
+        return _new_indices(value, kept, 0)
+    if _are_runs(value) and sum(len(pattern) * times for pattern, times in value) == depth:
+        entries = [entry for pattern, times in value for entry in pattern * times]
+        return [[[entries[i] for i in kept], 1]]
+    return [value[i] for i in kept] if len(value) == depth else value
+
+
+def _are_indices(value: Any, depth: int, first: int) -> bool:
+    """Whether a value lists distinct layer indices in order, where the first layer is called `first`."""
+    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        return False
+    return sorted(set(value)) == list(value) and all(first <= i < depth + first for i in value)
+
+
+def _new_indices(value: Sequence[int], kept: Sequence[int], first: int) -> list[int]:
+    return [p + first for p, i in enumerate(kept) if i + first in value]
+
+
+def _are_runs(value: Sequence[Any]) -> bool:
+    """Whether a list has the form [[[a, b], times], ...]."""
+    return all(
+        isinstance(v, list | tuple) and len(v) == 2 and isinstance(v[0], list) and isinstance(v[1], int) for v in value
+    )
+
+
+def _search(
+    config: PretrainedConfig,
+    original: PreTrainedModel,
+    values: dict[str, Any],
+    kept: Sequence[int],
+    build: Build,
+    thorough: bool,
+    fewest: int,
+) -> Shortened | None:
+    """Change the numbers of first or last layers, periods and offsets, each time the one that leaves the fewest
+    differences, until none is left; None if no change helps any more or too many were tried.
+
+    values, fewest: where it starts, and how many differences there are. thorough: try every period.
+    """
+    depth = len(find_stack(original)[1])
+    trials = 0
+    while True:
+        best = None
+        for name, old in _text_values(values).items():
+            for new in _other_values(name, old, kept, depth, thorough):
+                trials += 1
+                if trials > _MOST_TRIALS:
+                    return None
+                trial = copy.deepcopy(values)
+                _text_values(trial)[name] = new
+                shortened, found = _prove(config, original, trial, kept, build, fewest)
+                if shortened is not None:
+                    return shortened
+                if len(found) < fewest:
+                    best, fewest = trial, len(found)
+        if best is None:
+            return None
+        values = best
+
+
+def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorough: bool) -> list[Any]:
+    """What a whole number that speaks of layers might become; also a repeated pattern or a depth-dependent scale."""
+    if isinstance(value, list | tuple) and 0 < len(value) < depth and _LISTS_INDICES.search(name):
+        return [[value[i % len(value)] for i in kept]]  # a pattern that is repeated over the layers, written out
+    if isinstance(value, float) and "depth" in name:
+        return [value * math.sqrt(len(kept) / depth), value * len(kept) / depth]
+    if not isinstance(value, int) or isinstance(value, bool) or DEPTH.search(name) or not _COUNTS_LAYERS.search(name):
+        return []
+    if not 0 <= value <= depth:
+        return []
+    first, last = sum(i < value for i in kept), sum(i >= depth - value for i in kept)
+    others = range(min(_LONGEST_PERIOD, depth) + 1) if thorough else ()
+    return [new for new in dict.fromkeys([first, last, *others]) if new != value]
+
+
+def _possible(config: PretrainedConfig, original: PreTrainedModel, build: Build) -> str:
+    """Which single blocks could be removed: a hint, found in limited time."""
+    depth = len(find_stack(original)[1])
+    deadline = time.monotonic() + _PATIENCE
+    tried, single = 0, []
+    for i in range(depth):
+        kept = [*range(i), *range(i + 1, depth)]
+        single += [i] if first_proven(config, original, kept, build, thorough=False)[0] else []
+        tried += 1
+        if time.monotonic() > deadline:
+            break
+    among = "" if tried == depth else f" (of the blocks 0 to {tried - 1}; the others were not tried)"
+    found = (
+        f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
+    )
+    return found + among
+
+
+def _prove(
+    config: PretrainedConfig,
+    original: PreTrainedModel,
+    values: dict[str, Any],
+    kept: Sequence[int],
+    build: Build,
+    most: int = _UNUSABLE,
+) -> tuple[Shortened | None, list[str]]:
+    """Build the model of `values` and compare it with the original; the differences in words where there are any, at
+    most `most` of them."""
+    try:
+        shortened = type(config).from_dict(_decoded(values))
+        parts = {
+            name: part._attn_implementation for name in config.sub_configs if (part := getattr(config, name, None))
+        }
+        shortened._attn_implementation = {"": config._attn_implementation, **parts}
+        model = build(shortened)
+        stack = find_stack(model)[1]
+    except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together
+        return None, [str(error).strip().split("\n")[-1].strip()] * _UNUSABLE
+    if len(stack) != len(kept):
+        return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
+    renaming = Renaming(kept, len(find_stack(original)[1]), find_slots(original, model, kept))
+    found = list(islice(differences(config, shortened, original, model, renaming), most))
+    if found:
+        return None, found
+    slices = find_slices(original, model, kept)
+    return Shortened(model.config, json.loads(shortened.to_json_string()), model, renaming, slices), []
+
+
+def _decoded(value: Any) -> Any:
+    """A copy of JSON values with the numbers that JSON lacks, which are written {"__float__": "Infinity"} there."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)

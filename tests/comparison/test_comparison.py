@@ -1,0 +1,211 @@
+"""The comparison on a tiny model: what is measured, what it costs, resuming, its tables and its page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import Command, random_samples, save_tiny, tiny_model
+
+from blockspin import baselines
+from blockspin.comparison.methods import counted
+from blockspin.comparison.report import spearman, text_rows, write_report
+from blockspin.comparison.run import Comparison, Row, averaged, compare
+from blockspin.config import CompressConfig
+from blockspin.data.calibration import load_calibration
+from blockspin.energies.gradients import estimate_gradients
+from blockspin.model.batches import make_batches, mean_loss
+from blockspin.model.gates import skipped, trace_blocks
+from blockspin.surgery.checkpoint import remove_blocks
+
+SAMPLES = {"num_samples": 12, "energy_samples": 6, "selection_samples": 4, "evaluation_samples": 6}
+SMALL = {**SAMPLES, "max_length": 16, "states": 6, "budget": 1.0}
+GOALS = {"1": 1, "2": 2}
+
+
+@pytest.fixture(autouse=True)
+def short_evolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "evopress", partial(baselines.evopress, offspring=3))
+
+
+@pytest.fixture
+def config(tiny_folder: Path, text_file: Path) -> CompressConfig:
+    return CompressConfig(str(tiny_folder), str(text_file), remove=1, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished comparison; tests only read it."""
+    folder = tmp_path_factory.mktemp("comparison")
+    rows = [{"text": f"row {i} has some words {i * i} and a few more"} for i in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny(folder / "model")
+    config = CompressConfig(str(folder / "model"), str(folder / "text.jsonl"), remove=1, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "evopress", partial(baselines.evopress, offspring=3))
+        compare(config, GOALS, folder / "out")
+    write_report(folder / "out")
+    return folder
+
+
+def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> None:
+    comparison = Comparison.load(finished / "out" / "comparison.json")
+    names = {row.method for row in comparison.rows}
+    assert {
+        "original",
+        "CBO, selected",
+        "CBO:0, secant",
+        "CBO:0",
+        "CBO, best of 20",
+        "SLEB",
+        "EvoPress",
+        "sliding-window merging",
+        "random",
+    } <= names
+    assert len(names) == 20 - 2  # "+" protects all four blocks of this model
+    assert {reason.split(",")[0] for reason in comparison.left_out} == {
+        "Shortened LLaMA PPL+",
+        "Shortened LLaMA Taylor+",
+    }
+    model = tf.AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = tf.AutoTokenizer.from_pretrained(finished / "model")
+    drawn = load_calibration(finished / "text.jsonl", tokenizer, num_samples=22, max_length=16, progress=False)
+    for row in comparison.rows:
+        assert len(row.removed) == (0 if row.method == "original" else int(row.goal))
+        built = baselines.merge_windows(model, row.windows) if row.windows else remove_blocks(model, row.removed)
+        assert row.loss == pytest.approx(mean_loss(built, drawn[16:]), rel=1e-5)
+        assert row.num_parameters == sum(p.numel() for p in built.parameters())
+        assert (row.kl < 1e-6) == (row.method == "original")
+    for point in comparison.landscape["2"]:
+        loss = mean_loss(remove_blocks(model, point["removed"]), drawn[12:16])
+        assert point["loss"] == pytest.approx(loss, rel=1e-5)
+        assert (point["drawn"] == ["original"]) == (point["removed"] == [])
+
+
+def test_costs_are_counted_in_forward_passes() -> None:
+    model, samples = tiny_model("llama"), random_samples((8, 8, 8))
+    batch, traces = make_batches(samples, 3)[0], trace_blocks(model)
+    with torch.no_grad():
+        with counted(model, 24) as whole:
+            batch.forward(model)
+        with skipped(model, (0, 2), traces), counted(model, 24) as half:
+            batch.forward(model)
+    assert (whole.passes, half.passes) == (pytest.approx(1), pytest.approx(0.5))
+    with counted(model, 24) as trace:
+        trace_blocks(model)
+    with counted(model, 24) as gates:
+        estimate_gradients(model, samples, progress=False)
+    with counted(model, 24) as weights:
+        baselines.weight_importance(model, samples)
+    assert gates.passes - trace.passes == pytest.approx(2)  # forward and backward
+    assert weights.passes == pytest.approx(3, abs=0.1)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_an_interrupted_comparison_runs_no_finished_method_again(
+    config: CompressConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = compare(config, GOALS, tmp_path / "unbroken")
+    sleb, iterative, runs = baselines.sleb, baselines.iterative_block_influence, []
+
+    def stopping(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    def counting(*args: object, **kwargs: object) -> object:
+        runs.append(1)
+        return iterative(*args, **kwargs)
+
+    monkeypatch.setattr(baselines, "sleb", stopping)
+    monkeypatch.setattr(baselines, "iterative_block_influence", counting)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, GOALS, tmp_path / "out")
+    assert len(runs) == 1
+    monkeypatch.setattr(baselines, "sleb", sleb)
+    resumed = compare(config, GOALS, tmp_path / "out")
+    assert len(runs) == 2  # the other goal's
+    assert [(r.method, r.goal, r.removed, r.loss) for r in resumed.rows] == [
+        (r.method, r.goal, r.removed, r.loss) for r in unbroken.rows
+    ]
+    monkeypatch.setattr("blockspin.comparison.run.load_model", lambda *a, **k: pytest.fail("loaded the model again"))
+    assert compare(config, GOALS, tmp_path / "out").rows == resumed.rows
+
+
+def test_the_tables_hold_every_row(finished: Path) -> None:
+    rows = Comparison.load(finished / "out" / "comparison.json").rows
+    with (finished / "out" / "comparison.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [(w["method"], w["goal"], float(w["loss"])) for w in written] == [(r.method, r.goal, r.loss) for r in rows]
+    lines = (finished / "out" / "comparison.md").read_text().splitlines()
+    assert len(lines) == 2 + len(averaged(rows))
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    random = [row for row in rows if (row.method, row.goal) == ("random", "2")]
+    mean = next(row for row in averaged(rows) if (row.method, row.goal) == ("random", "2"))
+    assert len(random) == 5
+    assert mean.loss == pytest.approx(np.mean([row.loss for row in random]))
+    for goal in GOALS:
+        losses = [row.loss for row in averaged(rows) if row.goal == goal]
+        assert losses[1:] == sorted(losses[1:])
+        assert next(row for row in averaged(rows) if row.goal == goal).method == "original"
+    assert len({len(line) for line in text_rows(rows)}) == 1
+
+
+def test_the_page_needs_no_other_file(finished: Path) -> None:
+    page = (finished / "out" / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 6
+    assert "://" not in page
+    for source in sources:
+        kind, data = source.split(",", 1)
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert page.count("<tr>") == 1 + len(averaged(Comparison.load(finished / "out" / "comparison.json").rows))
+
+
+def test_rank_correlation() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.permutation(30), generator.permutation(30)
+    assert spearman(a, b) == pytest.approx(1 - 6 * ((a - b) ** 2).sum() / (30 * (30**2 - 1)))
+    assert spearman(a, np.exp(a / 5)) == pytest.approx(1)
+    assert spearman([1, 2, 2, 3], [1, 2.5, 2.5, 9]) == pytest.approx(1)
+    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_commands(finished: Path, command: Command) -> None:
+    """Here nothing is left to compute: the goals of the folder are shown, and the page is made again."""
+    sizes = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
+    common = [finished / "model", "--calibration", finished / "text.jsonl", "--out", finished / "out", *sizes]
+    code, printed = command("compare", *common, "--remove", "1,2")
+    assert code == 0
+    assert "sliding-window merging" in printed
+    (finished / "out" / "report.html").unlink()
+    assert command("report", finished / "out")[0] == 0
+    assert (finished / "out" / "report.html").exists()
+    for changes, message in (
+        (["--remove", "1", "--seed", 7], "other settings (seed)"),
+        (["--remove", "9"], "remove"),
+        (["--remove", "many"], "--remove"),
+        (["--remove", "mamba=1"], "mamba"),
+        (["--remove", "1", "--out", finished], "is not a comparison"),
+    ):
+        code, printed = command("compare", *common, *changes)
+        errors = [line for line in printed.splitlines() if line.startswith("Error:")]
+        assert (code, len(errors)) == (2, 1), printed
+        assert message in errors[0]
+    assert command("report", finished)[0] == 2
+
+
+def test_draws_of_one_method_become_their_mean() -> None:
+    def row(method: str, loss: float) -> Row:
+        return Row(method, "2", (1,), 0.5, (), 1.0, 2.0, loss, 0.1, 0.9, 10, 20, 30.0)
+
+    means = averaged([row("original", 9.0), row("a", 3.0), row("b", 2.0), row("a", 1.5)])
+    assert [(mean.method, mean.loss) for mean in means] == [("original", 9.0), ("b", 2.0), ("a", 2.25)]
+    assert (means[1].removed, means[2].removed) == ((1,), ())

@@ -1,0 +1,223 @@
+"""The selection on a tiny model where every removal can be measured: races, refits, polishing, resuming."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import random_samples
+
+from blockspin import baselines
+from blockspin.energies.removals import gauss_newton
+from blockspin.model.blocks import Block
+from blockspin.model.passes import passes_of_walk
+from blockspin.model.quality import shared_qualities
+from blockspin.problem import RemovalProblem
+from blockspin.selection import ledger
+from blockspin.selection.ledger import Ledger
+from blockspin.selection.select import cheap_choices, pool_of, race, refit, run_selection, select
+from blockspin.solvers import solve
+from blockspin.solvers.candidates import Candidate, distinct, states_as_candidates, swaps
+
+LAYERS = 8
+SAMPLES = random_samples((10,) * 16)
+EVERY = list(combinations(range(LAYERS), 3))
+
+
+@pytest.fixture(scope="module")
+def model() -> tf.PreTrainedModel:
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            scale = float(torch.rand(1, generator=generator)) * 16 + 2
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(scale)
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def divergences(model: tf.PreTrainedModel) -> dict[tuple[int, ...], float]:
+    return dict(zip(EVERY, (q.kl for q in shared_qualities(model, EVERY, SAMPLES)), strict=True))
+
+
+def problem_of(model: tf.PreTrainedModel) -> RemovalProblem:
+    found = gauss_newton(model, SAMPLES[:4], progress=False)
+    return RemovalProblem(found.hessian, 3, blocks=found.blocks)
+
+
+def test_a_race_finds_the_best_and_spends_little_on_the_hopeless(
+    model: tf.PreTrainedModel, divergences: dict[tuple[int, ...], float]
+) -> None:
+    book = Ledger(model, SAMPLES)
+    race(book, EVERY)
+    assert book.best() == min(divergences, key=divergences.get)
+    assert book.mean(book.best()) == pytest.approx(min(divergences.values()), rel=1e-4)
+    full = [removed for removed, values in book.values.items() if len(values) == len(SAMPLES)]
+    assert 2 <= len(full) < len(EVERY) / 4
+    assert len(book.values[max(divergences, key=divergences.get)]) == 2
+    assert book.passes < 0.5 * passes_of_walk([(), *EVERY], LAYERS)
+
+
+def test_differences_are_paired(model: tf.PreTrainedModel) -> None:
+    book = Ledger(model, SAMPLES)
+    book.extend([EVERY[0]], 16)
+    book.extend([EVERY[5]], 8)
+    mean, error = book.difference(EVERY[5], EVERY[0])
+    apart = book.values[EVERY[5]] - book.values[EVERY[0]][:8]
+    assert mean == pytest.approx(apart.mean())
+    assert error == pytest.approx(apart.std(ddof=1) / np.sqrt(8))
+    book.extend([EVERY[5]], 16)
+    fresh = Ledger(model, SAMPLES)
+    fresh.extend([EVERY[5]], 16)
+    np.testing.assert_allclose(book.values[EVERY[5]], fresh.values[EVERY[5]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("misleading", "budget"), [(False, 4), (True, 8)])
+def test_polishing_finds_the_best_of_all_removals(
+    model: tf.PreTrainedModel,
+    divergences: dict[tuple[int, ...], float],
+    misleading: bool,
+    budget: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also from an energy that says the opposite of the truth."""
+    monkeypatch.setattr("blockspin.selection.select.PROPOSALS", 8)  # of 56 removals
+    problem = problem_of(model)
+    if misleading:
+        problem = problem.with_energy(-problem.hessian)
+    pool = states_as_candidates(solve(problem, states=4))
+    found = run_selection(model, pool, SAMPLES, problem=problem, budget=budget, progress=False)
+    assert found.chosen.removed == min(divergences, key=divergences.get)
+    assert found.chosen.loss == pytest.approx(min(divergences.values()), rel=1e-4)
+    assert len(found.trials) < len(EVERY)
+    assert [trial.above for trial in found.trials if trial.removed == found.chosen.removed] == [0.0]
+    assert found.trials[0].removed == found.chosen.removed
+
+
+def test_a_refit_reproduces_a_quadratic_form() -> None:
+    """Where the truth is a quadratic form, measuring most removals of four blocks predicts the others."""
+    generator = np.random.default_rng(0)
+    half = generator.normal(size=(6, 6))
+    truth = RemovalProblem(half + half.T, 3)
+    removals = list(combinations(range(6), 3))
+
+    class Book:
+        def __init__(self) -> None:
+            self.values = {removed: np.array([truth.energy(removed)]) for removed in removals[:17]}
+
+        def best(self) -> tuple[int, ...]:
+            return min(self.values, key=lambda removed: self.values[removed][0])
+
+        def difference(self, removed: tuple[int, ...], reference: tuple[int, ...]) -> tuple[float, float]:
+            return float(self.values[removed][0] - self.values[reference][0]), 0.0
+
+    start = truth.with_energy(np.eye(6))
+    fitted = refit(Book(), start)
+    measured = [fitted.energy(removed) for removed in removals[:17]]
+    offset = np.mean(measured) - np.mean([truth.energy(removed) for removed in removals[:17]])
+    for removed in removals[:17]:
+        assert fitted.energy(removed) - offset == pytest.approx(truth.energy(removed), abs=0.05)
+    spread = np.std([truth.energy(removed) for removed in removals])
+    for removed in removals[17:]:
+        assert abs(fitted.energy(removed) - offset - truth.energy(removed)) < spread
+
+
+def test_the_outcome_is_not_worse_than_any_cheap_baseline(
+    model: tf.PreTrainedModel, divergences: dict[tuple[int, ...], float]
+) -> None:
+    problem = problem_of(model)
+    activations = baselines.measure_activations(model, SAMPLES)
+    cheap = cheap_choices(problem, activations)
+    pool = pool_of(problem, solve(problem, states=30), cheap, ground_states=[(0, 1, 2)])
+    removals = {candidate.removed for candidate in pool}
+    assert len(removals) == len(pool)
+    methods = [baselines.block_influence, baselines.norm_ratio, baselines.angular_distance]
+    choices = {method(problem, activations).removed for method in methods} | {(5, 6, 7)}
+    assert choices | {(0, 1, 2)} <= removals
+    always = [candidate.removed for candidate in cheap]
+    found = run_selection(model, pool, SAMPLES, always=always, budget=0, progress=False)
+    assert found.chosen.loss <= min(divergences[removed] for removed in choices) + 1e-6
+
+
+def test_distinct_states_are_more_than_one_exchange_apart() -> None:
+    states = [Candidate(removed, "s") for removed in ((0, 1, 2), (0, 1, 3), (0, 4, 5), (0, 1, 2, 6), (4, 5, 6))]
+    assert [c.removed for c in distinct(states)] == [(0, 1, 2), (0, 4, 5)]
+    assert distinct(states, apart=0) == states
+
+
+def test_swaps_are_all_allowed_exchanges_of_one_block() -> None:
+    blocks = [Block(i, "even" if i % 2 == 0 else "odd", 1) for i in range(6)]
+    problem = RemovalProblem(np.diag(np.arange(6.0)), {"even": 1, "odd": 1}, blocks=blocks, protect=(5,))
+    assert swaps(problem, (2, 3)) == [(0, 3), (1, 2), (3, 4)]
+
+
+def test_a_users_objective_decides(model: tf.PreTrainedModel) -> None:
+    """A function of the shortened model gives the same choice as the same objective by its name."""
+    with torch.no_grad():
+        whole = [model(sample[None]).logits[0, :-1].log_softmax(-1) for sample in SAMPLES]
+
+    def divergence(shortened: torch.nn.Module) -> float:
+        with torch.no_grad():
+            logs = [shortened(sample[None]).logits[0, :-1].log_softmax(-1) for sample in SAMPLES]
+        return float(sum((p.exp() * (p - q)).sum(-1).mean() for p, q in zip(whole, logs, strict=True))) / len(SAMPLES)
+
+    pool = [Candidate(removed, "any") for removed in EVERY[::5]]
+    by_function = select(model, pool, SAMPLES, objective=divergence, progress=False)
+    by_name = select(model, pool, SAMPLES, progress=False)
+    assert by_function.removed == by_name.removed
+    assert by_function.loss == pytest.approx(by_name.loss, rel=1e-4)
+
+
+def test_an_interrupted_selection_continues_and_ends_the_same(
+    model: tf.PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, path = problem_of(model), tmp_path / "partial.json"
+    pool = states_as_candidates(solve(problem, states=6))
+    unbroken = run_selection(model, pool, SAMPLES, problem=problem, budget=15, progress=False)
+    run, calls = ledger.measured, []
+
+    def counting(*arguments: object, **options: object) -> object:
+        calls.append(arguments[1])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(ledger, "measured", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_selection(model, pool, SAMPLES, problem=problem, budget=15, partial=path, progress=False)
+    before = len(calls)
+    again = run_selection(model, pool, SAMPLES, problem=problem, budget=15, partial=path, progress=False)
+    assert (again.chosen, again.passes) == (unbroken.chosen, unbroken.passes)
+    assert [t.removed for t in again.trials] == [t.removed for t in unbroken.trials]
+    done = len(calls)
+    run_selection(model, pool, SAMPLES, problem=problem, budget=15, partial=path, progress=False)
+    assert len(calls) == done > before
+
+
+def test_constraints_hold_for_all_that_is_tried(model: tf.PreTrainedModel) -> None:
+    blocks = [Block(i, "even" if i % 2 == 0 else "odd", 10 + i) for i in range(LAYERS)]
+    for goal in ({"remove": {"even": 1, "odd": 1}, "protect": (1,)}, {"remove_parameters": 0.3}):
+        problem = RemovalProblem(np.eye(LAYERS), blocks=blocks, **goal)
+        pool = pool_of(problem, solve(problem, states=5))
+        found = run_selection(model, pool, SAMPLES[:4], problem=problem, budget=10, progress=False)
+        assert all(problem.allows(trial.removed) for trial in found.trials)
+
+
+def test_mistakes_are_refused(model: tf.PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="no candidates"):
+        select(model, [], SAMPLES)
+    with pytest.raises(ValueError, match="--objective"):
+        select(model, [Candidate((0,), "any")], SAMPLES, objective="speed")
+    with pytest.raises(ValueError, match="finite"):
+        select(model, [Candidate((0,), "any")], SAMPLES, objective=lambda m: float("nan"), progress=False)

@@ -1,0 +1,370 @@
+"""A dozen unlike architectures by default, all of them in the slow test; quantised and unusual checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from conftest import save_tokenizer, settings
+from safetensors.torch import load_file, save_file
+from survey import REMOVALS, examine, quiet_examine
+from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
+
+from blockspin.model.batches import mean_loss
+from blockspin.model.blocks import find_blocks
+from blockspin.model.gates import skipped, trace_blocks
+from blockspin.model.loading import load_model
+from blockspin.pipeline import compress
+from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
+from blockspin.surgery.renaming import Renaming
+from blockspin.surgery.shards import layer_prefix
+
+# model type -> (the kinds of its blocks, removals that must work, removals that must be refused)
+UNLIKE = {
+    "bloom": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # adds the residual inside its sub-modules
+    "opt": (["attention+mlp"] * 6, [(1, 4)], []),
+    "gpt_oss": (["attention+moe"] * 6, [(0, 2, 5)], []),
+    "deepseek_v3": (["attention+mlp"] + ["attention+moe"] * 5, [(0,), (2, 3)], []),  # first_k_dense_replace
+    "jamba": (["mamba+mlp", "attention+moe"] * 3, [(0,), (2, 3)], [(2,)]),  # periods
+    "bamba": (
+        ["mamba+mlp", "attention+mlp", "mamba+mlp", "mamba+mlp", "attention+mlp", "mamba+mlp"],
+        [(0, 2)],  # a list of layer indices
+        [(1, 4)],  # all the attention there is
+    ),
+    "gemma3n_text": (["attention+mlp"] * 6, [(0,), (5,)], [(2,)]),  # shared keys and values, a slice for each layer
+    "minicpm3": (["attention+mlp"] * 6, [(1, 4)], []),  # residuals scaled by the depth
+    "nemotron_h": (["mamba", "moe", "attention", "mamba", "moe", "mlp"], [(1, 4), (0,)], [(2,)]),
+    "qwen3_next": (
+        ["linear_attention+moe"] * 3 + ["attention+moe"] + ["linear_attention+moe"] * 2,
+        [(0, 5)],
+        [(3,)],
+    ),
+    "recurrent_gemma": (["recurrent+mlp", "recurrent+mlp", "attention+mlp"] * 2, [(0, 1, 2), (1,)], []),
+    "zamba": (["mamba", "attention+mamba+mlp"] * 3, [(1,)], []),  # shared blocks, the first of them removed
+    "zamba2": (["mamba", "attention+mamba+mlp"] * 3, [(1, 3), (5,), (1, 2, 3)], [(1,)]),  # two shared blocks in turn
+    "llava": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # an image encoder as deep, its list called alike
+    "qwen2_5_vl": (["attention+mlp"] * 6, [(2, 3)], []),  # the checkpoint names its layers otherwise than the model
+    "qwen3_vl": (["attention+mlp"] * 6, [(2, 3)], [(0,)]),  # adds features of images after the first two blocks
+    "mllama": (["attention+mlp"] * 3 + ["cross_attention+mlp"] + ["attention+mlp"] * 2, [(0, 2, 5)], [(3,)]),
+    "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
+}
+
+
+@pytest.mark.parametrize("model_type", UNLIKE)
+def test_unlike_architectures(model_type: str) -> None:
+    kinds, works, refused = UNLIKE[model_type]
+    row = examine(model_type, (*works, *refused))
+    assert row.kinds == kinds
+    assert not row.faults
+    assert row.works == works
+    assert list(row.refused) == refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *COMPOSITE_TYPES])
+def test_every_architecture(model_type: str) -> None:
+    """Passes, is refused as a whole, or is refused removal by removal; nothing in between."""
+    row = quiet_examine(model_type)
+    assert not row.faults
+    if not row.cannot_start and not row.not_a_decoder:
+        assert len(row.works) + len(row.refused) == len(REMOVALS)
+
+
+def can_be_shortened(model: tf.PreTrainedModel, folder: Path, removed: tuple[int, int]) -> bool:
+    """Whether this removal is possible in memory and on disk."""
+    try:
+        remove_blocks(model, removed)
+        prune_checkpoint(folder / "model", removed, folder / f"without {removed}", progress=False)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma3n_text", *(pytest.param(t, marks=pytest.mark.slow) for t in [*MODEL_TYPES, *COMPOSITE_TYPES])],
+)
+def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compress` ends with a checkpoint that loads, wherever the model itself can be built, saved and loaded."""
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        monkeypatch.setitem(tiny._SMALL, name, 300)
+    try:
+        model = tiny_random_model(tiny_config(model_type))
+        trace_blocks(model)
+        mean_loss(model, [torch.arange(2, 12), torch.arange(2, 6)])  # padded: some types of transformers fail on it
+        model.save_pretrained(tmp_path / "model")
+        load_model(tmp_path / "model")
+    except Exception as error:
+        pytest.skip(f"see docs/architectures.md ({error})")
+    if not any(can_be_shortened(model, tmp_path, removed) for removed in ((4, 5), (0, 1), (2, 3))):
+        pytest.skip("see docs/architectures.md")
+    save_tokenizer(tmp_path / "model")
+    numbers = {"energy_samples": 8, "num_samples": 8, "selection_samples": 4, "evaluation_samples": 4}
+    compress(settings(tmp_path / "model", text_file, budget=2.0, **numbers), tmp_path / "run")
+    loaded = load_model(tmp_path / "run" / "checkpoint")
+    assert len(find_blocks(loaded)) == len(find_blocks(model)) - 2
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders_are_refused(model_type: str) -> None:
+    with pytest.raises(ValueError, match="not causal"):
+        trace_blocks(tiny_random_model(tiny_config(model_type)))
+
+
+@pytest.mark.parametrize("model_type", ["bart", "whisper"])
+def test_parts_of_encoder_decoders_are_refused(model_type: str) -> None:
+    with pytest.raises(ValueError, match="part of an encoder-decoder"):
+        find_blocks(tiny_random_model(tiny_config(model_type)))
+
+
+def test_layers_spread_over_several_lists_are_refused() -> None:
+    with pytest.raises(ValueError, match="spread over the lists"):
+        find_blocks(tiny_random_model(tiny_config("xlm")))
+
+
+def test_an_image_encoder_as_deep_as_the_decoder_is_not_taken_for_it() -> None:
+    config = tiny_config("git")
+    assert config.vision_config.num_hidden_layers == config.num_hidden_layers
+    model = tiny_random_model(config)
+    assert sum(block.num_parameters for block in find_blocks(model)) == sum(
+        p.numel() for p in model.git.encoder.layer.parameters()
+    )
+
+
+def test_the_image_encoder_of_a_shortened_model_stays_as_it_is(tmp_path: Path) -> None:
+    """Byte for byte on disk; with an image the shortened models from disk and in memory do what skipping does."""
+    model = tiny_random_model(tiny_config("llava", image_token_index=5))
+    model.save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", [1, 4], tmp_path / "short", progress=False)
+    whole, short = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "short"))
+    removed = {name for name in whole if "language_model.model.layers.4." in name or ".layers.5." in name}
+    others = {name: tensor for name, tensor in whole.items() if "language_model" not in name}
+    assert sum(".layers.5." in name for name in others) > 0
+    assert short.keys() == whole.keys() - {name for name in removed if "language_model" in name}
+    torch.testing.assert_close({name: short[name] for name in others}, others, rtol=0, atol=0)
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": torch.tensor([[2, 5, 5, 5, 5, 3, 4]]), "use_cache": False}
+    with torch.no_grad():
+        found = load_model(tmp_path / "short")(**inputs, pixel_values=image).logits
+        in_memory = remove_blocks(model, [1, 4])(**inputs, pixel_values=image).logits
+        with skipped(model, [1, 4], trace_blocks(model)):
+            by_skipping = model(**inputs, pixel_values=image).logits
+            without_image = model(**inputs).logits
+    torch.testing.assert_close(found, in_memory)
+    torch.testing.assert_close(found, by_skipping)
+    assert not torch.allclose(found, without_image, atol=1e-2)
+
+
+def test_settings_of_the_image_encoder_are_not_taken_for_the_decoders(tmp_path: Path) -> None:
+    """Old folders have the decoder's settings at the top, beside those of the image encoder, which lists layers too."""
+    model = tiny_random_model(tiny_config("qwen2_5_vl"))
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    written = json.loads(path.read_text())
+    written |= {name: value for name, value in written.pop("text_config").items() if name not in written}
+    path.write_text(json.dumps(written))
+    assert written["vision_config"]["fullatt_block_indexes"] == [1, 4]
+    prune_checkpoint(tmp_path / "whole", [0, 2], tmp_path / "short", progress=False)
+    short = json.loads((tmp_path / "short" / "config.json").read_text())
+    expected = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    assert short == written | {name: value for name, value in expected.items() if name in written}
+
+
+def test_the_tensors_inside_tell_lists_of_the_same_name_apart() -> None:
+    inside = {f"{i}.{name}": (4, 4) for i in range(2) for name in ("q.weight", "up.weight")}
+    text = {f"language_model.model.layers.{name}": shape for name, shape in inside.items()}
+    vision = {f"vision_tower.layers.{i}.{name}": (4, 2) for i in range(2) for name in ("q.weight", "up.weight")}
+    assert layer_prefix(vision | text, "model.language_model.layers", 2, inside) == "language_model.model.layers"
+    with pytest.raises(ValueError, match="may be any of"):
+        layer_prefix(text | {f"vision_tower.layers.{n}": s for n, s in inside.items()}, "decoder.layers", 2, inside)
+
+
+def test_features_of_images_added_at_chosen_blocks_are_not_moved() -> None:
+    model = tiny_random_model(tiny_config("granite4_vision"))
+    with pytest.raises(ValueError, match="cannot move them"):
+        remove_blocks(model, [5])
+
+
+def test_hidden_states_changed_between_blocks_are_refused() -> None:
+    """RWKV halves the stream after every so many blocks, and scales the weights of the blocks to match."""
+    model = tiny_random_model(tiny_config("rwkv", rescale_every=2))
+    with pytest.raises(ValueError, match="changes the hidden states between its blocks 1 and 2"):
+        remove_blocks(model, [2])
+
+
+def test_written_configurations_keep_their_form(tmp_path: Path) -> None:
+    """An old Nemotron-H folder says hybrid_override_pattern; so does the shortened one, with nothing else changed."""
+    model = tiny_random_model(tiny_config("nemotron_h"))
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    written = json.loads(path.read_text())
+    del written["layers_block_type"]
+    written |= {"hybrid_override_pattern": "ME*ME-", "num_hidden_layers": 6, "auto_map": {"AutoConfig": "own.Config"}}
+    path.write_text(json.dumps(written))
+    prune_checkpoint(tmp_path / "whole", [1, 3], tmp_path / "short", progress=False)
+    expected = written | {"hybrid_override_pattern": "M*E-", "num_hidden_layers": 4}
+    assert json.loads((tmp_path / "short" / "config.json").read_text()) == expected
+
+
+def test_names_in_quantisation_settings_follow_the_layers() -> None:
+    value = {
+        "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.12.mixer.conv1d"],
+        "ignore": [r"re:backbone\.layers\.2\..*", r"re:.*layers\.1\..*", "re:.*layers.[0-2].mixer", "*.layers.14.*"],
+        "targets": [r"re:.*layers\.(?:1|11)\.mixer", r"re:.*layers\.\d+\.mlp", "model.layers.1[0-2]*"],
+        "dynamic": {r"-:backbone\.layers\.1\.mixer": {"bits": 8}, r"+:backbone\.layers\.2\.mixer.experts.1": {}},
+        "weight_block_size": [128, 128],
+    }
+    kept = [0, 2, *range(4, 13)]
+    assert Renaming(kept, depth=13).settings(value, "model.layers") == {
+        "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.10.mixer.conv1d"],
+        "ignore": [
+            r"re:backbone\.layers\.1\..*",
+            "re:.*layers.0.mixer",
+            "re:.*layers.1.mixer",
+            "*.layers.12.*",  # beyond the stack: for multi-token prediction
+        ],
+        "targets": [
+            r"re:.*layers\.9\.mixer",
+            r"re:.*layers\.\d+\.mlp",
+            "model.layers.8*",
+            "model.layers.9*",
+            "model.layers.10*",
+        ],
+        "dynamic": {r"+:backbone\.layers\.1\.mixer.experts.1": {}},
+        "weight_block_size": [128, 128],
+    }
+
+
+def test_settings_that_cannot_be_rewritten_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be rewritten"):
+        Renaming([0, 2], depth=3).settings({"only": "re:layers.[02].mlp"}, "layers")
+
+
+class LayersWithNumbers(tf.LlamaForCausalLM):
+    """Its layers hold a value that depends on their position and that no checkpoint holds."""
+
+    def __init__(self, config: tf.LlamaConfig) -> None:
+        super().__init__(config)
+        for i, layer in enumerate(self.model.layers):
+            layer.register_buffer("slope", torch.tensor(0.5**i), persistent=False)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "slope"):
+            module.slope.fill_(0.5**module.self_attn.layer_idx)
+
+
+def test_computed_values_that_depend_on_the_position_are_compared() -> None:
+    """They would come out otherwise when the shortened checkpoint is loaded."""
+    model = LayersWithNumbers(tiny_config("llama"))
+    remove_blocks(model, [5])
+    with pytest.raises(ValueError, match=r"block 4 would become a different layer 3 \(the values of slope\)"):
+        remove_blocks(model, [3])
+
+
+def test_names_of_other_lists_in_quantisation_settings_stay() -> None:
+    names = [
+        "vision_tower.encoder.layers.1.fc1",
+        "model.vision_tower.encoder.layers.0",
+        "language_model.model.layers.1.q",
+    ]
+    others = ["model.vision_tower.encoder.layers"]
+    renumbered = Renaming([1, 2], depth=3).settings(names, "model.language_model.layers", others)
+    assert renumbered == [*names[:2], "language_model.model.layers.0.q"]
+
+
+def test_a_quantised_nemotron_h_checkpoint(tmp_path: Path) -> None:
+    """FP8 weights with scales beside them, and a list of what is not quantised, by layer."""
+    model = tiny_random_model(tiny_config("nemotron_h"))
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
+    tensors = {}
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        quantised = "mixer" in name and tensor.ndim == 2
+        tensors[name] = tensor.to(torch.float8_e4m3fn) if quantised else tensor
+        if quantised:
+            tensors[name.replace(".weight", ".weight_scale")] = torch.tensor(float(name.split("layers.")[1][0]))
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((whole / "config.json").read_text())
+    left_out = {"exclude_modules": ["lm_head", "backbone.layers.0.mixer.conv1d", "backbone.layers.3.mixer.conv1d"]}
+    (whole / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8", **left_out}})
+    )
+    (whole / "hf_quant_config.json").write_text(json.dumps({"quantization": left_out}))
+    (whole / "code").mkdir()
+    (whole / "code" / "own.py").write_text("pass")
+    prune_checkpoint(whole, [1, 4], tmp_path / "short", progress=False)
+    short = load_file(tmp_path / "short" / "model.safetensors")
+    scales = {name: float(value) for name, value in short.items() if name.endswith("in_proj.weight_scale")}
+    prefix = next(name for name in tensors if "layers.0" in name).split("layers.0")[0]
+    assert scales == {
+        f"{prefix}layers.0.mixer.in_proj.weight_scale": 0,
+        f"{prefix}layers.2.mixer.in_proj.weight_scale": 3,
+    }
+    expected = {"exclude_modules": ["lm_head", "backbone.layers.0.mixer.conv1d", "backbone.layers.2.mixer.conv1d"]}
+    written = json.loads((tmp_path / "short" / "config.json").read_text())["quantization_config"]
+    assert written == {"quant_method": "fp8", **expected}
+    assert json.loads((tmp_path / "short" / "hf_quant_config.json").read_text()) == {"quantization": expected}
+    assert (tmp_path / "short" / "code" / "own.py").read_text() == "pass"
+
+
+def test_pytorch_weights_are_converted(tmp_path: Path) -> None:
+    model = tiny_random_model(tiny_config("llama"))
+    model.config.save_pretrained(tmp_path / "whole")
+    tensors = model.state_dict()
+    halves = list(tensors)[::2], list(tensors)[1::2]
+    for number, names in enumerate(halves, 1):
+        path = tmp_path / "whole" / f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in names}, path)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    prune_checkpoint(tmp_path / "whole", [0, 3], tmp_path / "short", progress=False)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    torch.testing.assert_close(loaded.state_dict(), remove_blocks(model, [0, 3]).state_dict(), rtol=0, atol=0)
+    assert not list((tmp_path / "short").glob("*.bin"))
+
+
+def test_layers_for_multi_token_prediction_stay_behind_the_last(tmp_path: Path) -> None:
+    model = tiny_random_model(tiny_config("deepseek_v3"))
+    model.save_pretrained(tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    extra = {"model.layers.6.eh_proj.weight": torch.ones(2, 2)}
+    save_file(tensors | extra, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "whole", [0, 4], tmp_path / "short", progress=False)
+    short = load_file(tmp_path / "short" / "model.safetensors")
+    assert torch.equal(short["model.layers.4.eh_proj.weight"], torch.ones(2, 2))
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["first_k_dense_replace"] == 0
+
+
+def test_the_rest_of_a_model_whose_layers_attend_to_images_is_shortened(tmp_path: Path) -> None:
+    """Mllama's layers of this kind rest on text; a folder as published holds the image encoder too."""
+    model = tf.MllamaForConditionalGeneration(tiny_config("mllama")).eval()
+    model.save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", [0, 5], tmp_path / "short", progress=False)
+    loaded, report = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "short", output_loading_info=True)
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.text_config.cross_attention_layers == [2]
+    assert loaded.state_dict().keys() == remove_blocks(model, [0, 5]).state_dict().keys()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad(), skipped(model, [0, 5], trace_blocks(model)):
+        expected = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match=r"the blocks \[3\] of Mllama\w+ attend to images"):
+        prune_checkpoint(tmp_path / "whole", [3], tmp_path / "other", progress=False)
+
+
+def test_skipping_passes_on_what_the_next_block_takes() -> None:
+    """In HY-V4 a block may take the choice of tokens that an earlier one has made, handed on from block to block."""
+    model = tiny_random_model(tiny_config("hy_v4"))
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad(), skipped(model, [2], trace_blocks(model)):
+        by_skipping = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(by_skipping, remove_blocks(model, [2])(ids, use_cache=False).logits)
