@@ -19,9 +19,8 @@ from blockspin.config import ENERGY_NAMES, parse_remove
 from blockspin.data.calibration import load_calibration
 from blockspin.energies.removals import load_energies
 from blockspin.model.batches import mean_loss
-from blockspin.model.blocks import Block
 from blockspin.pipeline import compress
-from blockspin.problem import RemovalProblem
+from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.select import Selection, select
 from blockspin.solvers import Spectrum
 from blockspin.solvers.candidates import Candidate, random_candidate

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
     from .evaluation.perplexity import perplexity, text_perplexity
     from .evaluation.tasks import evaluate
-    from .model.blocks import Block, find_blocks
-    from .problem import RemovalProblem
+    from .model.blocks import find_blocks
+    from .problem import Block, RemovalProblem
     from .selection.select import select
     from .solvers import Spectrum, solve
     from .solvers.candidates import Candidate
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import blockspin` does not wait for torch.
 _HOME = {
-    "Block": "model.blocks",
+    "Block": "problem",
     "find_blocks": "model.blocks",
     "load_calibration": "data.calibration",
     "Candidate": "solvers.candidates",

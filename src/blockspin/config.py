@@ -11,15 +11,15 @@ from typing import Any, Literal
 import yaml
 
 from .files import replacing
+from .problem import Goal
 
-Removal = int | dict[str, int] | float
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
 ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def parse_remove(text: str) -> Removal:
+def parse_remove(text: str) -> Goal:
     """ "8" is a number of blocks, "moe=2,attention=1" a number for each kind, "25%" a share of the blocks' parameters.
 
     Raises:
@@ -218,7 +218,7 @@ class CompressConfig(TaskSettings, Settings):
 
     model: str = setting("Hub id or local folder of a causal language model.")
     calibration: str = setting("Text the gradients are computed on: hub id or local file.")
-    remove: Removal = setting(
+    remove: Goal = setting(
         "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters.", parse=parse_remove
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)

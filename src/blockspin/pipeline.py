@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .config import CompressConfig, Removal
+from .config import CompressConfig
 from .data.calibration import load_calibration, tokenise
 from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .distillation.run import distill_checkpoint
@@ -27,9 +27,9 @@ from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.scores import Score
 from .evaluation.tasks import scorer
 from .files import write_json
-from .model.blocks import Block, find_blocks
+from .model.blocks import find_blocks
 from .model.loading import load_config, load_model, load_tokenizer, model_without_weights
-from .problem import RemovalProblem
+from .problem import Block, Goal, RemovalProblem
 from .progress import console
 from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
@@ -231,7 +231,7 @@ def energies_stage(
     return load_energies(path)
 
 
-def pose_problem(energies: Energies, remove: Removal, protect: Sequence[int], beta: float) -> RemovalProblem:
+def pose_problem(energies: Energies, remove: Goal, protect: Sequence[int], beta: float) -> RemovalProblem:
     """The removal problem for a goal as the settings state it.
 
     Raises:

@@ -13,9 +13,9 @@ from conftest import plain_loss, random_samples, tiny_model
 
 from blockspin import baselines
 from blockspin.model.batches import mean_loss
-from blockspin.model.blocks import Block, find_stack
+from blockspin.model.blocks import find_stack
 from blockspin.model.gates import trace_blocks
-from blockspin.problem import RemovalProblem
+from blockspin.problem import Block, RemovalProblem
 from blockspin.solvers.candidates import fill, open_blocks, random_candidate
 from blockspin.surgery.checkpoint import remove_blocks
 

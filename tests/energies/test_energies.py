@@ -17,9 +17,9 @@ from blockspin.energies.estimate import ENERGIES, estimate_energies, robustness
 from blockspin.energies.gradients import Gradients, estimate_gradients
 from blockspin.energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
 from blockspin.model.batches import frozen, make_batches
-from blockspin.model.blocks import Block, find_blocks
+from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated, trace_blocks
-from blockspin.problem import RemovalProblem
+from blockspin.problem import Block, RemovalProblem
 from blockspin.surgery.checkpoint import remove_blocks
 
 SAMPLES = random_samples((9, 5, 12, 7))

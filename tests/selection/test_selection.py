@@ -13,10 +13,9 @@ from conftest import random_samples
 
 from blockspin import baselines
 from blockspin.energies.removals import gauss_newton
-from blockspin.model.blocks import Block
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import shared_qualities
-from blockspin.problem import RemovalProblem
+from blockspin.problem import Block, RemovalProblem
 from blockspin.selection import ledger
 from blockspin.selection.ledger import Ledger
 from blockspin.selection.select import cheap_choices, pool_of, race, refit, run_selection, select

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import baselines
-from ..config import GRADIENT_ENERGIES, CompressConfig, Removal
+from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..energies.removals import Energies
 from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score, mean_scores
@@ -24,7 +24,7 @@ from ..model.blocks import find_blocks
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
 from ..pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
-from ..problem import RemovalProblem
+from ..problem import Goal, RemovalProblem
 from ..progress import console
 from ..solvers import Spectrum
 from ..solvers.candidates import random_candidate
@@ -108,7 +108,7 @@ class Comparison:
             raise ValueError(f"{path} is not a comparison of blockspin ({error})") from error
 
 
-def compare(config: CompressConfig, goals: Mapping[str, Removal], out: str | Path) -> Comparison:
+def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) -> Comparison:
     """Choose blocks with every method for every goal, and measure each choice; all of it in the folder `out`.
 
     ENERGY.safetensors and spectrum-GOAL-ENERGY.json, for the paper's energy and that of the settings, are as those of a

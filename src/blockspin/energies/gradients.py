@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
-from ..model.blocks import Block, find_blocks
+from ..model.blocks import find_blocks
 from ..model.gates import BlockTrace, gated, trace_blocks
+from ..problem import Block
 from ..progress import track
 
 Labels = Literal["text", "model"]

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
-from ..model.blocks import Block, find_blocks
+from ..model.blocks import find_blocks
 from ..model.gates import gated, trace_blocks
 from ..model.passes import passes_of_walk, removal_passes
 from ..model.quality import kl, loss, measured
-from ..problem import RemovalProblem
+from ..problem import Block, RemovalProblem
 from ..progress import console, track
 from ..solvers import solve
 from .gradients import Gradients, Partial, fingerprint

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+
+from ..problem import Block, Removal
 
 # Settings that hold the number of layers.
 DEPTH = re.compile(r"^(num|n)_(hidden_|decoder_)?(layers?|blocks)$|^decoder_layers$")
@@ -29,20 +30,6 @@ _MIXERS = (
 _NO_MIXER = re.compile(r"^\w+ (?!\w*att)\w*norm|hyper_?connection|residual$", re.IGNORECASE)
 _LAYER = re.compile(r"decoder_?layer|transf", re.IGNORECASE)  # a layer inside a layer is looked into
 _ORDER = ("attention", "cross_attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A removable unit: one decoder layer with all its residual branches.
-
-    index: position in the original model, from 0.
-    kind: what the block holds, e.g. "attention+mlp", "attention+moe", "mamba".
-    num_parameters: parameters inside the block.
-    """
-
-    index: int
-    kind: str
-    num_parameters: int
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -155,7 +142,7 @@ def _named_values(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _named_values(value)
 
 
-def check_removal(removed: Iterable[int], num_blocks: int) -> tuple[int, ...]:
+def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
     """The removal as a sorted tuple of distinct block indices.
 
     Raises:

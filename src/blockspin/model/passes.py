@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..problem import Removal
 from ..progress import track
 from .batches import Batch, frozen, make_batches
 from .blocks import find_stack
 from .gates import BlockTrace, closed, skipped, stream_of, trace_blocks
 
-Removal = Sequence[int]
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
 MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
 

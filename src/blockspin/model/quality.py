@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..problem import Removal
 from .batches import Batch, check_finite, frozen, make_batches, sample_losses
-from .passes import Removal, removal_passes
+from .passes import removal_passes
 
 Floats = NDArray[np.float64]
 # (logits, logits of the whole model, batch) -> (batch, number of measures), token means of each sample

@@ -21,8 +21,8 @@ from ..model.blocks import find_stack
 from ..model.gates import skipped, trace_blocks
 from ..model.passes import passes_of_walk
 from ..model.quality import kl, loss, measured
+from ..problem import Removal
 
-Removed = tuple[int, ...]
 Floats = NDArray[np.float64]
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
@@ -42,7 +42,7 @@ class Ledger:
     objective: Objective = "kl"
     batch_size: int = 8
     path: Path | None = None
-    values: dict[Removed, Floats] = field(default_factory=dict)
+    values: dict[Removal, Floats] = field(default_factory=dict)
     passes: float = 0.0
     bar: tuple[Progress, TaskID] | None = None
 
@@ -56,7 +56,7 @@ class Ledger:
         self.weights = np.array(weights)
         self.depth = len(find_stack(self.model)[1])
         self._started = time.perf_counter()
-        self._known: dict[Removed, Floats] = {}
+        self._known: dict[Removal, Floats] = {}
         self._identity = fingerprint(self.model, self.samples, str(self.objective))
         if self.path is not None and self.path.is_file():
             stored = json.loads(self.path.read_text())
@@ -68,7 +68,7 @@ class Ledger:
         """Time since the ledger was opened."""
         return time.perf_counter() - self._started
 
-    def extend(self, removals: Sequence[Removed], number: int) -> None:
+    def extend(self, removals: Sequence[Removal], number: int) -> None:
         """Measure these removals on the first `number` samples, where that has not been done.
 
         Raises:
@@ -81,21 +81,21 @@ class Ledger:
         if self.bar is not None:
             self.bar[0].update(self.bar[1], completed=self.passes)
 
-    def mean(self, removed: Removed, number: int | None = None) -> float:
+    def mean(self, removed: Removal, number: int | None = None) -> float:
         """The token mean of the objective over the first so many samples, or all that the removal was measured on."""
         values = self.values[removed][:number]
         return float(np.average(values, weights=self.weights[: len(values)]))
 
-    def difference(self, removed: Removed, reference: Removed) -> tuple[float, float]:
+    def difference(self, removed: Removal, reference: Removal) -> tuple[float, float]:
         """(mean, standard error) of objective minus that of a reference, on the samples both have; inf with one."""
         number = min(len(self.values[removed]), len(self.values[reference]))
         return self._mean_and_error(self.values[removed][:number] - self.values[reference][:number])
 
-    def standard_error(self, removed: Removed) -> float:
+    def standard_error(self, removed: Removal) -> float:
         """The standard error of `mean`, from the scatter between samples."""
         return self._mean_and_error(self.values[removed])[1]
 
-    def best(self) -> Removed:
+    def best(self) -> Removal:
         """Of the removals that were measured on the most samples, the one of lowest objective."""
         most = max(map(len, self.values.values()))
         return min((self.mean(removed), removed) for removed, v in self.values.items() if len(v) == most)[1]
@@ -108,7 +108,7 @@ class Ledger:
         scatter = float(weights**2 @ (values - mean) ** 2)
         return mean, math.sqrt(scatter * len(values) / (len(values) - 1))
 
-    def _measure(self, removals: Sequence[Removed], have: int, number: int) -> None:
+    def _measure(self, removals: Sequence[Removal], have: int, number: int) -> None:
         if callable(self.objective):
             self.passes += sum(1 - len(removed) / self.depth for removed in removals)
         else:
@@ -125,7 +125,7 @@ class Ledger:
         for removed in removals:
             self.values[removed] = self._known[removed][:number]
 
-    def _run(self, removals: Sequence[Removed], have: int, number: int) -> Floats:
+    def _run(self, removals: Sequence[Removal], have: int, number: int) -> Floats:
         if not callable(self.objective):
             measure, part = {"kl": kl, "loss": loss}[self.objective], self.samples[have:number]
             return measured(self.model, removals, part, measure, batch_size=self.batch_size)[..., 0]

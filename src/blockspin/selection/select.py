@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from .. import baselines
 from ..energies.estimate import Robustness, robustness
 from ..energies.removals import Energies
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem
 from ..progress import bar
 from ..solvers import Spectrum, solve
 from ..solvers.candidates import Candidate, distinct, states_as_candidates, swaps
 from ..surgery.feasible import Removable, aligned
-from .ledger import Ledger, Objective, Removed
+from .ledger import Ledger, Objective
 
 BUDGET = 64.0  # passes over the selection samples
 PROPOSALS = 32  # removals that enter the race of a polishing round; most leave it after an eighth of the samples
@@ -41,7 +41,7 @@ class Trial:
     num_samples samples. above, above_error: how far it is above the chosen one on the samples that both have.
     """
 
-    removed: Removed
+    removed: Removal
     source: str
     energy: float | None
     loss: float
@@ -117,7 +117,7 @@ def pool_of(
     others: Sequence[Candidate] = (),
     *,
     max_candidates: int = 20,
-    ground_states: Sequence[Removed] = (),
+    ground_states: Sequence[Removal] = (),
 ) -> list[Candidate]:
     """Candidates worth a race: distinct low states, others, and the ground states of resampled energies."""
     states = distinct(states_as_candidates(spectrum))[:max_candidates]
@@ -218,7 +218,7 @@ def run_selection(
     samples: Sequence[Tensor],
     *,
     problem: RemovalProblem | None = None,
-    always: Sequence[Removed] = (),
+    always: Sequence[Removal] = (),
     removable: Removable | None = None,
     objective: Objective = "kl",
     budget: float = BUDGET,
@@ -257,7 +257,7 @@ def run_selection(
     return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds)
 
 
-def race(ledger: Ledger, removals: Sequence[Removed]) -> None:
+def race(ledger: Ledger, removals: Sequence[Removal]) -> None:
     """Successive halving: measure all on an eighth of the samples, those still promising on a quarter, and so on.
 
     A removal leaves when it is worse than the best by more than two standard errors of the difference on the same
@@ -275,12 +275,12 @@ def race(ledger: Ledger, removals: Sequence[Removed]) -> None:
 
 def polish(
     ledger: Ledger, problem: RemovalProblem, budget: float, removable: Removable | None = None
-) -> list[tuple[Removed, str]]:
+) -> list[tuple[Removal, str]]:
     """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
 
     Returns the removals that were measured on the way, with the round that proposed them.
     """
-    tried: list[tuple[Removed, str]] = []
+    tried: list[tuple[Removal, str]] = []
     round_ = 0
     while ledger.passes < budget:
         fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
@@ -346,7 +346,7 @@ def _regression(
     return float(slope), weights
 
 
-def _trial(ledger: Ledger, candidate: Candidate, best: Removed) -> Trial:
+def _trial(ledger: Ledger, candidate: Candidate, best: Removal) -> Trial:
     removed = candidate.removed
     above, above_error = ledger.difference(removed, best)
     return Trial(
