@@ -20,6 +20,7 @@ import torch
 import transformers as tf
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
+from blockspin.errors import first_line
 from blockspin.model.blocks import find_blocks, find_stack
 from blockspin.model.gates import gated, skipped, trace_blocks
 from blockspin.model.loading import auto_class
@@ -215,10 +216,6 @@ def guard(row: Row, what: str):
         yield
     except Exception as error:
         row.faults.append(f"{what}: {type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def quiet_examine(model_type: str) -> Row:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from ..progress import console, track
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _open_dataset(source: str | Path, split: str) -> Any:
             raise ValueError(f"its ending must be one of {', '.join([*_FORMATS, '.txt'])}, also with .gz or .xz")
         return datasets.load_dataset(_FORMATS[suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets raises errors of many kinds, some of its own, for data that cannot be read
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise ValueError(f"cannot read the calibration set {str(source)!r}: {reason} (--calibration)") from error
 
 

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
+from ..errors import first_line
 from ..model.loading import load_model
 
 FEWSHOT_SEED = 1234  # of the harness's command line
@@ -135,7 +136,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = manager.load([name])
     except ImportError as error:
-        raise ValueError(f"task {name} needs a package that is not installed: {_first_line(error)}") from error
+        raise ValueError(f"task {name} needs a package that is not installed: {first_line(error)}") from error
     except (DatasetNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         gated = isinstance(error, GatedRepoError) or "gated" in str(error).lower()
         remedy = (
@@ -143,12 +144,8 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             if gated
             else "download it where there is a network, or give local task files with --include-path"
         )
-        raise ValueError(f"the data of task {name} cannot be loaded ({_first_line(error)}); {remedy}") from error
+        raise ValueError(f"the data of task {name} cannot be loaded ({first_line(error)}); {remedy}") from error
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _open_with_vllm(model: PreTrainedModel | str | Path, config: EvaluateConfig) -> Any:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import first_line
 from ..model.batches import frozen, make_batches, mean_loss
 from ..model.blocks import find_blocks
 from ..progress import track
@@ -124,7 +125,7 @@ def _read_text(text: str | Path) -> str:
 
         return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"cannot read the text {text} ({reason}); give a text file or {WIKITEXT2} (--text)") from error
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..config import DTYPES
+from ..errors import first_line
 
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -55,7 +56,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot open the model {str(source)!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
     encoder = any(part.is_encoder_decoder for part in (config, config.get_text_config(decoder=True)))
@@ -95,7 +96,7 @@ def load_model(
             source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -117,9 +118,5 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from error
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

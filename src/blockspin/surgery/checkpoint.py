@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import __version__
+from ..errors import first_line
 from ..files import replacing, write_json
 from ..model.batches import frozen, input_device
 from ..model.blocks import check_images, check_removal, find_blocks, find_stack, other_lists
@@ -277,4 +278,4 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
     except Exception as error:  # the hub client raises errors of many kinds
-        raise ValueError(f"cannot open the model {str(source)!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import first_line
 from ..files import write_json
 from ..progress import bar
 from .renaming import Renaming
@@ -266,6 +267,6 @@ def convert_bin(paths: Sequence[Path], folder: Path) -> list[Path]:
                 tensors[name] = tensors[name].clone() if shared else tensors[name].contiguous()
             save_file(tensors, folder / f"{path.stem}.safetensors", metadata={"format": "pt"})
         except Exception as error:  # the unpickler raises errors of many kinds
-            raise ValueError(f"{path} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from error
         written.append(folder / f"{path.stem}.safetensors")
     return written

@@ -1,0 +1,19 @@
+"""What is shown of an error is one line, and never none."""
+
+from __future__ import annotations
+
+import pytest
+
+from blockspin.errors import first_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("\n no such file \nand more"), "no such file"),
+        (ValueError(), "ValueError"),
+        (KeyError(" \n"), "' \\n'"),
+    ],
+)
+def test_one_line_is_shown(error: Exception, line: str) -> None:
+    assert first_line(error) == line
