@@ -23,7 +23,8 @@ from ..config import DistillConfig
 from ..data.packing import Windows, write_windows
 from ..files import replacing, write_json
 from ..model.batches import frozen
-from ..model.loading import load_config, load_model
+from ..model.loading import load_config, load_model, model_without_weights
+from ..model.quantization import nf4
 from ..progress import console
 from ..surgery.checkpoint import local_folder
 from .loss import Objective, split, training_forward
@@ -255,9 +256,11 @@ def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel
     dtype = torch.bfloat16 if cuda else torch.float32
     quantization = None
     if config.teacher_quantization == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        remote = config.trust_remote_code
+        structure = model_without_weights(
+            load_config(config.teacher or "", trust_remote_code=remote), trust_remote_code=remote
+        )
+        quantization = nf4(structure, state.device if cuda else torch.device("cpu"), dtype)
     return load_model(
         config.teacher or "",
         dtype=str(dtype).removeprefix("torch."),
