@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockspin.comparison.figures import spearman
 from blockspin.comparison.methods import counted
-from blockspin.comparison.report import spearman
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
 from blockspin.energies.gradients import estimate_gradients

@@ -16,8 +16,9 @@ import transformers as tf
 from conftest import Command, random_samples, save_tiny, tiny_model
 
 from blockspin import baselines
+from blockspin.comparison.figures import spearman
 from blockspin.comparison.methods import counted
-from blockspin.comparison.report import spearman, text_rows, write_report
+from blockspin.comparison.report import text_rows, write_report
 from blockspin.comparison.run import Comparison, Row, averaged, compare
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration

@@ -18,7 +18,10 @@ from blockspin.model.quality import shared_qualities
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection import ledger
 from blockspin.selection.ledger import Ledger
-from blockspin.selection.select import cheap_choices, pool_of, race, refit, run_selection, select
+from blockspin.selection.pool import cheap_choices, pool_of
+from blockspin.selection.race import race
+from blockspin.selection.refit import refit
+from blockspin.selection.select import run_selection, select
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import Candidate, distinct, states_as_candidates, swaps
 
@@ -91,7 +94,7 @@ def test_polishing_finds_the_best_of_all_removals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also from an energy that says the opposite of the truth."""
-    monkeypatch.setattr("blockspin.selection.select.PROPOSALS", 8)  # of 56 removals
+    monkeypatch.setattr("blockspin.selection.polish.PROPOSALS", 8)  # of 56 removals
     problem = problem_of(model)
     if misleading:
         problem = problem.with_energy(-problem.hessian)

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
@@ -23,13 +21,15 @@ from ..energies.estimate import Robustness, robustness
 from ..energies.removals import Energies
 from ..problem import Removal, RemovalProblem
 from ..progress import bar
-from ..solvers import Spectrum, solve
-from ..solvers.candidates import Candidate, distinct, states_as_candidates, swaps
+from ..solvers import Spectrum
+from ..solvers.candidates import Candidate, distinct, states_as_candidates
 from ..surgery.feasible import Removable, aligned
 from .ledger import Ledger, Objective
+from .polish import polish
+from .pool import cheap_choices, pool_of
+from .race import race
 
 BUDGET = 64.0  # passes over the selection samples
-PROPOSALS = 32  # removals that enter the race of a polishing round; most leave it after an eighth of the samples
 ACTIVATION_SAMPLES = 64  # calibration samples that the cheap baselines of the pool see
 
 
@@ -99,31 +99,6 @@ class Selection:
             f"{len(self.trials)} removals measured in {self.seconds:.0f} s ({self.passes:.1f} passes over the "
             f"selection samples); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
         )
-
-
-def cheap_choices(problem: RemovalProblem, activations: baselines.Activations) -> list[Candidate]:
-    """What the baselines that cost next to nothing would remove."""
-    return [
-        baselines.last_blocks(problem),
-        baselines.block_influence(problem, activations),
-        baselines.norm_ratio(problem, activations),
-        baselines.angular_distance(problem, activations),
-    ]
-
-
-def pool_of(
-    problem: RemovalProblem,
-    spectrum: Spectrum,
-    others: Sequence[Candidate] = (),
-    *,
-    max_candidates: int = 20,
-    ground_states: Sequence[Removal] = (),
-) -> list[Candidate]:
-    """Candidates worth a race: distinct low states, others, and the ground states of resampled energies."""
-    states = distinct(states_as_candidates(spectrum))[:max_candidates]
-    resampled = [Candidate(removed, "resampled", problem.energy(removed)) for removed in ground_states]
-    unique = {candidate.removed: candidate for candidate in reversed([*states, *others, *resampled])}
-    return list(reversed(unique.values()))
 
 
 def select_with_energies(
@@ -255,95 +230,6 @@ def run_selection(
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
     chosen = replace(sources[best], loss=ledger.mean(best))
     return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds)
-
-
-def race(ledger: Ledger, removals: Sequence[Removal]) -> None:
-    """Successive halving: measure all on an eighth of the samples, those still promising on a quarter, and so on.
-
-    A removal leaves when it is worse than the best by more than two standard errors of the difference on the same
-    samples, or when it is in the worse half.
-    """
-    number = len(ledger.weights)
-    alive = list(dict.fromkeys(removals))
-    for rung in sorted({max(1, number // share) for share in (8, 4, 2, 1)}):
-        ledger.extend(alive, rung)
-        ranked = sorted(alive, key=lambda removed: (ledger.mean(removed, rung), removed))
-        apart = [ledger.difference(removed, ranked[0]) for removed in ranked]
-        promising = [removed for removed, (mean, error) in zip(ranked, apart, strict=True) if mean <= 2 * error]
-        alive = promising[: max(2, math.ceil(len(ranked) / 2))] if rung < number else alive
-
-
-def polish(
-    ledger: Ledger, problem: RemovalProblem, budget: float, removable: Removable | None = None
-) -> list[tuple[Removal, str]]:
-    """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
-
-    Returns the removals that were measured on the way, with the round that proposed them.
-    """
-    tried: list[tuple[Removal, str]] = []
-    round_ = 0
-    while ledger.passes < budget:
-        fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
-        low = [state.removed for state in solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states]
-        low = [removed for removed in low if removed not in ledger.values]
-        new = (low if removable is None else removable.some(low))[: PROPOSALS // 2]
-        near = [removed for removed in swaps(fitted, best) if removed not in ledger.values and removed not in new]
-        new += (near if removable is None else removable.some(near))[: PROPOSALS - len(new)]
-        if not new:
-            break
-        race(ledger, [best, *new])
-        tried += [(removed, f"polish:{round_}") for removed in new]
-    return tried
-
-
-def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
-    """The problem with its energy corrected by what was measured: a quadratic form again, solved as before.
-
-    The measured values are modelled as a + b E(x) + d(x), where d is a quadratic form of which nothing is known but
-    that its entries are independent and equally large: a Gaussian process with the kernel c n(n + 1) / 2, n the number
-    of blocks that both removals take. Its mean is sum_k w_k k(x, x_k), again a quadratic form. c is the one of largest
-    likelihood.
-    """
-    removals = list(ledger.values)
-    best = ledger.best()
-    apart = [ledger.difference(removed, best) for removed in removals]
-    y = np.array([mean for mean, _ in apart])
-    finite = [error for _, error in apart if math.isfinite(error)]
-    noise = np.array([error if math.isfinite(error) else max([*finite, y.std()]) for _, error in apart]) ** 2
-    x = np.zeros((len(removals), problem.num_blocks))
-    for row, removed in zip(x, removals, strict=True):
-        row[list(removed)] = 1.0
-    energies = np.array([problem.energy(removed) for removed in removals])
-    slope, weights = _regression(x, energies, y, noise + 1e-6 * y.var() + 1e-300)
-    correction = (x.T * weights) @ x
-    correction = (correction + np.diag(weights @ x)) / 2
-    return problem.with_energy(slope * problem.hessian + correction, slope * problem.gradient)
-
-
-def _regression(
-    x: NDArray[np.float64], energies: NDArray[np.float64], y: NDArray[np.float64], noise: NDArray[np.float64]
-) -> tuple[float, NDArray[np.float64]]:
-    """b >= 0 and the weights c w_k of the Gaussian process of `refit`, by generalised least squares."""
-    common = x @ x.T
-    kernel = common * (common + 1) / 2
-    basis = np.column_stack([np.ones(len(y)), energies / (np.abs(energies).max() or 1.0)])
-    if np.ptp(energies) <= 1e-12 * np.abs(energies).max():
-        basis = basis[:, :1]
-
-    def fitted(c: float) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        covariance = c * kernel + np.diag(noise)
-        inverse = np.linalg.pinv(covariance, hermitian=True)
-        coefficients = np.linalg.lstsq(basis.T @ inverse @ basis, basis.T @ inverse @ y, rcond=None)[0]
-        if len(coefficients) > 1 and coefficients[1] < 0:  # an energy that misleads is left out
-            coefficients = np.array([(inverse @ y).sum() / inverse.sum(), 0.0])
-        rest = y - basis @ coefficients
-        likelihood = -(rest @ inverse @ rest) - np.linalg.slogdet(covariance)[1]
-        return float(likelihood), coefficients, c * (inverse @ rest)
-
-    scale = max(y.var(), 1e-300) / kernel.diagonal().max()
-    _, coefficients, weights = max((fitted(scale * 10.0**e) for e in range(-4, 2)), key=lambda found: found[0])
-    slope = coefficients[1] / (np.abs(energies).max() or 1.0) if len(coefficients) > 1 else 0.0
-    return float(slope), weights
 
 
 def _trial(ledger: Ledger, candidate: Candidate, best: Removal) -> Trial:

@@ -1,0 +1,35 @@
+"""Candidates worth measuring: low states, the ground states of resampled energies, what cheap baselines choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import baselines
+from ..problem import Removal, RemovalProblem
+from ..solvers import Spectrum
+from ..solvers.candidates import Candidate, distinct, states_as_candidates
+
+
+def cheap_choices(problem: RemovalProblem, activations: baselines.Activations) -> list[Candidate]:
+    """What the baselines that cost next to nothing would remove."""
+    return [
+        baselines.last_blocks(problem),
+        baselines.block_influence(problem, activations),
+        baselines.norm_ratio(problem, activations),
+        baselines.angular_distance(problem, activations),
+    ]
+
+
+def pool_of(
+    problem: RemovalProblem,
+    spectrum: Spectrum,
+    others: Sequence[Candidate] = (),
+    *,
+    max_candidates: int = 20,
+    ground_states: Sequence[Removal] = (),
+) -> list[Candidate]:
+    """Candidates worth a race: distinct low states, others, and the ground states of resampled energies."""
+    states = distinct(states_as_candidates(spectrum))[:max_candidates]
+    resampled = [Candidate(removed, "resampled", problem.energy(removed)) for removed in ground_states]
+    unique = {candidate.removed: candidate for candidate in reversed([*states, *others, *resampled])}
+    return list(reversed(unique.values()))
