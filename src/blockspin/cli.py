@@ -169,16 +169,16 @@ def select(
     Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
     """
     from .model.loading import load_config
-    from .pipeline import Samples, selection_stage, within_reach
+    from .pipeline import Samples, selection_stage
     from .solvers import solve
-    from .surgery.feasible import Removable
+    from .surgery.feasible import Removable, protect_what_must_stay
 
     s, (found, problem) = complete(settings), _posed(energies, settings)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file (--out)")
     model_config = load_config(model, trust_remote_code=s.trust_remote_code)
     removable = Removable(model_config, trust_remote_code=s.trust_remote_code)
-    problem = within_reach(problem, removable)
+    problem = protect_what_must_stay(problem, removable)
     spectrum = solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
     samples = _samples(model, data, s.selection_samples, s)
     config = CompressConfig(model=model, calibration=data, **settings)

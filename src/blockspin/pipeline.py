@@ -6,9 +6,8 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energie
 from .solvers import SOLVERS, Spectrum, solve
 from .solvers.candidates import Candidate, random_candidate, states_as_candidates
 from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint, remove_blocks
-from .surgery.feasible import Removable, keep_what_must_stay
+from .surgery.feasible import Removable, protect_what_must_stay
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
     )
     removable = Removable(model_config, trust_remote_code=config.trust_remote_code)
-    problem = within_reach(pose_problem(energies, config.remove, config.protect, config.beta), removable)
+    problem = protect_what_must_stay(pose_problem(energies, config.remove, config.protect, config.beta), removable)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
     selection = selection_stage(config, model, energies, problem, spectrum, samples, removable, out / "candidates.json")
     chosen = selection.chosen
@@ -119,7 +118,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         )
     named = replace(chosen, source=f"chosen ({chosen.source})")
     states, drawn = states_as_candidates(spectrum), (random_candidate(problem, config.seed + k) for k in range(100))
-    compared = [*first_possible(states, removable), named, *first_possible(drawn, removable)]
+    compared = [*removable.first_of(states), named, *removable.first_of(drawn)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
     return rows
@@ -242,23 +241,6 @@ def pose_problem(energies: Energies, remove: Goal, protect: Sequence[int], beta:
     return RemovalProblem(
         energies.hessian, blocks=energies.blocks, protect=protect, beta=beta, gradient=gradient, **goal
     )
-
-
-def within_reach(problem: RemovalProblem, removable: Removable) -> RemovalProblem:
-    """The problem itself if a low state can be saved; else one that also protects blocks that cannot go alone."""
-    (lowest,) = solve(problem, states=1, solver="tabu").states
-    if removable(lowest.removed):
-        return problem
-    with console.status("Looking for blocks that can go"):
-        narrower = keep_what_must_stay(problem, removable)
-    if extra := sorted({*narrower.protect} - {*problem.protect}):
-        console.print(f"The configuration of this model cannot do without the blocks {extra}; they are protected.")
-    return narrower
-
-
-def first_possible(candidates: Iterable[Candidate], removable: Removable) -> list[Candidate]:
-    """The first candidate that can be saved, in a list; an empty one if there is none."""
-    return list(islice((candidate for candidate in candidates if removable(candidate.removed)), 1))
 
 
 def spectrum_stage(config: CompressConfig, problem: RemovalProblem, path: Path) -> Spectrum:

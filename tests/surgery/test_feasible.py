@@ -12,11 +12,11 @@ import transformers as tf
 from conftest import save_tokenizer, settings
 from tiny import DEPTH, tiny_config, tiny_random_model
 
-from blockspin.pipeline import compress, within_reach
+from blockspin.pipeline import compress
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 from blockspin.surgery.checkpoint import remove_blocks
-from blockspin.surgery.feasible import Removable, aligned
+from blockspin.surgery.feasible import Removable, protect_what_must_stay, same_pattern_candidates, without
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "diffllama", "bamba", "modernbert-decoder"])
@@ -36,7 +36,7 @@ def test_the_answer_is_that_of_the_surgery(model_type: str) -> None:
 
 def test_many_answers_need_few_models(monkeypatch: pytest.MonkeyPatch) -> None:
     removable = Removable(tiny_config("llama"))
-    assert removable.makes == [0] * DEPTH
+    assert removable.pattern == (0,) * DEPTH
     assert removable([2])
     monkeypatch.setattr(removable, "_build", lambda config: pytest.fail("built a model again"))
     assert all(removable([i]) for i in range(DEPTH))
@@ -45,45 +45,45 @@ def test_many_answers_need_few_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_is_examined_anew() -> None:
     removable = Removable(tiny_config("jamba"))  # a period of two
     assert removable([0, 1])
-    assert removable.some([(0,), (2, 3), (1, 4), (1, 2)], examine=0) == [(2, 3), (1, 2)]
-    assert removable.some([(1, 4), (0,), (2, 3)], examine=1) == [(2, 3)]
-    assert removable.some([(1, 4), (0,), (2, 3)], examine=1) == [(0,), (2, 3)]
+    assert removable.among([(0,), (2, 3), (1, 4), (1, 2)], new_patterns=0) == [(2, 3), (1, 2)]
+    assert removable.among([(1, 4), (0,), (2, 3)], new_patterns=1) == [(2, 3)]
+    assert removable.among([(1, 4), (0,), (2, 3)], new_patterns=1) == [(0,), (2, 3)]
 
 
 class Periodic:
     """Allows what leaves layers that repeat with a period of four."""
 
-    makes = [0, 1, 0, 3] * 4
+    pattern = (0, 1, 0, 3) * 4
 
     def __call__(self, removed: Iterable[int]) -> bool:
-        left = [make for i, make in enumerate(self.makes) if i not in removed]
-        return left == self.makes[: len(left)]
+        left = without(self.pattern, removed)
+        return left == self.pattern[: len(left)]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_aligned_removals_are_the_lowest_of_all(seed: int) -> None:
+def test_removals_of_the_same_pattern_are_the_lowest_of_all(seed: int) -> None:
     factors = np.random.default_rng(seed).normal(size=(16, 6))
     problem = RemovalProblem(factors @ factors.T, remove=8)
     allowed = [removed for removed in combinations(range(16), 8) if Periodic()(removed)]
     assert len(allowed) > 80
-    found = aligned(problem, Periodic(), range(8, 16))
+    found = same_pattern_candidates(problem, Periodic(), range(8, 16))
     assert {candidate.removed for candidate in found} <= {*allowed}
     assert found[0].energy == min(map(problem.energy, allowed))
     assert [candidate.energy for candidate in found] == sorted(candidate.energy for candidate in found)
-    assert aligned(problem, Periodic(), [0, *range(9, 16)]) == []
+    assert same_pattern_candidates(problem, Periodic(), [0, *range(9, 16)]) == []
 
 
 def test_blocks_that_others_need_are_protected() -> None:
     """In Gemma 3n the last layers use the keys and values of blocks 2 and 3."""
     removable = Removable(tiny_config("gemma3n_text"))
     hessian = np.diag([4.0, 3.0, 1.0, 1.0, 5.0, 6.0])
-    problem = within_reach(RemovalProblem(hessian, remove=2), removable)
+    problem = protect_what_must_stay(RemovalProblem(hessian, remove=2), removable)
     assert problem.protect == (2, 3)
     assert solve(problem, states=1).states[0].removed == (0, 1)
     qwen = Removable(tiny_config("qwen3_vl"))  # adds features of images after its first two blocks
-    assert within_reach(RemovalProblem(np.eye(DEPTH), remove=2), qwen).protect == (0, 1)
+    assert protect_what_must_stay(RemovalProblem(np.eye(DEPTH), remove=2), qwen).protect == (0, 1)
     untouched = RemovalProblem(np.diag([1.0, 1.0, 9, 9, 9, 9]), remove=2)
-    assert within_reach(untouched, removable) is untouched
+    assert protect_what_must_stay(untouched, removable) is untouched
 
 
 def test_a_run_ends_with_a_removal_that_can_be_saved(text_file: Path, tmp_path: Path) -> None:

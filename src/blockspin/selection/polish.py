@@ -26,9 +26,9 @@ def polish(
         fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
         low = [state.removed for state in solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states]
         low = [removed for removed in low if removed not in ledger.values]
-        new = (low if removable is None else removable.some(low))[: PROPOSALS // 2]
+        new = (low if removable is None else removable.among(low))[: PROPOSALS // 2]
         near = [removed for removed in swaps(fitted, best) if removed not in ledger.values and removed not in new]
-        new += (near if removable is None else removable.some(near))[: PROPOSALS - len(new)]
+        new += (near if removable is None else removable.among(near))[: PROPOSALS - len(new)]
         if not new:
             break
         race(ledger, [best, *new])

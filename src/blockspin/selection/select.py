@@ -23,7 +23,7 @@ from ..problem import Removal, RemovalProblem
 from ..progress import bar
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, distinct, states_as_candidates
-from ..surgery.feasible import Removable, aligned
+from ..surgery.feasible import Removable, keep_possible
 from .ledger import Ledger, Objective
 from .polish import polish
 from .pool import cheap_choices, pool_of
@@ -112,13 +112,17 @@ def select_with_energies(
     *,
     seed: int = 0,
     max_candidates: int = 20,
+    objective: Objective = "kl",
+    budget: float = BUDGET,
     batch_size: int = 8,
-    **options: Any,
+    partial: Path | None = None,
+    progress: bool = True,
 ) -> tuple[Selection, Robustness]:
     """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish.
 
-    activation_samples: what the cheap baselines see. options: of `run_selection`.
-    removable: only what it allows is chosen; where it refuses candidates, removals of a possible make join the pool.
+    activation_samples: what the cheap baselines see.
+    removable: only what it allows is chosen; where it refuses candidates, others join the pool (`keep_possible`).
+    objective, budget, partial: of `run_selection`.
 
     Raises:
         ValueError: no removal that meets the goal and can be saved was found; or as `run_selection`.
@@ -127,20 +131,22 @@ def select_with_energies(
     activations = baselines.measure_activations(model, activation_samples, batch_size=batch_size)
     cheap = cheap_choices(problem, activations)
     pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
-    possible = [candidate for candidate in pool if removable(candidate.removed)]
-    restricted = len(possible) < len(pool)
-    if restricted:
-        known = {candidate.removed for candidate in possible}
-        others = aligned(problem, removable, cheap[0].removed, states=max_candidates, seed=seed)
-        possible += [candidate for candidate in others if candidate.removed not in known]
-    if not possible:
-        raise ValueError(
-            f"no removal was found that meets the goal and that the configuration of {type(model).__name__} can "
-            "express; try another number of blocks, or see what `blockspin prune --blocks` says of some"
-        )
-    always = [candidate.removed for candidate in cheap if candidate in possible]
-    options |= {"always": always, "removable": removable if restricted else None}
-    selection = run_selection(model, possible, samples, problem=problem, batch_size=batch_size, **options)
+    last = baselines.last_blocks(problem).removed
+    possible = keep_possible(pool, problem, removable, last, states=max_candidates, seed=seed)
+
+    selection = run_selection(
+        model,
+        possible,
+        samples,
+        problem=problem,
+        always=[candidate.removed for candidate in cheap if candidate in possible],
+        removable=None if possible == pool else removable,
+        objective=objective,
+        budget=budget,
+        batch_size=batch_size,
+        partial=partial,
+        progress=progress,
+    )
     return _best_possible(selection, removable), trust
 
 

@@ -1,120 +1,211 @@
-"""Which removals the configuration of a model can express, and candidates where only few of them are.
+"""Which removals the configuration of a model can express, and candidates where it can express only few.
 
 Most configurations express every removal: their layers are alike, or listed one by one. Some fix a pattern by periods
 (Jamba), tie layers to positions (DiffLlama) or to other layers (Gemma 3n). Then a low energy is of no use if the
-removal cannot be saved.
+removal cannot be saved. Everything that depends on this is here: which blocks to protect, which candidates to drop, and
+what to put in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..model.blocks import check_images, find_stack
 from ..model.loading import model_without_weights
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem
+from ..progress import console
+from ..solvers import solve
 from ..solvers.candidates import Candidate
 from .checkpoint import check_attention
 from .layer_config import first_proven
 from .proof import alike, broken_sharing
 
+Pattern = tuple[int, ...]  # for each layer in order: the first layer of the whole model that is built like it
+
 
 class Removable:
-    """Whether removing blocks leaves a model that a configuration describes. Answers are remembered.
+    """Whether a configuration describes the model without some blocks. Answers are remembered.
 
-    Kept layers that are, one by one, of the same make as those of a removal asked before get the same answer. The last
-    word has the surgery, which also tries other periods and runs the result.
+    Removals that leave the same pattern of layers get the same answer, so that few models are built. The last word has
+    the surgery, which also tries other periods and runs the result.
+
+    pattern: of the whole model.
     """
 
     def __init__(self, config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
-        self._config, self._trust = config, trust_remote_code
+        self._config, self._trust_remote_code = config, trust_remote_code
         self._model = self._build(config)
-        layers = find_stack(self._model)[1]
-        self.makes: list[int] = []  # of each layer: the first layer that is like it
-        for j, layer in enumerate(layers):
-            firsts = dict.fromkeys(self.makes)
-            self.makes.append(next((i for i in firsts if alike(layers[i], layer, i, j, len(layers))), j))
-        self._answers: dict[tuple[int, ...], bool] = {}
+        self.pattern = pattern_of(list(find_stack(self._model)[1]))
+        self._answers: dict[Pattern, bool] = {}
 
     def __call__(self, removed: Iterable[int]) -> bool:
         gone = sorted(removed)
-        kept = [i for i in range(len(self.makes)) if i not in gone]
+        kept = [i for i in range(len(self.pattern)) if i not in gone]
         try:
             check_attention(self._model, kept)
             check_images(self._model, gone)
         except ValueError:
             return False
+
         if any(broken_sharing(self._config, self._model, kept)):
             return False
-        make = self._make(gone)
-        if make not in self._answers:
-            found, _ = first_proven(self._config, self._model, kept, self._build, thorough=False)
-            self._answers[make] = found is not None
-        return self._answers[make]
 
-    def some(self, removals: Iterable[tuple[int, ...]], examine: int = 4) -> list[tuple[int, ...]]:
-        """Those removals of which it is known that they are possible; of the others the first `examine` are asked."""
+        pattern = without(self.pattern, gone)
+        if pattern not in self._answers:
+            shortened, _ = first_proven(self._config, self._model, kept, self._build, thorough=False)
+            self._answers[pattern] = shortened is not None
+        return self._answers[pattern]
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model."""
+        return type(self._model).__name__
+
+    def among(self, removals: Iterable[Removal], new_patterns: int = 4) -> list[Removal]:
+        """Those of the removals that can be expressed.
+
+        A pattern that was not seen before costs the building of a model: beyond the first `new_patterns` of them,
+        removals that leave a new one are dropped unexamined.
+        """
         possible = []
         for removed in removals:
-            known = self._answers.get(self._make(removed), examine > 0)
-            examine -= self._make(removed) not in self._answers
-            if known and self(removed):
+            if without(self.pattern, removed) not in self._answers:
+                if new_patterns == 0:
+                    continue
+                new_patterns -= 1
+            if self(removed):
                 possible.append(removed)
         return possible
 
-    def _make(self, removed: Iterable[int]) -> tuple[int, ...]:
-        """What the layers that are left are like."""
-        gone = {*removed}
-        return tuple(make for i, make in enumerate(self.makes) if i not in gone)
+    def first_of(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """The first candidate that can be expressed, in a list; an empty list if there is none."""
+        for candidate in candidates:
+            if self(candidate.removed):
+                return [candidate]
+        return []
 
     def _build(self, config: PretrainedConfig) -> PreTrainedModel:
-        return model_without_weights(config, trust_remote_code=self._trust)
+        return model_without_weights(config, trust_remote_code=self._trust_remote_code)
 
 
-def keep_what_must_stay(problem: RemovalProblem, removable: Removable) -> RemovalProblem:
-    """The problem in which blocks that cannot go alone are protected too, if enough others can go."""
-    fixed = [i for i in problem.reduced.block.tolist() if not removable([i])]
-    try:
-        return problem.with_protected({*problem.protect, *fixed})
-    except ValueError:  # not enough are left: the blocks can only go together
+def pattern_of(layers: Sequence[nn.Module]) -> Pattern:
+    """Which layers are built alike: the same modules, shapes and settings, whatever their weights."""
+    pattern: list[int] = []
+    for j, layer in enumerate(layers):
+        earlier = sorted(set(pattern))  # one layer of each sort
+        same = (i for i in earlier if alike(layers[i], layer, i, j, len(layers)))
+        pattern.append(next(same, j))
+    return tuple(pattern)
+
+
+def without(pattern: Pattern, removed: Iterable[int]) -> Pattern:
+    """The pattern of the layers that a removal keeps."""
+    gone = set(removed)
+    return tuple(first for i, first in enumerate(pattern) if i not in gone)
+
+
+def protect_what_must_stay(problem: RemovalProblem, removable: Removable) -> RemovalProblem:
+    """The problem itself if a low removal can be expressed; else one that also protects blocks that cannot go alone.
+
+    Blocks that can only go together stay free where not enough others are left to meet the goal.
+    """
+    (lowest,) = solve(problem, states=1, solver="tabu").states
+    if removable(lowest.removed):
         return problem
 
+    with console.status("Looking for blocks that can go"):
+        fixed = [i for i in problem.reduced.block.tolist() if not removable([i])]
+    try:
+        narrower = problem.with_protected({*problem.protect, *fixed})
+    except ValueError:  # not enough are left
+        return problem
 
-def aligned(
+    if fixed:
+        console.print(f"The configuration of this model cannot do without the blocks {fixed}; they are protected.")
+    return narrower
+
+
+def keep_possible(
+    pool: Sequence[Candidate],
+    problem: RemovalProblem,
+    removable: Removable,
+    start: Removal,
+    *,
+    states: int = 20,
+    seed: int = 0,
+) -> list[Candidate]:
+    """The candidates of a pool that can be expressed; if not all can, with `same_pattern_candidates` of `start` added.
+
+    Raises:
+        ValueError: there is none.
+    """
+    possible = [candidate for candidate in pool if removable(candidate.removed)]
+    if len(possible) < len(pool):
+        known = {candidate.removed for candidate in possible}
+        others = same_pattern_candidates(problem, removable, start, states=states, seed=seed)
+        possible += [candidate for candidate in others if candidate.removed not in known]
+
+    if not possible:
+        raise ValueError(
+            f"no removal was found that meets the goal and that the configuration of {removable.architecture} can "
+            "express; try another number of blocks, or see what `blockspin prune --blocks` says of some"
+        )
+    return possible
+
+
+def same_pattern_candidates(
     problem: RemovalProblem, removable: Removable, start: Iterable[int], *, states: int = 20, seed: int = 0
 ) -> list[Candidate]:
-    """Low-energy removals after which the kept layers are of the same make, one by one, as after the removal `start`.
+    """Low-energy removals that leave the same pattern of layers as the removal `start`, the lowest first.
 
-    Found by exchanging blocks: steepest descent from `start` and from where a random walk from there passes. Empty if
+    Found by exchanges of blocks: steepest descent from `start` and from where a random walk from there passes. Empty if
     `start` itself is not possible.
     """
     first = tuple(sorted(start))
     if not problem.allows(first) or not removable(first):
         return []
-    makes = removable.makes
-    pattern = np.delete(makes, first).tolist()
-
-    def neighbours(removed: tuple[int, ...]) -> list[tuple[int, ...]]:
-        pairs = [(i, j) for i in removed for j in range(len(makes)) if j not in removed and makes[i] == makes[j]]
-        others = (tuple(sorted({*removed, j} - {i})) for i, j in pairs)
-        return [other for other in others if np.delete(makes, other).tolist() == pattern and problem.allows(other)]
 
     rng = np.random.default_rng(seed)
-    energies: dict[tuple[int, ...], float] = {}
+    energies: dict[Removal, float] = {}  # of every removal seen
     here = first
     for _ in range(states):
-        lowest = here
-        energies[here] = problem.energy(here)
-        while near := neighbours(lowest):
-            energies |= {removed: problem.energy(removed) for removed in near}
-            step = min(near, key=lambda removed: energies[removed])
-            if energies[step] >= energies[lowest]:
-                break
-            lowest = step
+        _descend(problem, removable.pattern, here, energies)
+
+        # Walk on at random, far enough to exchange every block twice; the next descent starts there.
         for _ in range(2 * len(first)):
-            near = neighbours(here)
+            near = exchanges(problem, removable.pattern, here)
             here = near[rng.integers(len(near))] if near else here
-    order = sorted(energies, key=lambda removed: (energies[removed], removed))[:states]
-    return [Candidate(removed, f"aligned:{k}", energies[removed]) for k, removed in enumerate(order)]
+
+    lowest = sorted(energies, key=lambda removed: (energies[removed], removed))[:states]
+    return [Candidate(removed, f"same pattern:{k}", energies[removed]) for k, removed in enumerate(lowest)]
+
+
+def exchanges(problem: RemovalProblem, pattern: Pattern, removed: Removal) -> list[Removal]:
+    """The allowed removals that keep one block of `removed` and take another like it, and leave the same pattern."""
+    left = without(pattern, removed)
+    found = []
+    for back in removed:
+        for gone in range(len(pattern)):
+            if gone in removed or pattern[gone] != pattern[back]:
+                continue
+            other = tuple(sorted({*removed, gone} - {back}))
+            if without(pattern, other) == left and problem.allows(other):
+                found.append(other)
+    return found
+
+
+def _descend(problem: RemovalProblem, pattern: Pattern, start: Removal, energies: dict[Removal, float]) -> None:
+    """Steepest descent by exchanges; adds the energies of all removals on the way, and of their neighbours."""
+    lowest = start
+    energies[lowest] = problem.energy(lowest)
+    while near := exchanges(problem, pattern, lowest):
+        for removed in near:
+            energies[removed] = problem.energy(removed)
+        best = min(near, key=lambda removed: energies[removed])
+        if energies[best] >= energies[lowest]:
+            break
+        lowest = best
