@@ -30,6 +30,7 @@ from blockspin.energies.removals import Energies, gauss_newton, measure_pairs
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import shared_qualities
+from blockspin.model.tracing import trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import random_candidate
@@ -94,7 +95,7 @@ def main() -> None:
         any_problem = next(iter(problems.values()))
         drawn = [random_candidate(any_problem, seed).removed for seed in range(40)]
         removals = sorted({*drawn, *(removed for states in lowest.values() for removed in states)})
-        measured = shared_qualities(model, removals, text, batch_size=16)
+        measured = shared_qualities(trace_model(model), removals, text, batch_size=16)
         kl = {removed: quality.kl for removed, quality in zip(removals, measured, strict=True)}
         for name, problem in problems.items():
             rows[name][str(remove)] = {

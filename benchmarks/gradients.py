@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from blockspin.demo import MODEL
 from blockspin.energies.gradients import gate_gradients
 from blockspin.model.batches import Batch, frozen, input_device, make_batches, sample_losses
-from blockspin.model.gates import BlockTrace, trace_blocks
+from blockspin.model.tracing import trace_model
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -105,12 +105,12 @@ def main() -> None:
     else:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
-    traces: list[BlockTrace] = trace_blocks(model)
+    traced = trace_model(model)
     samples = [torch.randint(model.config.vocab_size, (arguments.length,)) for _ in range(arguments.batch_size)]
     batches = make_batches(samples, arguments.batch_size) * arguments.batches
 
     def ours(batch: Batch) -> object:
-        return gate_gradients(model, batch, traces)
+        return gate_gradients(traced, batch)
 
     def floor(batch: Batch) -> None:
         floor_pass(model, batch)

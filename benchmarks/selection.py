@@ -28,6 +28,7 @@ from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import Quality, measured, quality, token_mean
+from blockspin.model.tracing import trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
@@ -93,7 +94,7 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
 def held_out(setting: Setting, candidates: list[Candidate]) -> dict[str, dict[str, object]]:
     """Method -> its blocks, KL and loss on the held-out samples, and how far its KL is above ours."""
     removals = [candidate.removed for candidate in candidates]
-    values = measured(setting.model, removals, setting.held_out, quality, batch_size=BATCH)
+    values = measured(trace_model(setting.model), removals, setting.held_out, quality, batch_size=BATCH)
     rows = {}
     for candidate, row in zip(candidates, values, strict=True):
         apart = row[:, 1] - values[0][:, 1]

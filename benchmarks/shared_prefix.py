@@ -21,8 +21,8 @@ from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import Batch, frozen, make_batches, sample_losses
-from blockspin.model.gates import trace_blocks
-from blockspin.model.passes import can_share, plain_logits, shared_logits
+from blockspin.model.passes import plain_logits, shared_logits
+from blockspin.model.tracing import trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 
@@ -48,21 +48,21 @@ def main() -> None:
     spectrum = solve(problem, states=arguments.states, solver="tabu")
     removals = [state.removed for state in spectrum.states]
     batch: Batch = make_batches(samples[: arguments.samples], arguments.samples)[0]
-    traces = trace_blocks(model)
+    traced = trace_model(model)
     seconds: dict[str, list[float]] = {"shared": [], "plain": []}
     losses: dict[str, dict[int, float]] = {}
     with frozen(model), torch.no_grad():
-        assert can_share(model, traces)
+        assert traced.shares_passes
         for _ in range(arguments.rounds):
             for name, logits_of in (("shared", shared_logits), ("plain", plain_logits)):
                 started = time.perf_counter()
-                outputs = logits_of(model, batch, removals, traces)
+                outputs = logits_of(traced, batch, removals)
                 losses[name] = {k: float(sample_losses(logits, batch).mean()) for k, logits in outputs}
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: len(removals) / statistics.median(times) for name, times in seconds.items()}
     numbers = {
         "model": arguments.model,
-        "removed": f"{arguments.remove} of {len(traces)}",
+        "removed": f"{arguments.remove} of {traced.depth}",
         "states": len(removals),
         "threads": torch.get_num_threads(),
         "batch": [arguments.samples, arguments.length],

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockspin.model.batches import mean_loss
 from blockspin.model.quality import shared_losses
+from blockspin.model.tracing import trace_model
 
 PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
 VOCABULARY = 4096
@@ -196,7 +197,7 @@ def export(text: Path, work: Path, hardware: str) -> None:
     samples = load_windows(validation, tokenizer)[:64]
     whole = mean_loss(model, samples, 16)
     single = [(i,) for i in range(CONFIG["num_hidden_layers"])]
-    without = shared_losses(model, single, samples, batch_size=16)
+    without = shared_losses(trace_model(model), single, samples, batch_size=16)
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         tokens=state["tokens"] / 1e6,

@@ -21,9 +21,10 @@ import transformers as tf
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
 from blockspin.errors import first_line
-from blockspin.model.blocks import find_blocks, find_stack
-from blockspin.model.gates import gated, skipped, trace_blocks
+from blockspin.model.blocks import find_blocks
+from blockspin.model.gates import gated
 from blockspin.model.loading import auto_class
+from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
@@ -71,11 +72,11 @@ def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
         row.cannot_start = first_line(error)
         return row
     try:
-        traces = trace_blocks(model)
+        traced = trace_model(model)
     except ValueError as error:
         row.not_a_decoder = first_line(error)
         return row
-    row.branches = [trace.branches for trace in traces]
+    row.branches = [trace.branches for trace in traced.traces]
     check_gates(row, model, ids, whole)
     row.has_cache = generation_agrees(model, ids)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,12 +121,12 @@ def check_removals(
 
 def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torch.Tensor) -> None:
     """Gates of one change no bit; a gate of zero makes each layer the identity on its hidden states."""
-    traces, layers = trace_blocks(model), find_stack(model)[1]
+    traced = trace_model(model)
     with guard(row, "gates"):
-        with gated(model, torch.ones(2, len(traces)), traces):
+        with gated(traced, torch.ones(2, traced.depth)):
             if not torch.equal(logits(model, ids), whole):
                 row.faults.append("gates of one change the logits")
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(traced.layers):
             seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
             def note(module: object, args: tuple, kwargs: dict, output: object, seen: list = seen) -> None:
@@ -133,10 +134,10 @@ def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torc
                 seen.append((args[0] if args else kwargs["hidden_states"], left))
 
             handle = layer.register_forward_hook(note, with_kwargs=True)
-            alphas = torch.ones(2, len(traces))
+            alphas = torch.ones(2, traced.depth)
             alphas[:, i] = 0
             logits(model, ids)
-            with gated(model, alphas, traces):
+            with gated(traced, alphas):
                 logits(model, ids)
             handle.remove()
             if not seen:  # a block that attends to images rests on text
@@ -150,13 +151,13 @@ def check_removal(
     row: Row, model: torch.nn.Module, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor
 ) -> None:
     """Gates of zero, skipping and removal agree."""
-    traces = trace_blocks(model)
-    alphas = torch.ones(2, len(traces))
+    traced = trace_model(model)
+    alphas = torch.ones(2, traced.depth)
     alphas[:, list(removed)] = 0
     expected = logits(smaller, ids)
-    with gated(model, alphas, traces):
+    with gated(traced, alphas):
         by_gates = logits(model, ids)
-    with skipped(model, removed, traces):
+    with skipped(traced, removed):
         by_skipping = logits(model, ids)
     for name, found in (("gates", by_gates), ("skipping", by_skipping)):
         if not close(found, expected):

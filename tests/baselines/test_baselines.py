@@ -14,7 +14,7 @@ from conftest import plain_loss, random_samples, tiny_model
 from blockspin import baselines
 from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_stack
-from blockspin.model.gates import trace_blocks
+from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
 from blockspin.solvers.candidates import fill, open_blocks, random_candidate
 from blockspin.surgery.checkpoint import remove_blocks
@@ -46,7 +46,7 @@ def deep_llama(layers: int = 7, seed: int = 0) -> tf.PreTrainedModel:
 def states_of(model: tf.PreTrainedModel, sample: torch.Tensor) -> list[torch.Tensor]:
     """h_0..h_N, each (length, width): what transformers returns, the last replaced by the state before the norm."""
     caught = []
-    handle = find_stack(model)[1][-1].register_forward_hook(lambda layer, args, output: caught.append(output))
+    handle = find_stack(model).layers[-1].register_forward_hook(lambda layer, args, output: caught.append(output))
     with torch.no_grad():
         hidden = model(sample[None], output_hidden_states=True, use_cache=False).hidden_states
     handle.remove()
@@ -251,7 +251,7 @@ def test_merged_weights_are_those_of_the_formula() -> None:
         torch.testing.assert_close(weight, layers[5].get_parameter(name))
     assert ours[0].mlp.up_proj.weight is layers[0].mlp.up_proj.weight
     assert [layer.self_attn.layer_idx for layer in ours] == [0, 1, 2, 3]
-    with baselines.merging.merged(model, ((1, 3), (4, 5)), trace_blocks(model)):
+    with baselines.merging.merged(trace_model(model), ((1, 3), (4, 5))):
         inside = model(torch.arange(2, 12)[None], use_cache=False).logits
     torch.testing.assert_close(inside, merged(torch.arange(2, 12)[None], use_cache=False).logits)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -24,7 +24,7 @@ from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import make_batches, mean_loss
-from blockspin.model.gates import skipped, trace_blocks
+from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.checkpoint import remove_blocks
 
 SAMPLES = {"num_samples": 12, "energy_samples": 6, "selection_samples": 4, "evaluation_samples": 6}
@@ -93,15 +93,15 @@ def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> 
 
 def test_costs_are_counted_in_forward_passes() -> None:
     model, samples = tiny_model("llama"), random_samples((8, 8, 8))
-    batch, traces = make_batches(samples, 3)[0], trace_blocks(model)
+    batch, traced = make_batches(samples, 3)[0], trace_model(model)
     with torch.no_grad():
         with counted(model, 24) as whole:
             batch.forward(model)
-        with skipped(model, (0, 2), traces), counted(model, 24) as half:
+        with skipped(traced, (0, 2)), counted(model, 24) as half:
             batch.forward(model)
     assert (whole.passes, half.passes) == (pytest.approx(1), pytest.approx(0.5))
     with counted(model, 24) as trace:
-        trace_blocks(model)
+        trace_model(model)
     with counted(model, 24) as gates:
         estimate_gradients(model, samples, progress=False)
     with counted(model, 24) as weights:

@@ -18,7 +18,8 @@ from blockspin.energies.gradients import Gradients, estimate_gradients
 from blockspin.energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
 from blockspin.model.batches import frozen, make_batches
 from blockspin.model.blocks import find_blocks
-from blockspin.model.gates import gated, trace_blocks
+from blockspin.model.gates import gated
+from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
 from blockspin.surgery.checkpoint import remove_blocks
 
@@ -67,12 +68,12 @@ def test_a_small_step_gives_the_derivative() -> None:
     """Against the Jacobian of the logits with respect to the gates, by automatic differentiation."""
     model = tiny_model("qwen3")
     found = gauss_newton(model, SAMPLES, step=0.01, progress=False).hessian
-    traces, expected, tokens = trace_blocks(model), np.zeros((4, 4)), 0
+    traced, expected, tokens = trace_model(model), np.zeros((4, 4)), 0
     for sample in SAMPLES:
         batch = make_batches([sample], 1)[0]
 
         def logits(alphas: torch.Tensor, batch: object = batch) -> torch.Tensor:
-            with gated(model, alphas[None], traces):
+            with gated(traced, alphas[None]):
                 return batch.forward(model)[0, :-1]
 
         with frozen(model):

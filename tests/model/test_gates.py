@@ -10,7 +10,8 @@ from conftest import random_samples, tiny_model
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_blocks
-from blockspin.model.gates import gated, skipped, trace_blocks
+from blockspin.model.gates import gated
+from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.checkpoint import remove_blocks
 
 
@@ -26,14 +27,14 @@ def test_blocks_are_found(family: str) -> None:
 def test_branches_are_told_apart(family: str) -> None:
     """Parallel blocks add attention and mlp to the stream in one addition, all others in two."""
     expected = 1 if family == "gpt_neox" else 2
-    assert [trace.branches for trace in trace_blocks(tiny_model(family))] == [expected] * 4
+    assert [trace.branches for trace in trace_model(tiny_model(family)).traces] == [expected] * 4
 
 
 def test_gates_of_one_change_no_bit(family: str) -> None:
     model, batch = tiny_model(family), make_batches(random_samples(), 5)[0]
     with torch.no_grad():
         before = batch.forward(model)
-        with gated(model, torch.ones(5, 4), trace_blocks(model)):
+        with gated(trace_model(model), torch.ones(5, 4)):
             inside = batch.forward(model)
         after = batch.forward(model)
     assert torch.equal(before, inside)
@@ -45,11 +46,11 @@ def test_gates_of_zero_are_the_shortened_model(family: str, removed: tuple[int, 
     model, batch = tiny_model(family), make_batches(random_samples((9, 9)), 2)[0]
     alphas = torch.ones(2, 4)
     alphas[:, list(removed)] = 0
-    traces = trace_blocks(model)
+    traced = trace_model(model)
     with torch.no_grad():
-        with gated(model, alphas, traces):
+        with gated(traced, alphas):
             by_gates = batch.forward(model)
-        with skipped(model, removed, traces):
+        with skipped(traced, removed):
             by_skipping = batch.forward(model)
         by_surgery = batch.forward(remove_blocks(model, removed))
         whole = batch.forward(model)
@@ -71,14 +72,14 @@ def test_where_branches_cannot_be_told_apart_the_gate_acts_on_the_block() -> Non
     )
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
-    batch, traces = make_batches(random_samples((9, 9)), 2)[0], trace_blocks(model)
-    assert [trace.branches for trace in traces] == [0, 0, 0]
+    batch, traced = make_batches(random_samples((9, 9)), 2)[0], trace_model(model)
+    assert [trace.branches for trace in traced.traces] == [0, 0, 0]
     smaller = remove_blocks(model, [1])
     with torch.no_grad():
         whole = batch.forward(model)
-        with gated(model, torch.ones(2, 3), traces):
+        with gated(traced, torch.ones(2, 3)):
             assert torch.equal(batch.forward(model), whole)
-        with gated(model, torch.tensor([[1.0, 0.0, 1.0]] * 2), traces):
+        with gated(traced, torch.tensor([[1.0, 0.0, 1.0]] * 2)):
             torch.testing.assert_close(batch.forward(model), batch.forward(smaller))
 
 
@@ -108,4 +109,4 @@ def test_an_encoder_is_refused() -> None:
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
     with pytest.raises(ValueError, match="not causal"):
-        trace_blocks(tf.BertForMaskedLM(config))
+        trace_model(tf.BertForMaskedLM(config))

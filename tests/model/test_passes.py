@@ -8,11 +8,10 @@ import pytest
 import torch
 from conftest import plain_loss, random_samples, tiny_model
 
-from blockspin.model import passes as prefixes
 from blockspin.model.batches import make_batches, mean_loss
-from blockspin.model.gates import skipped, trace_blocks
-from blockspin.model.passes import can_share, shared_logits
+from blockspin.model.passes import shared_logits
 from blockspin.model.quality import quality_of, shared_losses, shared_qualities
+from blockspin.model.tracing import TracedModel, skipped, trace_model
 from blockspin.surgery.checkpoint import remove_blocks
 
 EVERY = [removal for m in range(4) for removal in combinations(range(4), m)]
@@ -21,14 +20,14 @@ EVERY = [removal for m in range(4) for removal in combinations(range(4), m)]
 def test_shared_passes_equal_plain_ones(family: str) -> None:
     """Every removal of a four-block model, in a shuffled order and with one repeated."""
     model, batch = tiny_model(family), make_batches(random_samples((9, 6)), 2)[0]
-    traces = trace_blocks(model)
-    assert can_share(model, traces)
+    traced = trace_model(model)
+    assert traced.shares_passes
     removals = [*EVERY[::-1], EVERY[5]]
     with torch.no_grad():
-        found = dict(shared_logits(model, batch, removals, traces))
+        found = dict(shared_logits(traced, batch, removals))
         assert sorted(found) == list(range(len(removals)))
         for k, removed in enumerate(removals):
-            with skipped(model, removed, traces):
+            with skipped(traced, removed):
                 torch.testing.assert_close(found[k], batch.forward(model))
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
@@ -38,7 +37,7 @@ def test_a_memory_limit_changes_nothing_but_the_time(states: int) -> None:
     model, samples = tiny_model("llama"), random_samples((9, 9))
     limit = states * 2 * 9 * 32 * 4  # bytes of the hidden states of the one batch
     expected = [mean_loss(remove_blocks(model, removed), samples) for removed in EVERY]
-    assert shared_losses(model, EVERY, samples, memory_limit=limit) == pytest.approx(expected, rel=1e-5)
+    assert shared_losses(trace_model(model), EVERY, samples, memory_limit=limit) == pytest.approx(expected, rel=1e-5)
 
 
 def count_block_runs(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, removals: list[tuple[int, ...]]) -> int:
@@ -46,10 +45,11 @@ def count_block_runs(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, re
     for layer in model.model.layers:
         original = layer.mlp.forward
         monkeypatch.setattr(layer.mlp, "forward", lambda h, original=original: (runs.append(1), original(h))[1])
-    traces = trace_blocks(model)
+    traced = trace_model(model)
+    assert traced.shares_passes
     runs.clear()
     with torch.no_grad():
-        list(shared_logits(model, make_batches(random_samples((5,)), 1)[0], removals, traces))
+        list(shared_logits(traced, make_batches(random_samples((5,)), 1)[0], removals))
     return len(runs)
 
 
@@ -63,8 +63,8 @@ def test_common_prefixes_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_padding_and_batch_size_make_no_difference() -> None:
     model, samples = tiny_model("llama"), random_samples()
-    one = shared_losses(model, EVERY, samples, batch_size=1)
-    assert shared_losses(model, EVERY, samples, batch_size=5) == pytest.approx(one, rel=1e-5)
+    one = shared_losses(trace_model(model), EVERY, samples, batch_size=1)
+    assert shared_losses(trace_model(model), EVERY, samples, batch_size=5) == pytest.approx(one, rel=1e-5)
 
 
 def test_a_model_whose_blocks_see_more_than_the_hidden_states_gets_whole_passes() -> None:
@@ -75,13 +75,12 @@ def test_a_model_whose_blocks_see_more_than_the_hidden_states_gets_whole_passes(
     model.register_forward_pre_hook(lambda module, args: kept.clear())
     first.forward = lambda h, **kwargs: (kept.append(h), run_first(h, **kwargs))[1]
     last.forward = lambda h, **kwargs: run_last(h, **kwargs) + sum(kept)
-    traces = trace_blocks(model)
-    assert not can_share(model, traces)
+    assert not trace_model(model).shares_passes
 
 
 def test_qualities_are_those_of_the_definition() -> None:
     model, samples = tiny_model("gemma2"), random_samples()
-    found = shared_qualities(model, EVERY, samples, batch_size=2)
+    found = shared_qualities(trace_model(model), EVERY, samples, batch_size=2)
     for removed, quality in zip(EVERY, found, strict=True):
         smaller, divergence, agreeing, loss, tokens = remove_blocks(model, removed), 0.0, 0, 0.0, 0
         with torch.no_grad():
@@ -100,7 +99,7 @@ def test_qualities_are_those_of_the_definition() -> None:
 
 def test_the_fallback_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = tiny_model("llama"), random_samples()
-    shared = shared_qualities(model, EVERY, samples)
-    monkeypatch.setattr(prefixes, "can_share", lambda model, traces: False)
-    for a, b in zip(shared, shared_qualities(model, EVERY, samples), strict=True):
+    shared = shared_qualities(trace_model(model), EVERY, samples)
+    monkeypatch.setattr(TracedModel, "shares_passes", False)
+    for a, b in zip(shared, shared_qualities(trace_model(model), EVERY, samples), strict=True):
         assert (a.loss, a.kl, a.agreement) == pytest.approx((b.loss, b.kl, b.agreement), rel=1e-5, abs=1e-6)

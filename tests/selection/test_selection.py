@@ -15,6 +15,7 @@ from blockspin import baselines
 from blockspin.energies.removals import gauss_newton
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import shared_qualities
+from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection import ledger
 from blockspin.selection.ledger import Ledger
@@ -50,7 +51,7 @@ def model() -> tf.PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def divergences(model: tf.PreTrainedModel) -> dict[tuple[int, ...], float]:
-    return dict(zip(EVERY, (q.kl for q in shared_qualities(model, EVERY, SAMPLES)), strict=True))
+    return dict(zip(EVERY, (q.kl for q in shared_qualities(trace_model(model), EVERY, SAMPLES)), strict=True))
 
 
 def problem_of(model: tf.PreTrainedModel) -> RemovalProblem:

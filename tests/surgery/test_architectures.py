@@ -16,8 +16,8 @@ from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 
 from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_blocks
-from blockspin.model.gates import skipped, trace_blocks
 from blockspin.model.loading import load_model
+from blockspin.model.tracing import skipped, trace_model
 from blockspin.pipeline import compress
 from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
 from blockspin.surgery.renaming import Renaming
@@ -96,7 +96,7 @@ def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypat
         monkeypatch.setitem(tiny._SMALL, name, 300)
     try:
         model = tiny_random_model(tiny_config(model_type))
-        trace_blocks(model)
+        trace_model(model)
         mean_loss(model, [torch.arange(2, 12), torch.arange(2, 6)])  # padded: some types of transformers fail on it
         model.save_pretrained(tmp_path / "model")
         load_model(tmp_path / "model")
@@ -114,7 +114,7 @@ def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_encoders_are_refused(model_type: str) -> None:
     with pytest.raises(ValueError, match="not causal"):
-        trace_blocks(tiny_random_model(tiny_config(model_type)))
+        trace_model(tiny_random_model(tiny_config(model_type)))
 
 
 @pytest.mark.parametrize("model_type", ["bart", "whisper"])
@@ -153,7 +153,7 @@ def test_the_image_encoder_of_a_shortened_model_stays_as_it_is(tmp_path: Path) -
     with torch.no_grad():
         found = load_model(tmp_path / "short")(**inputs, pixel_values=image).logits
         in_memory = remove_blocks(model, [1, 4])(**inputs, pixel_values=image).logits
-        with skipped(model, [1, 4], trace_blocks(model)):
+        with skipped(trace_model(model), [1, 4]):
             by_skipping = model(**inputs, pixel_values=image).logits
             without_image = model(**inputs).logits
     torch.testing.assert_close(found, in_memory)
@@ -352,7 +352,7 @@ def test_the_rest_of_a_model_whose_layers_attend_to_images_is_shortened(tmp_path
     assert loaded.config.text_config.cross_attention_layers == [2]
     assert loaded.state_dict().keys() == remove_blocks(model, [0, 5]).state_dict().keys()
     ids = torch.arange(2, 14)[None]
-    with torch.no_grad(), skipped(model, [0, 5], trace_blocks(model)):
+    with torch.no_grad(), skipped(trace_model(model), [0, 5]):
         expected = model(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
@@ -364,7 +364,7 @@ def test_skipping_passes_on_what_the_next_block_takes() -> None:
     """In HY-V4 a block may take the choice of tokens that an earlier one has made, handed on from block to block."""
     model = tiny_random_model(tiny_config("hy_v4"))
     ids = torch.arange(2, 14)[None]
-    with torch.no_grad(), skipped(model, [2], trace_blocks(model)):
+    with torch.no_grad(), skipped(trace_model(model), [2]):
         by_skipping = model(ids, use_cache=False).logits
     with torch.no_grad():
         torch.testing.assert_close(by_skipping, remove_blocks(model, [2])(ids, use_cache=False).logits)

@@ -18,7 +18,7 @@ from conftest import random_samples, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
 from blockspin.model.batches import make_batches
-from blockspin.model.gates import skipped, trace_blocks
+from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.checkpoint import checkpoint_bytes, prune_checkpoint, remove_blocks
 
 REMOVALS = [(0,), (3,), (1, 2), (0, 3)]
@@ -35,7 +35,7 @@ def test_disk_equals_memory_and_the_cache_works(family: str, removed: tuple[int,
     assert not report["unexpected_keys"]
     assert loaded.config.num_hidden_layers == in_memory.config.num_hidden_layers == 4 - len(removed)
     batch = make_batches(random_samples((12, 12)), 2)[0]
-    with torch.no_grad(), skipped(model, removed, trace_blocks(model)):
+    with torch.no_grad(), skipped(trace_model(model), removed):
         expected = batch.forward(model)
     for shortened in (loaded, in_memory):
         with torch.no_grad():

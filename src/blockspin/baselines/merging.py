@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..model.batches import Batch, frozen, make_batches
 from ..model.blocks import find_stack
-from ..model.gates import BlockTrace, skipped, trace_blocks
+from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import RemovalProblem
 from ..progress import track
 from ..solvers.candidates import Candidate
@@ -52,7 +52,8 @@ def sliding_window_merging(
     if not isinstance(problem.remove, int):
         raise ValueError("sliding-window merging takes a number of blocks in all, no kinds and no share of parameters")
     goal = problem.remove
-    traces, stack = trace_blocks(model), find_stack(model)[1]
+    traced = trace_model(model)
+    stack = traced.layers
     batches = make_batches(samples, batch_size)
     originals = [last_hidden_states(model, batch) for batch in batches]
     joinable = [_can_join(stack, i, problem.protect) for i in range(len(stack) - 1)]
@@ -60,7 +61,7 @@ def sliding_window_merging(
 
     def similarity(windows: Windows) -> float:
         if windows not in known:
-            with merged(model, windows, traces):
+            with merged(traced, windows):
                 pairs = zip(batches, originals, strict=True)
                 total = sum(_cosines(last_hidden_states(model, batch), original, batch) for batch, original in pairs)
             known[windows] = total / len(samples)
@@ -100,7 +101,7 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
     """
     gone = gone_from(windows)
     smaller: nn.Module = remove_blocks(model, gone)
-    before, after = find_stack(model)[1], find_stack(smaller)[1]
+    before, after = find_stack(model).layers, find_stack(smaller).layers
     for lo, hi in windows:
         position = lo - sum(i < lo for i in gone)
         layer = copy.deepcopy(after[position])
@@ -111,11 +112,11 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
 
 
 @contextmanager
-def merged(model: nn.Module, windows: Windows, traces: Sequence[BlockTrace]) -> Iterator[None]:
-    """Inside, each window of `model` runs as one block; the model is as it was afterwards."""
-    _, stack = find_stack(model)
+def merged(traced: TracedModel, windows: Windows) -> Iterator[None]:
+    """Inside, each window of the model runs as one block; the model is as it was afterwards."""
+    stack = traced.layers
     with ExitStack() as undo:
-        undo.enter_context(skipped(model, gone_from(windows), traces))
+        undo.enter_context(skipped(traced, gone_from(windows)))
         for lo, hi in windows:
             for parameter, weight in zip(stack[lo].parameters(), merged_weights(stack, lo, hi), strict=True):
                 undo.callback(setattr, parameter, "data", parameter.data)

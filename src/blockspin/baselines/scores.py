@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ..model.batches import frozen, make_batches
-from ..model.blocks import find_stack
-from ..model.gates import skipped, stream_of, trace_blocks
+from ..model.residual import stream_in, stream_of
+from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import RemovalProblem
 from ..progress import track
 from ..solvers.candidates import Candidate, fill, open_blocks
@@ -49,18 +49,22 @@ def measure_activations(
     Raises:
         ValueError: unusable samples or blocks.
     """
-    _, stack = find_stack(model)
-    depth = len(stack)
+    return _activations(trace_model(model), samples, removed, batch_size, progress)
+
+
+def _activations(
+    traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: int, progress: bool
+) -> Activations:
+    depth = traced.depth
     cosine, ratio, angle = (torch.zeros(*shape, dtype=torch.float64) for shape in [(depth,)] * 2 + [(depth + 1,) * 2])
     mask = lengths = torch.empty(0)
-    traces = trace_blocks(model)
     last: dict[int, Tensor] = {}  # the hidden states that enter block i, at the last token of each sample
 
     def watching(i: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple | list) else output
-            before = _by_token(stream_of(args, kwargs), traces[i].batch_dim, mask.shape[1])
-            after = _by_token(stream, traces[i].batch_dim, mask.shape[1]).to(before.device)
+            stream = stream_in(output)
+            before = _by_token(stream_of(args, kwargs), traced.traces[i].batch_dim, mask.shape[1])
+            after = _by_token(stream, traced.traces[i].batch_dim, mask.shape[1]).to(before.device)
             real = mask.to(before.device)
             norms = before.norm(dim=-1), after.norm(dim=-1)
             cosine[i] += _total((before * after).sum(-1) / (norms[0] * norms[1]), real)
@@ -73,16 +77,16 @@ def measure_activations(
 
     batches = make_batches(samples, batch_size)
     with ExitStack() as hooks, torch.no_grad():
-        hooks.enter_context(skipped(model, removed, traces))
-        hooks.enter_context(frozen(model))
-        for i, layer in enumerate(stack):
+        hooks.enter_context(skipped(traced, removed))
+        hooks.enter_context(frozen(traced.model))
+        for i, layer in enumerate(traced.layers):
             hooks.callback(layer.register_forward_hook(watching(i), with_kwargs=True).remove)
         for batch in track(batches, "Activations", len(batches), show=progress):
             lengths = batch.lengths
             mask = torch.arange(batch.token_ids.shape[1]) < lengths[:, None]
             last.clear()
-            batch.forward(model)
-            for i, trace in enumerate(traces):
+            batch.forward(traced.model)
+            for i, trace in enumerate(traced.traces):
                 if trace.rests:
                     last[i + 1] = last[i]
                     cosine[i], ratio[i] = cosine[i] + lengths.sum(), ratio[i] + lengths.sum()
@@ -119,11 +123,12 @@ def iterative_block_influence(
 
     Removed blocks are bypassed, so all indices are those of the original model.
     """
+    traced = trace_model(model)
     removed = problem.reduced.always
     steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
     for _ in track(range(steps), "Iterative block influence", steps, show=progress):
         if free := open_blocks(problem, removed):
-            cosine = measure_activations(model, samples, removed=removed, batch_size=batch_size).cosine
+            cosine = _activations(traced, samples, removed, batch_size, progress=False).cosine
             removed = (*removed, max(free, key=lambda i: cosine[i]))
     removed = tuple(sorted(removed))
     return Candidate(removed, "iterative block influence", problem.energy(removed))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from ..model.passes import passes_of_walk
+from ..model.passes import num_passes
 from ..model.quality import shared_losses, shared_qualities
+from ..model.tracing import trace_model
 from ..problem import RemovalProblem
 from ..progress import bar, track
 from ..solvers.candidates import Candidate, fill, open_blocks
@@ -26,11 +27,12 @@ def sleb(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
+    traced = trace_model(model)
     removed, loss = problem.reduced.always, None
     steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
     for _ in track(range(steps), "SLEB", steps, show=progress):
         if free := open_blocks(problem, removed):
-            losses = shared_losses(model, [(*removed, i) for i in free], samples, batch_size=batch_size)
+            losses = shared_losses(traced, [(*removed, i) for i in free], samples, batch_size=batch_size)
             removed, loss = (*removed, free[int(np.argmin(losses))]), min(losses)
     removed = tuple(sorted(removed))
     return Candidate(removed, "SLEB", problem.energy(removed), loss)
@@ -59,14 +61,15 @@ def evopress(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
+    traced = trace_model(model)
     generator = np.random.default_rng(seed)
     few = max(1, len(samples) // 8)
     spent = 0.0
 
     def fitness(removals: Sequence[tuple[int, ...]], on: Sequence[Tensor]) -> list[float]:
         nonlocal spent
-        spent += passes_of_walk([(), *removals], problem.num_blocks) * len(on) / len(samples)
-        return [quality.kl for quality in shared_qualities(model, removals, on, batch_size=batch_size)]
+        spent += num_passes(traced, [(), *removals]) * len(on) / len(samples)
+        return [quality.kl for quality in shared_qualities(traced, removals, on, batch_size=batch_size)]
 
     pool = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
     parent, best, idle = pool[0], float("inf"), 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..model.batches import check_finite, frozen, make_batches, sample_losses
 from ..model.blocks import find_stack
 from ..model.quality import shared_losses
+from ..model.tracing import trace_model
 from ..problem import RemovalProblem
 from ..progress import track
 from ..solvers.candidates import Candidate
@@ -26,8 +27,9 @@ def losses_without_each(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    removals = [(i,) for i in range(len(find_stack(model)[1]))]
-    return np.array(shared_losses(model, removals, samples, batch_size=batch_size, progress=progress))
+    traced = trace_model(model)
+    removals = [(i,) for i in range(traced.depth)]
+    return np.array(shared_losses(traced, removals, samples, batch_size=batch_size, progress=progress))
 
 
 def weight_importance(
@@ -41,8 +43,7 @@ def weight_importance(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    _, stack = find_stack(model)
-    weights = [list(layer.parameters()) for layer in stack]
+    weights = [list(layer.parameters()) for layer in find_stack(model).layers]
     flat = [w for layer in weights for w in layer]
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in flat]
     batches = make_batches(samples, batch_size)

@@ -14,8 +14,9 @@ from .. import baselines
 from ..config import CompressConfig
 from ..energies.removals import Energies
 from ..model.blocks import find_stack
-from ..model.gates import stream_of
 from ..model.quality import shared_losses
+from ..model.residual import stream_of
+from ..model.tracing import trace_model
 from ..pipeline import Samples
 from ..problem import RemovalProblem
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
@@ -41,7 +42,7 @@ class Cost:
 def counted(model: nn.Module, tokens: int) -> Iterator[Cost]:
     """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens."""
     cost, started = Cost(), time.perf_counter()
-    _, stack = find_stack(model)
+    stack = find_stack(model).layers
 
     def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before, after = stream_of(args, kwargs), output[0] if isinstance(output, tuple) else output
@@ -102,7 +103,7 @@ class Bench:
 
         def compute(model: nn.Module, samples: Sequence[Tensor], **options: Any) -> list[float]:
             states = self.spectra[energy, goal].states[: self.config.max_candidates]
-            return shared_losses(model, [state.removed for state in states], samples, **options)
+            return shared_losses(trace_model(model), [state.removed for state in states], samples, **options)
 
         losses: list[float] = self.shared(f"states {energy} {goal}", compute, self.samples.selection)
         return losses

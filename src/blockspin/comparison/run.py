@@ -23,6 +23,7 @@ from ..files import write_json
 from ..model.blocks import find_blocks
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
+from ..model.tracing import trace_model
 from ..pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
 from ..problem import Goal, RemovalProblem
 from ..progress import console
@@ -235,7 +236,7 @@ def landscape(bench: Bench, goal: str) -> list[dict[str, Any]]:
         ways += ["random"] if "random" not in ways else []
     removals = list(drawn_as)
     found = shared_qualities(
-        bench.model, removals, bench.samples.selection, batch_size=config.batch_size, progress=True
+        trace_model(bench.model), removals, bench.samples.selection, batch_size=config.batch_size, progress=True
     )
     return [
         {
@@ -259,7 +260,7 @@ def measure(
     model, config, text = bench.model, bench.config, bench.samples.evaluation
     original = Choice("original", choices[0].goal, (), None, (), 0.0, 0.0)
     plain = sorted({choice.removed for choice in [original, *choices] if not choice.windows})
-    found = shared_qualities(model, plain, text, batch_size=config.batch_size, progress=True)
+    found = shared_qualities(trace_model(model), plain, text, batch_size=config.batch_size, progress=True)
     quality = dict(zip(plain, found, strict=True))
     blocks = find_blocks(model)
 

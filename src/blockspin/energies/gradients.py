@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
-from ..model.blocks import find_blocks
-from ..model.gates import BlockTrace, gated, trace_blocks
+from ..model.gates import gated
+from ..model.tracing import TracedModel, trace_model
 from ..problem import Block
 from ..progress import track
 
@@ -126,9 +126,8 @@ def estimate_gradients(
             or infinite, a partial file of another model or other samples, or memory that runs out.
     """
     batches = make_batches(samples, batch_size)
-    blocks = find_blocks(model)
-    traces = trace_blocks(model)
-    matrix = np.zeros((len(samples), len(blocks)), dtype=np.float32)
+    traced = trace_model(model)
+    matrix = np.zeros((len(samples), traced.depth), dtype=np.float32)
     losses = np.full(len(samples), np.nan, dtype=np.float32)
     identity = fingerprint(model, samples, labels, seed if labels == "model" else 0)
     finished = Partial(partial, identity) if partial is not None else None
@@ -139,23 +138,22 @@ def estimate_gradients(
     with frozen(model):
         for batch in track(remaining, "Gradients", len(batches), done, progress):
             batch_losses, batch_gradients = gate_gradients(
-                model, batch, traces, gradient_checkpointing, seed if labels == "model" else None
+                traced, batch, gradient_checkpointing, seed if labels == "model" else None
             )
             rows = np.column_stack([batch_losses, batch_gradients])
             if finished is not None:
                 finished.append(batch.indices, rows)
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
-    return Gradients(matrix, tuple(blocks), losses, metadata or {})
+    return Gradients(matrix, traced.blocks, losses, metadata or {})
 
 
 def gate_gradients(
-    model: nn.Module,
+    traced: TracedModel,
     batch: Batch,
-    traces: Sequence[BlockTrace],
     gradient_checkpointing: bool = False,
     label_seed: int | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Losses (batch,) and rows of A (batch, num_blocks) of one batch; call it on a `frozen` model.
+    """Losses (batch,) and rows of A (batch, num_blocks) of one batch; call it while the model is `frozen`.
 
     A_si = d loss_s / d alpha_i at alpha = 1 (the paper's definition of the gradient matrix).
     label_seed: draw the labels from the model with this seed; None takes the tokens of the text.
@@ -163,11 +161,11 @@ def gate_gradients(
     Raises:
         ValueError: a loss is NaN or infinite, or memory runs out.
     """
-    alphas = torch.ones(len(batch.indices), len(traces), dtype=torch.float32)
-    alphas = alphas.to(next(model.parameters()).device).requires_grad_(True)
+    alphas = torch.ones(len(batch.indices), traced.depth, dtype=torch.float32)
+    alphas = alphas.to(next(traced.model.parameters()).device).requires_grad_(True)
     try:
-        with torch.enable_grad(), gated(model, alphas, traces, gradient_checkpointing):
-            logits = batch.forward(model)
+        with torch.enable_grad(), gated(traced, alphas, gradient_checkpointing):
+            logits = batch.forward(traced.model)
             labels = None if label_seed is None else drawn_labels(logits, batch, label_seed)
             losses = sample_losses(logits, batch, labels)
             check_finite(losses.detach(), batch)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
-from ..model.blocks import find_blocks
-from ..model.gates import gated, trace_blocks
-from ..model.passes import passes_of_walk, removal_passes
+from ..model.gates import gated
+from ..model.passes import num_passes, removal_passes
 from ..model.quality import kl, loss, measured
+from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, RemovalProblem
 from ..progress import console, track
 from ..solvers import solve
@@ -134,7 +134,8 @@ def measure_pairs(
     Raises:
         ValueError: unusable samples or model, a loss that is NaN or infinite, or a partial file of something else.
     """
-    blocks, n = tuple(find_blocks(model)), len(find_blocks(model))
+    traced = trace_model(model)
+    blocks, n = traced.blocks, traced.depth
     tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
     finished = Partial(partial, fingerprint(model, samples, objective)) if partial is not None else None
@@ -143,7 +144,7 @@ def measure_pairs(
     first = min(len(samples), max(4, len(samples) // 4))
     every = list(combinations(range(n), 2))
     if progress:
-        cost = passes_of_walk([(), *((i,) for i in range(n)), *every], n)
+        cost = num_passes(traced, [(), *((i,) for i in range(n)), *every])
         console.print(
             f"{len(every)} pairs of {n} blocks cost about {cost:.0f} passes of the model for each of the first {first} "
             f"samples, and fewer for the other {len(samples) - first}.",
@@ -158,7 +159,7 @@ def measure_pairs(
         pairs = every if chosen.start == 0 else pairs_in_low_states(known)
         for start in track(range(0, len(todo), batch_size), "Pairs", -(-len(todo) // batch_size), show=progress):
             part = todo[start : start + batch_size]
-            found = _pair_matrices(model, [samples[i] for i in part], pairs, objective, n)
+            found = _pair_matrices(traced, [samples[i] for i in part], pairs, objective)
             matrices[part] = found
             if finished is not None:
                 finished.append(part, found.reshape(len(part), -1))
@@ -166,12 +167,12 @@ def measure_pairs(
 
 
 def _pair_matrices(
-    model: nn.Module, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str, n: int
+    traced: TracedModel, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str
 ) -> NDArray[np.float32]:
     """(number of samples, N, N): Q of each sample; NaN for other pairs."""
-    measure = {"kl": kl, "loss": loss}[objective]
+    measure, n = {"kl": kl, "loss": loss}[objective], traced.depth
     removals = [(), *((i,) for i in range(n)), *pairs]
-    values = measured(model, removals, samples, measure, batch_size=len(samples))[..., 0]
+    values = measured(traced, removals, samples, measure, batch_size=len(samples))[..., 0]
     change = values - values[0]
     matrices = np.full((len(samples), n, n), np.nan)
     matrices[:, range(n), range(n)] = change[1 : n + 1].T
@@ -218,14 +219,15 @@ def gauss_newton(
     """
     if not 0 < step <= 1:
         raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
-    blocks, n = tuple(find_blocks(model)), len(find_blocks(model))
+    traced = trace_model(model)
+    blocks, n = traced.blocks, traced.depth
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
     finished = Partial(partial, fingerprint(model, samples, step, positions)) if partial is not None else None
     for index, row in finished.read() if finished is not None else ():
         matrices[index] = row.reshape(n, n)
     todo = [i for i in range(len(samples)) if np.isnan(matrices[i, 0, 0])]
     passes = _single_removals if step == 1 else _gates_moved
-    batches = passes(model, [samples[i] for i in todo], step, batch_size) if todo else ()
+    batches = passes(traced, [samples[i] for i in todo], step, batch_size) if todo else ()
     number = -(-len(samples) // batch_size)
     for batch, outputs in track(batches, "Blocks", number, number - -(-len(todo) // batch_size), progress):
         part = [todo[i] for i in batch.indices]
@@ -236,20 +238,20 @@ def gauss_newton(
     return Interactions(matrices, tokens, blocks, metadata or {})
 
 
-def _single_removals(model: nn.Module, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    removals = [(), *((i,) for i in range(len(find_blocks(model))))]
-    return removal_passes(model, removals, samples, batch_size=batch_size)
+def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
+    removals = [(), *((i,) for i in range(traced.depth))]
+    return removal_passes(traced, removals, samples, batch_size=batch_size)
 
 
-def _gates_moved(model: nn.Module, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
+def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
     """Every batch with the logits of the whole model (0) and of those with one gate at 1 - step (i + 1)."""
-    traces = trace_blocks(model)
+    model = traced.model
 
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        for k in range(len(traces) + 1):
-            alphas = torch.ones(len(batch.indices), len(traces), device=next(model.parameters()).device)
+        for k in range(traced.depth + 1):
+            alphas = torch.ones(len(batch.indices), traced.depth, device=next(model.parameters()).device)
             alphas[:, k - 1 : k] = 1 - step
-            with gated(model, alphas, traces):
+            with gated(traced, alphas):
                 yield k, batch.forward(model)
 
     with frozen(model), torch.no_grad():

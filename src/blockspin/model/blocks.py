@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -32,8 +32,15 @@ _LAYER = re.compile(r"decoder_?layer|transf", re.IGNORECASE)  # a layer inside a
 _ORDER = ("attention", "cross_attention", "linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
 
 
-def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The repeated layers of the decoder: (name inside the model, the layers).
+class Stack(NamedTuple):
+    """The repeated layers of a decoder, and the name of their list inside the model."""
+
+    name: str
+    layers: nn.ModuleList
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The repeated layers of the decoder.
 
     The stack is the list of as many modules as the text configuration has layers that holds the most parameters; parts
     with a configuration of their own (an image encoder) do not count.
@@ -75,7 +82,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"the layers of {type(model).__name__} are spread over the lists {', '.join(others)}; "
             "blockspin removes blocks that are modules of their own"
         )
-    return name, stack
+    return Stack(name, stack)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -84,13 +91,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: no stack of layers was found.
     """
-    _, stack = find_stack(model)
-    return [Block(i, _kind(layer), _num_parameters([layer])) for i, layer in enumerate(stack)]
+    layers = find_stack(model).layers
+    return [Block(i, _kind(layer), _num_parameters([layer])) for i, layer in enumerate(layers)]
 
 
 def other_lists(model: nn.Module) -> list[str]:
     """Names of the lists of layers outside the stack that are called like it, such as those of an image encoder."""
-    stack = find_stack(model)[0]
+    stack = find_stack(model).name
     last = stack.rpartition(".")[2]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return [name for name in lists if name.rpartition(".")[2] == last and not f"{name}.".startswith(f"{stack}.")]
@@ -115,7 +122,7 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
             f"the blocks {seeing} of {type(model).__name__} attend to images; what they do shows on no text, so "
             f"blockspin does not remove them; protect {looking} (--protect)"
         )
-    parent = model.get_submodule(find_stack(model)[0].rpartition(".")[0])
+    parent = model.get_submodule(find_stack(model).name.rpartition(".")[0])
     config: Any = model.config
     if not any("deepstack" in name for name in inspect.signature(parent.forward).parameters):
         return

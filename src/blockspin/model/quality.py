@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from ..problem import Removal
 from .batches import Batch, check_finite, frozen, make_batches, sample_losses
-from .passes import removal_passes
+from .passes import MEMORY_LIMIT, removal_passes
+from .tracing import TracedModel
 
 Floats = NDArray[np.float64]
 # (logits, logits of the whole model, batch) -> (batch, number of measures), token means of each sample
@@ -34,28 +34,32 @@ class Quality:
 
 
 def measured(
-    model: nn.Module,
+    traced: TracedModel,
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
     measure: Measure,
-    **options: Any,
+    *,
+    batch_size: int = 8,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = False,
 ) -> Floats:
     """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
-
-    options: batch_size, memory_limit, progress; see `removal_passes`.
 
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    result: list[list[Any]] = [[None] * len(samples) for _ in removals]
-    for batch, outputs in removal_passes(model, [(), *removals], samples, **options):
-        whole = None
+    with_whole = [(), *removals]
+    passes = removal_passes(
+        traced, with_whole, samples, batch_size=batch_size, memory_limit=memory_limit, progress=progress
+    )
+    rows: list[list[list[float]]] = [[[]] * len(samples) for _ in removals]
+    for batch, outputs in passes:
+        _, whole = next(outputs)  # nothing removed comes first
         for k, logits in outputs:
-            whole = logits if whole is None else whole  # nothing removed comes first
-            if k:
-                for sample, row in zip(batch.indices, measure(logits, whole, batch).tolist(), strict=True):
-                    result[k - 1][sample] = row
-    return np.array(result, dtype=np.float64)
+            values = measure(logits, whole, batch)  # (batch, number of measures)
+            for sample, row in zip(batch.indices, values.tolist(), strict=True):
+                rows[k - 1][sample] = row
+    return np.array(rows, dtype=np.float64)
 
 
 def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
@@ -65,27 +69,40 @@ def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
 
 
 def shared_losses(
-    model: nn.Module, removals: Sequence[Removal], samples: Sequence[Tensor], **options: Any
+    traced: TracedModel,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = False,
 ) -> list[float]:
     """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
 
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    values = measured(model, removals, samples, loss, **options)
+    values = measured(
+        traced, removals, samples, loss, batch_size=batch_size, memory_limit=memory_limit, progress=progress
+    )
     losses: list[float] = token_mean(values[..., 0], samples).tolist()
     return losses
 
 
 def shared_qualities(
-    model: nn.Module, removals: Sequence[Removal], samples: Sequence[Tensor], **options: Any
+    traced: TracedModel,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> list[Quality]:
     """The quality of the model without the blocks of each removal, compared with the whole model.
 
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    values = measured(model, removals, samples, quality, **options)
+    values = measured(traced, removals, samples, quality, batch_size=batch_size, progress=progress)
     return [Quality(*row) for row in token_mean(values.swapaxes(1, 2), samples).tolist()]
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ..energies.gradients import fingerprint
 from ..files import write_json
-from ..model.blocks import find_stack
-from ..model.gates import skipped, trace_blocks
-from ..model.passes import passes_of_walk
+from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
+from ..model.tracing import skipped, trace_model
 from ..problem import Removal
 
 Floats = NDArray[np.float64]
@@ -54,7 +53,7 @@ class Ledger:
         else:
             raise ValueError(f"objective {self.objective!r}: must be kl, loss or a function of a model (--objective)")
         self.weights = np.array(weights)
-        self.depth = len(find_stack(self.model)[1])
+        self._traced = trace_model(self.model)
         self._started = time.perf_counter()
         self._known: dict[Removal, Floats] = {}
         self._identity = fingerprint(self.model, self.samples, str(self.objective))
@@ -110,10 +109,10 @@ class Ledger:
 
     def _measure(self, removals: Sequence[Removal], have: int, number: int) -> None:
         if callable(self.objective):
-            self.passes += sum(1 - len(removed) / self.depth for removed in removals)
+            self.passes += sum(share_that_runs(self._traced, removed) for removed in removals)
         else:
             share = float(self.weights[have:number].sum() / self.weights.sum())
-            self.passes += share * passes_of_walk([(), *removals], self.depth)
+            self.passes += share * num_passes(self._traced, [(), *removals])
         unknown = [removed for removed in removals if len(self._known.get(removed, ())) < number]
         if unknown:
             fresh = self._run(unknown, have, number)
@@ -128,10 +127,10 @@ class Ledger:
     def _run(self, removals: Sequence[Removal], have: int, number: int) -> Floats:
         if not callable(self.objective):
             measure, part = {"kl": kl, "loss": loss}[self.objective], self.samples[have:number]
-            return measured(self.model, removals, part, measure, batch_size=self.batch_size)[..., 0]
-        traces, rows = trace_blocks(self.model), []
+            return measured(self._traced, removals, part, measure, batch_size=self.batch_size)[..., 0]
+        rows = []
         for removed in removals:
-            with skipped(self.model, removed, traces):
+            with skipped(self._traced, removed):
                 value = float(self.objective(self.model))
             if not math.isfinite(value):
                 raise ValueError(f"the objective without the blocks {removed} is {value}; it must be a finite number")

@@ -23,8 +23,8 @@ from ..errors import first_line
 from ..files import replacing, write_json
 from ..model.batches import frozen, input_device
 from ..model.blocks import check_images, check_removal, find_blocks, find_stack, other_lists
-from ..model.gates import closed, trace_blocks
 from ..model.loading import load_config, model_without_weights
+from ..model.tracing import closed, trace_model
 from ..progress import console
 from .layer_config import Shortened, shorten_config
 from .proof import tied_names
@@ -120,11 +120,11 @@ def _is_plain(value: Any) -> bool:
 
 def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
     """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
-    trace_blocks(model)
+    traced = trace_model(model)
     token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
     with frozen(model), frozen(smaller), torch.no_grad():
         found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()
-        with closed(model, removed):
+        with closed(traced, removed):
             expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
     dtype = next(model.parameters()).dtype
     tolerance = 1e-2 if dtype.itemsize < 4 else 1e-3

@@ -1,0 +1,74 @@
+"""The residual stream: how a block takes it, adds its branches to it and returns it; and how a block's forward is
+replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+
+
+class ResidualBranches(TorchFunctionMode):
+    """Follows the residual stream through one block and passes each branch through `gate` before it is added.
+
+    A block adds its branches to the residual stream: h <- h + branch(h), once or twice. Which additions those are is
+    not listed per architecture but observed: while a block runs, every addition to the very tensor that entered it is
+    a residual addition, its result is the stream from there on, and what was added is a branch.
+    """
+
+    def __init__(self, stream: Tensor, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stream, self.gate = stream, gate
+        self.number = 0  # branches seen so far
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _ADDITIONS and len(args) == 2 and any(a is self.stream for a in args):
+            args = tuple(a if a is self.stream else self.gate(a) for a in args)
+            self.stream = func(*args, **(kwargs or {}))
+            self.number += 1
+            return self.stream
+
+        result = func(*args, **(kwargs or {}))
+        # accelerate moves the stream between devices; it stays the stream.
+        if name == "to" and args[0] is self.stream and result.dtype == self.stream.dtype:
+            self.stream = result
+        return result
+
+
+def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that enter a block, (batch, length, width)."""
+    stream: Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream
+
+
+def stream_in(output: Any) -> Any:
+    """The residual stream in what a block returned: the first of several outputs, or the only one."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_stream(output: Any, stream: Tensor) -> Any:
+    """What a block returned, with another residual stream in it."""
+    if not isinstance(output, tuple | list):
+        return stream
+    make = getattr(output, "_make", type(output))  # named tuples are made by _make
+    return make((stream, *output[1:]))
+
+
+@contextmanager
+def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `layer` runs this function as its forward pass."""
+    own = layer.__dict__.get("forward")  # set where accelerate hooks the layer
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
