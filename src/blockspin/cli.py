@@ -12,7 +12,8 @@ import typer
 
 from .config import GRADIENT_ENERGIES, CompressConfig, DistillConfig, EvaluateConfig, parse_indices, parse_remove
 from .options import complete, with_settings
-from .progress import console
+from .progress import console, terminal_width
+from .tables import Table, ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +141,7 @@ def solve(
 
     s, (energies, problem) = complete(settings), _posed(file, settings)
     spectrum = solvers.solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
-    typer.echo(spectrum.render(limit=None))
+    typer.echo(spectrum.render(limit=None, width=terminal_width()))
     typer.echo(robustness(energies, problem, seed=s.seed).summary())
     if out is not None:
         spectrum.save(out)
@@ -184,14 +185,14 @@ def select(
     config = CompressConfig(model=model, calibration=data, **settings)
     sets = Samples(calibration=samples, selection=samples, evaluation=[])
     selection = selection_stage(config, _model(model, s), found, problem, spectrum, sets, removable, out)
-    typer.echo(",".join(map(str, selection.chosen.removed)))
+    typer.echo(ranges(selection.chosen.removed))
 
 
 @app.command()
 @with_settings("trust_remote_code")
 def prune(
     model: Model,
-    blocks: Annotated[str, typer.Option("--blocks", help="The blocks to remove: 20,23.")],
+    blocks: Annotated[str, typer.Option("--blocks", help="The blocks to remove: 3-6,9,15.")],
     out: Out,
     **settings: Any,
 ) -> None:
@@ -277,14 +278,15 @@ def compare(
 
     Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
     """
-    from .comparison.report import terminal_table, write_report
+    from .comparison.report import terminal_tables, write_report
     from .comparison.run import compare as run
 
     texts = [part.strip() for text in remove for part in ([text] if "=" in text else text.split(","))]
     goals = {text: parse_remove(text) for text in texts}
     config = CompressConfig(model=model, calibration=calibration, remove=next(iter(goals.values())), **settings)
     comparison = run(config, goals, out)
-    _print(terminal_table([row for row in comparison.rows if row.goal in goals]))
+    for table in terminal_tables([row for row in comparison.rows if row.goal in goals]):
+        _print(table)
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
 
 
@@ -358,10 +360,8 @@ def _model(name: str, s: SimpleNamespace) -> PreTrainedModel:
     return load_model(name, dtype=s.dtype, device_map=s.device_map, trust_remote_code=s.trust_remote_code)
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
+def _print(table: Table) -> None:
+    typer.echo(table.text(terminal_width()) + "\n")
 
 
 def main() -> None:

@@ -40,15 +40,19 @@ def parse_remove(text: str) -> Goal:
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
-    """ "20,23" as block indices.
+    """ "3-6,9,15" as block indices, the inverse of `tables.ranges`.
 
     Raises:
-        ValueError: it is not whole numbers separated by commas.
+        ValueError: it is not whole numbers and ascending ranges separated by commas.
     """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"block numbers are separated by commas (20,23), not {text!r}") from None
+    indices: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        bounds = [first, last] if dash else [first, first]
+        if not all(bound.isdecimal() for bound in bounds) or int(bounds[0]) > int(bounds[1]):
+            raise ValueError(f"blocks are numbers and ranges separated by commas (3-6,9,15), not {text!r}")
+        indices += range(int(bounds[0]), int(bounds[1]) + 1)
+    return tuple(indices)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -222,7 +226,7 @@ class CompressConfig(TaskSettings, Settings):
         "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters.", parse=parse_remove
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
-    protect: tuple[int, ...] = setting("Blocks that must stay: 0,1,31.", (), parse_indices)
+    protect: tuple[int, ...] = setting("Blocks that must stay: 0-3,31.", (), parse_indices)
     energy: str = setting("What predicts the loss: secant, pairwise, gauss-newton, fisher, empirical-fisher.", "secant")
     num_samples: int = setting("Calibration samples for the gradients (fisher, empirical-fisher).", 2048)
     energy_samples: int = setting("Calibration samples for the other energies, which measure shortened models.", 64)

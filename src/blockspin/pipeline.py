@@ -283,7 +283,8 @@ def selection_stage(
             budget=config.budget,
             partial=partial,
         )
-        console.print(trust.summary(), selection.table(), selection.summary(), soft_wrap=True, highlight=False)
+        shown = selection.table().text(console.width)
+        console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
         write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
     partial.unlink(missing_ok=True)
     return Selection.load(path)

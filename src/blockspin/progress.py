@@ -13,6 +13,11 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
+def terminal_width() -> int:
+    """Characters in a line of standard output: the terminal's or COLUMNS, else 80."""
+    return Console().width
+
+
 def bar(show: bool = True) -> Progress:
     """A progress display: what, how far, time spent and time left. Use as a context manager."""
     return Progress(

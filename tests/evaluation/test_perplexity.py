@@ -14,7 +14,7 @@ from conftest import Command, tiny_model
 from tiny import tiny_config, tiny_random_model
 
 from blockspin import prune_checkpoint, remove_blocks, text_perplexity
-from blockspin.evaluation.cost import costs_markdown, measure_costs
+from blockspin.evaluation.cost import costs_table, measure_costs
 from blockspin.evaluation.perplexity import TextPerplexity
 
 TEXT = "some words über and more words, in a row.\n" * 30
@@ -104,7 +104,7 @@ def test_cost_of_a_shortened_model() -> None:
         assert cost.peak_bytes is None or cost.peak_bytes >= 4 * cost.num_parameters
     ratio = (whole.prefill_flops - head / 16) / (short.prefill_flops - head / 16)
     assert ratio == pytest.approx(2)  # without the head, which sees the last token only
-    assert "| cache, bytes a token | 512 100% | 256 50% |" in costs_markdown([whole, short])
+    assert "| cache, bytes a token | 512 100% | 256 50% |" in costs_table([whole, short]).markdown()
 
 
 def test_only_attention_has_a_cache_that_grows() -> None:

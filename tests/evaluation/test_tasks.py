@@ -24,7 +24,6 @@ import transformers as tf
 import yaml
 from conftest import Command
 from offline_tasks import write_tasks
-from rich.console import Console
 
 from blockspin import evaluate, prune_checkpoint, remove_blocks
 from blockspin.comparison import run as comparison
@@ -34,7 +33,7 @@ from blockspin.config import PAPER_TASKS, CompressConfig, EvaluateConfig
 from blockspin.demo import MODEL
 from blockspin.evaluation import harness
 from blockspin.evaluation.perplexity import results_table
-from blockspin.evaluation.scores import Score, cell, mean_scores, scores_markdown, scores_table
+from blockspin.evaluation.scores import Score, cell, mean_scores, scores_table
 from blockspin.pipeline import compress
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
@@ -246,11 +245,10 @@ def test_mean_of_scores() -> None:
 def test_tables_show_models_side_by_side() -> None:
     ours = [Score("gsm8k", "exact_match", 0.5, 0.1, 0.0, 20, 5, (0.4, 0.6))]
     theirs = [Score("gsm8k", "exact_match", 0.0, 0.0, 0.0, 20, 5)]
-    markdown = scores_markdown({"whole": ours, "short": theirs})
+    table = scores_table({"whole": ours, "short": theirs})
+    markdown = table.markdown()
     assert "| gsm8k | exact_match, 5-shot, mean of 2 rollouts | 20 | 0.0 | 50.0 ±10.0 | 0.0 ±0.0* |" in markdown
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    console.print(scores_table({"whole": ours, "short": theirs}))
-    assert "two standard errors" in console.export_text()
+    assert "two standard errors" in table.text(120)
 
 
 def test_the_default_tasks_are_those_of_the_paper() -> None:
@@ -353,7 +351,7 @@ def test_compress_scores_what_it_reports(
     whole, chosen = rows[0].scores, rows[2].scores
     assert whole == tuple(evaluate(tiny_folder, ["choose"], limit=4, **options))
     assert chosen == tuple(evaluate(tmp_path / "run" / "checkpoint", ["choose"], limit=4, **options))
-    assert "choose" in [column.header for column in results_table(rows).columns]
+    assert "choose" in [column.heading for column in results_table(rows).columns]
     assert CompressConfig(**CompressConfig.read(tmp_path / "run" / "run.yaml")) == run_settings
 
 
@@ -428,7 +426,7 @@ def test_a_real_run_of_two_benchmarks(offline: Path, tmp_path: Path, capsys: pyt
     )
     with capsys.disabled():
         print()
-        Console(width=120).print(scores_table({"embedded model": scores}))
+        print(scores_table({"embedded model": scores}).text(120))
     assert [score.task for score in scores] == ["arc_challenge", "gsm8k"]
     assert scores[0].metric == "acc_norm"
     assert scores[1].metric == "exact_match (strict-match)"
@@ -445,7 +443,7 @@ def test_the_six_benchmarks_as_the_command_of_the_harness_runs_them(
     scores = evaluate(MODEL, include_path=str(offline), limit=4, max_gen_tokens=32, batch_size=8, cache=None)
     with capsys.disabled():
         print()
-        Console(width=120).print(scores_table({"embedded model": scores}))
+        print(scores_table({"embedded model": scores}).text(120))
     arguments = ["--model", "hf", "--model_args", f"pretrained={MODEL},dtype=float32", "--tasks", *PAPER_TASKS]
     arguments += ["--include_path", str(offline), "--limit", "4", "--batch_size", "8", "--device", "cpu"]
     arguments += ["--gen_kwargs", "max_gen_toks=32", "--output_path", str(tmp_path / "out")]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich import box
-from rich.table import Table
+from typing import Any
 
 from ..energies.removals import load_energies
 from ..evaluation.scores import AT_CHANCE
 from ..evaluation.scores import cell as score_cell
 from ..files import replacing
 from ..solvers import Spectrum
+from ..tables import Column, Table, ranges, write_csv
 from .figures import blocks_figure, energy_figure, hessian_figure, loss_figure, spectrum_figure, states_figure
 from .methods import PAPER
 from .run import Comparison, Row, averaged
@@ -78,9 +76,9 @@ def write_report(folder: str | Path) -> Path:
         with replacing(folder / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     with replacing(folder / "comparison.csv") as temporary:
-        write_csv(comparison.rows, temporary)
+        write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
-        temporary.write_text(markdown_table(comparison.rows))
+        temporary.write_text(table_of(comparison.rows).markdown())
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page(comparison, {name: folder / "figures" / f"{name}.png" for name in figures}))
     return folder / "report.html"
@@ -94,7 +92,7 @@ def energy_names(comparison: Comparison) -> list[str]:
 def cells(row: Row, original: Row) -> list[str]:
     """A row as text, in the order of the headings; speed relative to the original of the same goal."""
     several = row.method == "random" and not row.removed
-    blocks = "several draws" if several else ",".join(map(str, row.removed))
+    blocks = "several draws" if several else ranges(row.removed)
     merged = " merged " + " ".join(f"{lo}-{hi}" for lo, hi in row.windows) if row.windows else ""
     return [
         row.goal,
@@ -125,47 +123,40 @@ def text_rows(rows: Sequence[Row]) -> list[list[str]]:
     return [cells(row, originals[row.goal]) for row in shown]
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The rows for the terminal, one part for each goal; what is left out here is in the files."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def table_of(rows: Sequence[Row]) -> Table:
+    """Every column for all goals."""
+    columns = [Column(heading, words=heading in ("goal", "method", "removed")) for heading in headings(rows)]
+    return Table(columns, text_rows(rows), caption=AT_CHANCE if rows[0].scores else "")
+
+
+def terminal_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table for each goal; what is left out here is in the files."""
     tasks = [score.task for score in rows[0].scores]
-    for heading in ("method", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "removed"):
-        left = heading in ("method", "removed")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "removed")
-    goal = ""
-    for line in text_rows(rows):
-        if line[0] != goal:
-            goal = line[0]
-            table.add_section()
-            table.add_row(f"remove {goal}", style="bold")
-        cell = dict(zip(headings(rows), line, strict=True))
-        speed = cell["tokens/s"].partition("(")[2].rstrip(")")
-        scores = (cell[task] for task in tasks)
-        measures = cell["perplexity"], cell["KL"], cell["top-1"], speed, *scores, cell["passes"], cell["seconds"]
-        table.add_row(cell["method"], *measures, cell["removed"])
-    if any(score.at_chance for row in rows for score in row.scores):
-        table.caption = AT_CHANCE
-    return table
+    shown = ["method", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "removed"]
+    columns = [Column(heading, words=heading in ("method", "removed")) for heading in shown]
+    marked = any(score.at_chance for row in rows for score in row.scores)
+
+    lines: dict[str, list[list[str]]] = {}
+    for cells in text_rows(rows):
+        cell = dict(zip(headings(rows), cells, strict=True))
+        cell["speed"] = cell["tokens/s"].partition("(")[2].rstrip(")")
+        lines.setdefault(cell["goal"], []).append([cell[heading] for heading in shown])
+
+    caption = AT_CHANCE if marked else ""
+    return [Table(columns, own, title=f"remove {goal}", caption=caption) for goal, own in lines.items()]
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    names = headings(rows)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    note = f"\n\\{AT_CHANCE}\n" if rows[0].scores else ""
-    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in text_rows(rows))]) + "\n" + note
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every row with full digits, draws one by one; blocks and windows separated by spaces."""
-    with path.open("w", newline="") as file:
-        scores = [{score.task: score.value for score in row.scores} for row in rows]
-        plain = [{k: v for k, v in vars(row).items() if k != "scores"} for row in rows]
-        writer = csv.DictWriter(file, [*plain[0], "perplexity", *scores[0]])
-        writer.writeheader()
-        for row, values, own in zip(rows, plain, scores, strict=True):
-            windows = " ".join(f"{lo}-{hi}" for lo, hi in row.windows)
-            texts = {"removed": " ".join(map(str, row.removed)), "windows": windows, "perplexity": row.perplexity}
-            writer.writerow({**values, **texts, **own})
+    found = []
+    for row in rows:
+        record = {name: value for name, value in vars(row).items() if name != "scores"}
+        record["removed"] = " ".join(map(str, row.removed))
+        record["windows"] = " ".join(f"{lo}-{hi}" for lo, hi in row.windows)
+        record["perplexity"] = row.perplexity
+        record |= {score.task: score.value for score in row.scores}
+        found.append(record)
+    return found
 
 
 def page(comparison: Comparison, figures: dict[str, Path]) -> str:

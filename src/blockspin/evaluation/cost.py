@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..model.batches import frozen, input_device
 from ..progress import track
-from .perplexity import short
+from ..tables import Column, Table, short
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -199,34 +197,14 @@ def _resident(field: str) -> int:
 
 def costs_table(costs: Sequence[ModelCost]) -> Table:
     """Quantities down, models across; ratios to the first model, and those that the operations per token let expect."""
-    heading, *lines = _lines(costs)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=_caption(costs[0]))
-    for i, column in enumerate(heading):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def costs_markdown(costs: Sequence[ModelCost]) -> str:
-    """The same table in Markdown."""
-    heading, *lines = _lines(costs)
-    rows = [heading, ["---"] + ["---:"] * len(costs), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{_caption(costs[0])}\n"
-
-
-def _caption(cost: ModelCost) -> str:
-    return f"batch {cost.batch_size}, {cost.length} tokens in, {cost.new_tokens} out, {cost.dtype} on {cost.device}"
-
-
-def _lines(costs: Sequence[ModelCost]) -> list[list[str]]:
     first = costs[0]
+    columns = [Column("", words=True), *(Column(cost.name) for cost in costs)]
+    caption = f"batch {first.batch_size}, {first.length} tokens in, {first.new_tokens} out, "
+    caption += f"{first.dtype} on {first.device}"
 
     def sizes(heading: str, numbers: Sequence[int | None]) -> list[str]:
         cells = [
-            "unknown"
-            if number is None
-            else short(number).strip() + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
+            "unknown" if number is None else short(number) + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
             for number in numbers
         ]
         return [heading, *cells]
@@ -234,8 +212,7 @@ def _lines(costs: Sequence[ModelCost]) -> list[list[str]]:
     def speeds(heading: str, numbers: Sequence[float]) -> list[str]:
         return [heading, *(f"{number:,.4g} {number / numbers[0]:.2f}x" for number in numbers)]
 
-    return [
-        ["", *(cost.name for cost in costs)],
+    rows = [
         sizes("parameters", [cost.num_parameters for cost in costs]),
         sizes("on disk, bytes", [cost.num_bytes for cost in costs]),
         sizes("cache, bytes a token", [cost.cache_bytes for cost in costs]),
@@ -245,3 +222,4 @@ def _lines(costs: Sequence[ModelCost]) -> list[list[str]]:
         speeds("decode, tokens/s", [cost.decode for cost in costs]),
         ["  to be expected", *(f"{first.decode_flops / cost.decode_flops:.2f}x" for cost in costs)],
     ]
+    return Table(columns, rows, caption=caption)

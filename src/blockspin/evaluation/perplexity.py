@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +18,7 @@ from ..errors import first_line
 from ..model.batches import frozen, make_batches, mean_loss
 from ..model.blocks import find_blocks
 from ..progress import track
+from ..tables import Column, Table, ranges, short
 from .scores import Score, cell
 
 WIKITEXT2 = "wikitext2"
@@ -196,61 +195,37 @@ def evaluate_models(
 
 
 def results_table(rows: Sequence[Evaluation]) -> Table:
-    """The rows as a terminal table; parameters, size and speed also relative to the first row."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("model", no_wrap=True)
-    table.add_column("removed blocks", overflow="fold")
-    for column in ("perplexity", "parameters", "on disk", "tokens/s"):
-        table.add_column(column, justify="right", overflow="fold")
+    """A row for each model; parameters, size and speed also relative to the first."""
     first = rows[0]
-    for score in rows[0].scores:
-        table.add_column(score.task, justify="right", overflow="fold")
+    columns = [Column("model", words=True), Column("removed blocks", words=True)]
+    columns += [Column(heading) for heading in ("perplexity", "parameters", "on disk", "tokens/s")]
+    columns += [Column(score.task) for score in first.scores]
+
+    lines = []
     for row in rows:
         share, speed = row.num_parameters / first.num_parameters, row.tokens_per_second / first.tokens_per_second
-        table.add_row(
+        cells = [
             row.name,
-            ",".join(map(str, row.removed)),
+            ranges(row.removed),
             f"{row.perplexity:.2f}",
             f"{short(row.num_parameters)} {share:.0%}",
-            f"{short(row.num_bytes)}B",
+            short(row.num_bytes, "B"),
             f"{row.tokens_per_second:,.0f} {speed:.2f}x",
-            *map(cell, row.scores),
-        )
-    return table
+        ]
+        lines.append([*cells, *map(cell, row.scores)])
+    return Table(columns, lines)
 
 
 def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:
     """Models down (name -> the same texts), texts across: perplexity and bits per byte."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    heading, *lines = _texts_lines(texts)
-    for i, column in enumerate(heading):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    return table
+    columns = [Column("model", words=True)]
+    for text in next(iter(texts.values())):
+        columns += [Column(f"{Path(text.text).name} perplexity ({text.window} tokens)"), Column("bits/byte")]
 
-
-def texts_markdown(texts: Mapping[str, Sequence[TextPerplexity]]) -> str:
-    """The same table in Markdown."""
-    heading, *lines = _texts_lines(texts)
-    rows = [heading, ["---"] + ["---:"] * (len(heading) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
-def _texts_lines(texts: Mapping[str, Sequence[TextPerplexity]]) -> list[list[str]]:
-    first = next(iter(texts.values()))
-    lines = [["model"]]
-    for text in first:
-        lines[0] += [f"{Path(text.text).name} perplexity ({text.window} tokens)", "bits/byte"]
-    for name, found in texts.items():
-        lines.append([name, *(part for t in found for part in (f"{t.perplexity:.4g}", f"{t.bits_per_byte:.4f}"))])
-    return lines
-
-
-def short(number: float) -> str:
-    """Three digits and a unit: 2.76 M."""
-    for unit in ("", "k", "M", "G"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.4g} T"
+    rows = []
+    for name, measured in texts.items():
+        cells = [name]
+        for text in measured:
+            cells += [f"{text.perplexity:.4g}", f"{text.bits_per_byte:.4f}"]
+        rows.append(cells)
+    return Table(columns, rows)

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from ..tables import Column, Table
 
 # What a task is scored by; other tasks by acc_norm where they have it, else by what they report first.
 METRICS = {
@@ -158,36 +157,22 @@ def cell(score: Score) -> str:
     return f"{factor * score.value:.{digits}f}{spread}{'*' * score.at_chance}"
 
 
-def _lines(scores: Mapping[str, Sequence[Score]]) -> list[list[str]]:
-    """Tasks down, models across."""
+def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
+    """Models side by side (name -> scores on the same tasks), tasks down; in percent with standard errors."""
+    columns = [Column("task", words=True), Column("metric", words=True), Column("questions"), Column("guessing")]
+    columns += [Column(name) for name in scores]
+
+    rows = []
     first = next(iter(scores.values()))
-    lines = [["task", "metric", "questions", "guessing", *scores]]
     for i, score in enumerate(first):
         metric = f"{score.metric}, {score.num_fewshot}-shot"
         metric += f", mean of {len(score.rollouts)} rollouts" if score.rollouts else ""
         chance = "" if score.chance is None else f"{100 * score.chance:.1f}"
         own = [cell(column[i]) for column in scores.values()]
-        lines.append([score.task, metric, str(score.num_samples), chance, *own])
-    return lines
+        rows.append([score.task, metric, str(score.num_samples), chance, *own])
 
-
-def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
-    """Models side by side (name -> scores on the same tasks), in percent with standard errors, for the terminal."""
-    heading, *lines = _lines(scores)
     marked = any(score.at_chance for column in scores.values() for score in column)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=AT_CHANCE if marked else None)
-    for i, column in enumerate(heading):
-        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def scores_markdown(scores: Mapping[str, Sequence[Score]]) -> str:
-    """The same table in Markdown."""
-    heading, *lines = _lines(scores)
-    rows = [heading, ["---" if i < 2 else "---:" for i in range(len(heading))], *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{AT_CHANCE.replace('*', chr(92) + '*')}\n"
+    return Table(columns, rows, caption=AT_CHANCE if marked else "")
 
 
 def mean_scores(drawn: Sequence[tuple[Score, ...]]) -> tuple[Score, ...]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,17 +14,17 @@ from ..config import EvaluateConfig
 from ..files import replacing, write_json
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..surgery.checkpoint import checkpoint_bytes
-from .cost import ModelCost, costs_markdown, costs_table, measure_costs
+from ..tables import Table
+from .cost import ModelCost, costs_table, measure_costs
 from .perplexity import (
     Evaluation,
     TextPerplexity,
     evaluate_models,
     results_table,
     text_perplexity,
-    texts_markdown,
     texts_table,
 )
-from .scores import Score, scores_markdown, scores_table
+from .scores import Score, scores_table
 from .tasks import check_tasks, evaluate_tasks, result_files
 
 
@@ -61,16 +60,16 @@ class SideBySide:
     def save(self, path: Path) -> None:
         """The JSON at `path`, and what is not samples as Markdown beside it."""
         write_json(path, self.as_json())
-        parts = []
+        tables = []
         if self.texts:
-            parts.append(texts_markdown(self.texts))
+            tables.append(texts_table(self.texts))
         if self.costs:
-            parts.append(costs_markdown(self.costs))
+            tables.append(costs_table(self.costs))
         if self.scores:
-            parts.append(scores_markdown(self.scores))
-        if parts:
+            tables.append(scores_table(self.scores))
+        if tables:
             with replacing(path.with_suffix(".md")) as temporary:
-                temporary.write_text("\n".join(parts))
+                temporary.write_text("\n".join(table.markdown() for table in tables))
 
 
 def evaluate_side_by_side(

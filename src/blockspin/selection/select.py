@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import baselines
@@ -24,6 +22,7 @@ from ..progress import bar
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, distinct, states_as_candidates
 from ..surgery.feasible import Removable, keep_possible
+from ..tables import Column, Table, ranges
 from .ledger import Ledger, Objective
 from .polish import polish
 from .pool import cheap_choices, pool_of
@@ -79,20 +78,22 @@ class Selection:
             raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
 
     def table(self, limit: int = 12) -> Table:
-        """The best trials as a terminal table."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for column in ("source", "removed blocks", "energy", self.objective, "above the chosen", "samples"):
-            table.add_column(column, justify="left" if column in ("source", "removed blocks") else "right")
-        for t in self.trials[:limit]:
-            table.add_row(
-                t.source,
-                ",".join(map(str, t.removed)),
-                "" if t.energy is None else f"{t.energy:.4g}",
-                f"{t.loss:.4f}{_plus_minus(t.standard_error)}",
-                f"{t.above:.4f}{_plus_minus(t.above_error)}",
-                str(t.num_samples),
-            )
-        return table
+        """The best trials."""
+        columns = [Column("source", words=True), Column("removed blocks", words=True)]
+        columns += [Column(heading) for heading in ("energy", self.objective, "above the chosen", "samples")]
+
+        rows = []
+        for trial in self.trials[:limit]:
+            cells = [
+                trial.source,
+                ranges(trial.removed),
+                "" if trial.energy is None else f"{trial.energy:.4g}",
+                f"{trial.loss:.4f}{_plus_minus(trial.standard_error)}",
+                f"{trial.above:.4f}{_plus_minus(trial.above_error)}",
+                str(trial.num_samples),
+            ]
+            rows.append(cells)
+        return Table(columns, rows)
 
     def summary(self) -> str:
         return (

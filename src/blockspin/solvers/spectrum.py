@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import RemovalProblem
+from ..tables import Column, Table, ranges
 
 Statistics = dict[str, float | int | str]
 
@@ -69,18 +70,23 @@ class Spectrum:
             proven = "nothing is proven: solver='exact' would"
         return f"{took}; {proven}."
 
-    def render(self, limit: int | None = 20) -> str:
-        """The spectrum as a plain-text table, followed by the summary; limit=None prints every state."""
-        shown = self.states[:limit]
-        lines = [f"{'state':>6}  {'energy':>14}  {'above 0':>9}  proven  removed blocks"]
-        for k, state in enumerate(shown):
+    def table(self, limit: int | None = None) -> Table:
+        """The states in order, the first `limit` of them; None: all."""
+        columns = [Column("state"), Column("energy"), Column("above 0"), Column("proven")]
+        columns.append(Column("removed blocks", words=True))
+
+        rows = []
+        for k, state in enumerate(self.states[:limit]):
             above = state.energy - self.states[0].energy
-            blocks = " ".join(map(str, state.removed))
             proven = "yes" if k < self.num_proven else "no"
-            lines.append(f"{f'CBO:{k}':>6}  {state.energy:14.6g}  {above:9.3g}  {proven:>6}  {blocks}")
-        if len(shown) < len(self.states):
-            lines.append(f"... and {len(self.states) - len(shown)} more states")
-        return "\n".join([*lines, self.summary()])
+            rows.append([f"CBO:{k}", f"{state.energy:.6g}", f"{above:.3g}", proven, ranges(state.removed)])
+
+        left_out = len(self.states) - len(rows)
+        return Table(columns, rows, caption=f"... and {left_out} more states" if left_out else "")
+
+    def render(self, limit: int | None = 20, width: int | None = None) -> str:
+        """The table for a terminal of `width` characters, and below it the summary; limit=None prints every state."""
+        return f"{self.table(limit).text(width)}\n{self.summary()}"
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
