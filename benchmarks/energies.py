@@ -25,8 +25,9 @@ from blockspin.comparison.figures import spearman
 from blockspin.comparison.methods import counted
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
+from blockspin.energies import Energies
 from blockspin.energies.gradients import estimate_gradients
-from blockspin.energies.removals import Energies, gauss_newton, measure_pairs
+from blockspin.energies.removals import gauss_newton, measure_pairs
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import shared_qualities
@@ -58,6 +59,7 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
     pairs = {m: run("pairwise", measure_pairs, m) for m in (4, 16, 32)}
     loss = run("pairwise of the loss", measure_pairs, 32, objective="loss")
     costs["singles, 32"] = costs["secant, 32"]
+    assert text.mean_gradient is not None
     first = 2 * np.diag(text.mean_gradient)
     matrices = {
         "empirical-fisher, 256": text.hessian,

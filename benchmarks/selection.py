@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from blockspin import baselines
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
-from blockspin.energies.estimate import estimate_energies
+from blockspin.energies import estimate_energies
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.passes import passes_of_walk

@@ -17,7 +17,7 @@ from conftest import Command, save_tiny, settings
 
 from blockspin.config import ENERGY_NAMES, parse_remove
 from blockspin.data.calibration import load_calibration
-from blockspin.energies.removals import load_energies
+from blockspin.energies import load_energies
 from blockspin.model.batches import mean_loss
 from blockspin.pipeline import compress
 from blockspin.problem import Block, RemovalProblem

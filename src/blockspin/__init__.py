@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from .config import DistillConfig
     from .data.calibration import load_calibration
     from .distillation.run import distill, distill_checkpoint
-    from .energies.estimate import estimate_energies
+    from .energies import estimate_energies, load_energies
     from .energies.gradients import Gradients, estimate_gradients
-    from .energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
+    from .energies.removals import Interactions, gauss_newton, measure_pairs
     from .evaluation.perplexity import perplexity, text_perplexity
     from .evaluation.tasks import evaluate
     from .model.blocks import find_blocks
@@ -32,10 +32,10 @@ _HOME = {
     "DistillConfig": "config",
     "distill": "distillation.run",
     "distill_checkpoint": "distillation.run",
-    "estimate_energies": "energies.estimate",
+    "estimate_energies": "energies",
     "Interactions": "energies.removals",
     "gauss_newton": "energies.removals",
-    "load_energies": "energies.removals",
+    "load_energies": "energies",
     "measure_pairs": "energies.removals",
     "select": "selection.select",
     "perplexity": "evaluation.perplexity",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .energies.removals import Energies
+    from .energies import Energies
     from .problem import RemovalProblem
 
 app = typer.Typer(
@@ -137,7 +137,7 @@ def solve(
 ) -> None:
     """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
     from . import solvers
-    from .energies.estimate import robustness
+    from .energies.robustness import robustness
 
     s, (energies, problem) = complete(settings), _posed(file, settings)
     spectrum = solvers.solve(problem, states=s.states, solver=s.solver, time_limit=s.time_limit, seed=s.seed)
@@ -337,7 +337,7 @@ def _compress(config: CompressConfig, out: Path) -> None:
 
 def _posed(file: Path, settings: dict[str, Any]) -> tuple[Energies, RemovalProblem]:
     """The energies in a file, and the problem that the options state."""
-    from .energies.removals import load_energies
+    from .energies import load_energies
     from .pipeline import pose_problem
 
     if "remove" not in settings:

@@ -19,9 +19,8 @@ from .config import CompressConfig
 from .data.calibration import load_calibration, tokenise
 from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .distillation.run import distill_checkpoint
-from .energies.estimate import estimate_energies
+from .energies import Energies, estimate_energies, load_energies
 from .energies.gradients import Gradients
-from .energies.removals import Energies, load_energies
 from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.scores import Score
 from .evaluation.tasks import scorer

@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers as tf
 from conftest import plain_loss, random_samples, tiny_model
+from safetensors.numpy import save_file
 
 from blockspin.config import ENERGY_NAMES
-from blockspin.energies import removals as interactions
-from blockspin.energies.estimate import ENERGIES, estimate_energies, robustness
+from blockspin.energies import ENERGIES, estimate_energies, load_energies
 from blockspin.energies.gradients import Gradients, estimate_gradients
-from blockspin.energies.removals import Interactions, gauss_newton, load_energies, measure_pairs
+from blockspin.energies.removals import Interactions, gauss_newton, measure_pairs
+from blockspin.energies.robustness import robustness
+from blockspin.journal import Journal
 from blockspin.model.batches import frozen, make_batches
 from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated
@@ -126,7 +128,7 @@ def test_files_give_back_what_was_saved(energy: str, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         load_energies(tmp_path / "other")
-    with pytest.raises(ValueError, match="no gradients file"):
+    with pytest.raises(ValueError, match="no energies file"):
         load_energies(tmp_path / "absent")
 
 
@@ -134,18 +136,18 @@ def test_files_give_back_what_was_saved(energy: str, tmp_path: Path) -> None:
 def test_an_interrupted_measurement_continues(measure: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = tiny_model("llama"), tmp_path / "partial.jsonl"
     whole = measure(model, SAMPLES, batch_size=1, progress=False)
-    append, done = interactions.Partial.append, []
+    append, done = Journal.append, []
 
-    def stopping(self: object, indices: object, rows: object) -> None:
-        append(self, indices, rows)
-        done.append(indices)
+    def stopping(self: Journal, entry: dict) -> None:
+        append(self, entry)
+        done.append(entry["indices"])
         if len(done) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(interactions.Partial, "append", stopping)
+    monkeypatch.setattr(Journal, "append", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(model, SAMPLES, batch_size=1, partial=path, progress=False)
-    monkeypatch.setattr(interactions.Partial, "append", lambda self, i, r: (append(self, i, r), done.append(i)))
+    monkeypatch.setattr(Journal, "append", lambda self, entry: (append(self, entry), done.append(entry["indices"])))
     again = measure(model, SAMPLES, batch_size=1, partial=path, progress=False)
     assert len(done) == len(SAMPLES)
     np.testing.assert_array_equal(again.matrices, whole.matrices)
@@ -208,3 +210,21 @@ def test_equal_samples_are_perfectly_robust_and_opposite_ones_are_not() -> None:
 def test_kinds_of_blocks_are_those_of_the_model() -> None:
     model = tiny_model("llama")
     assert list(gauss_newton(model, SAMPLES[:1], progress=False).blocks) == find_blocks(model)
+
+
+def test_a_file_of_another_kind_of_energies_is_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "e.safetensors", tiny_model("llama")
+    gauss_newton(model, SAMPLES[:1], progress=False).save(path)
+    assert isinstance(Interactions.load(path), Interactions)
+    with pytest.raises(ValueError, match="not a file of gradients"):
+        Gradients.load(path)
+    save_file({"matrix": np.zeros(3)}, path)
+    for load in (load_energies, Gradients.load):
+        with pytest.raises(ValueError, match="not a file of"):
+            load(path)
+
+
+def test_only_gradients_have_a_first_order_term() -> None:
+    model = tiny_model("llama")
+    assert gauss_newton(model, SAMPLES[:1], progress=False).mean_gradient is None
+    assert estimate_gradients(model, SAMPLES[:1], progress=False).mean_gradient is not None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import baselines
 from ..config import CompressConfig
-from ..energies.removals import Energies
+from ..energies import Energies
 from ..model.blocks import find_stack
 from ..model.quality import shared_losses
 from ..model.residual import stream_of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..energies.removals import load_energies
+from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
 from ..evaluation.scores import cell as score_cell
 from ..files import replacing

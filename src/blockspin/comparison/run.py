@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import baselines
 from ..config import GRADIENT_ENERGIES, CompressConfig
-from ..energies.removals import Energies
+from ..energies import Energies
 from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score, mean_scores
 from ..evaluation.tasks import scorer

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor, nn
 
-from ..files import replacing
+from ..journal import Journal
 from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
 from ..model.gates import gated
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block
 from ..progress import track
+from .energies import Energies, finished_rows, keep_rows
 
 Labels = Literal["text", "model"]
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """What the calibration samples say about the blocks.
+class Gradients(Energies):
+    """The gradient of every sample's loss with respect to the gate of every block.
 
     matrix: (num_samples, num_blocks) float32, the paper's A: d loss_s / d alpha_i at alpha = 1.
     blocks: the blocks of the model, one a column.
@@ -59,34 +56,6 @@ class Gradients:
         """As many samples, drawn with replacement: one bootstrap replicate."""
         rows = generator.integers(0, len(self.matrix), len(self.matrix))
         return replace(self, matrix=self.matrix[rows], losses=self.losses[rows])
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the blocks and the metadata are in its header."""
-        # One entry, because the order of several is not fixed: equal gradients make equal files.
-        header = {"blockspin": json.dumps({"blocks": [asdict(b) for b in self.blocks], "metadata": self.metadata})}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save({"matrix": self.matrix, "losses": self.losses}, metadata=header))
-
-    @staticmethod
-    def load(path: str | Path) -> Gradients:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: there is no such file, it is truncated, or it holds something else.
-        """
-        if not Path(path).is_file():
-            raise ValueError(f"no gradients file at {path}; make one with `blockspin gradients`")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("blockspin", "null"))
-                if header is None:
-                    raise ValueError(
-                        f"{path} is not a gradients file of blockspin; make one with `blockspin gradients`"
-                    )
-                blocks = tuple(Block(**entry) for entry in header["blocks"])
-                return Gradients(file.get_tensor("matrix"), blocks, file.get_tensor("losses"), header["metadata"])
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error}); compute it again") from error
 
 
 def estimate_gradients(
@@ -129,21 +98,22 @@ def estimate_gradients(
     traced = trace_model(model)
     matrix = np.zeros((len(samples), traced.depth), dtype=np.float32)
     losses = np.full(len(samples), np.nan, dtype=np.float32)
-    identity = fingerprint(model, samples, labels, seed if labels == "model" else 0)
-    finished = Partial(partial, identity) if partial is not None else None
-    for index, row in finished.read() if finished is not None else ():
+    label_seed = seed if labels == "model" else None
+
+    # A row of the journal is the loss of a sample, then its gradient.
+    journal = Journal(partial, fingerprint(model, samples, labels, label_seed or 0))
+    for index, row in finished_rows(journal):
         losses[index], matrix[index] = row[0], row[1:]
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
     done = len(batches) - len(remaining)
+
     with frozen(model):
         for batch in track(remaining, "Gradients", len(batches), done, progress):
-            batch_losses, batch_gradients = gate_gradients(
-                traced, batch, gradient_checkpointing, seed if labels == "model" else None
-            )
-            rows = np.column_stack([batch_losses, batch_gradients])
-            if finished is not None:
-                finished.append(batch.indices, rows)
+            found = gate_gradients(traced, batch, gradient_checkpointing, label_seed)
+            rows = np.column_stack(found)  # (batch, 1 + num_blocks)
+            keep_rows(journal, batch.indices, rows)
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
+
     return Gradients(matrix, traced.blocks, losses, metadata or {})
 
 
@@ -191,37 +161,3 @@ def fingerprint(model: nn.Module, samples: Sequence[Tensor], *settings: object) 
     for sample in samples:
         digest.update(len(sample).to_bytes(8, "little") + sample.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-class Partial:
-    """Finished rows, one JSON line a batch, so that a process killed at any moment loses at most the batch at work."""
-
-    def __init__(self, path: str | Path, identity: str) -> None:
-        self.path, self.identity = Path(path), identity
-
-    def read(self) -> list[tuple[int, NDArray[np.float32]]]:
-        """(sample index, [loss, gradient row]) of every finished sample. A line cut off by a kill is dropped."""
-        text = self.path.read_text() if self.path.exists() else ""
-        complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if not complete:
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps({"fingerprint": self.identity}) + "\n")
-            return []
-        if json.loads(complete[0]).get("fingerprint") != self.identity:
-            raise ValueError(
-                f"{self.path} holds results of another model, other samples or other settings; remove it, or choose "
-                "another folder"
-            )
-        with self.path.open("r+") as file:
-            file.truncate(sum(len(line.encode()) for line in complete))
-        return [
-            (index, np.array(row, dtype=np.float32))
-            for line in complete[1:]
-            for index, row in zip(*(json.loads(line)[key] for key in ("indices", "rows")), strict=True)
-        ]
-
-    def append(self, indices: Sequence[int], rows: NDArray[np.float32]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"indices": list(indices), "rows": rows.tolist()}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())

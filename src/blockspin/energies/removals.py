@@ -6,9 +6,8 @@ The gradients describe the loss near the whole model; a removal is far from it. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -16,11 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor, nn
 
-from ..files import replacing
+from ..journal import Journal
 from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
 from ..model.gates import gated
 from ..model.passes import num_passes, removal_passes
@@ -29,14 +26,15 @@ from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, RemovalProblem
 from ..progress import console, track
 from ..solvers import solve
-from .gradients import Gradients, Partial, fingerprint
+from .energies import Energies, finished_rows, keep_rows
+from .gradients import fingerprint
 
 Floats = NDArray[np.float64]
 Passes = Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]
 
 
 @dataclass(frozen=True)
-class Interactions:
+class Interactions(Energies):
     """A quadratic form of each sample, whose mean over the tokens is the matrix of the energy.
 
     matrices: (num_samples, num_blocks, num_blocks) float32, symmetric, in nats; NaN where a pair was not measured.
@@ -65,11 +63,6 @@ class Interactions:
         errors[number < 2] = np.inf
         return errors
 
-    @property
-    def mean_gradient(self) -> Floats:
-        """Zeros: the diagonal of `hessian` holds what single removals do."""
-        return np.zeros(len(self.blocks))
-
     def resampled(self, generator: np.random.Generator) -> Interactions:
         """As many samples, drawn with replacement: one bootstrap replicate; unmeasured pairs keep their mean."""
         rows = generator.integers(0, len(self.matrices), len(self.matrices))
@@ -77,38 +70,11 @@ class Interactions:
         matrices = np.where(np.isnan(matrices).all(axis=0), self.hessian, matrices).astype(np.float32)
         return replace(self, matrices=matrices, tokens=self.tokens[rows])
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the blocks and the metadata are in its header."""
-        header = {"interactions": json.dumps({"blocks": [asdict(b) for b in self.blocks], "metadata": self.metadata})}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save({"matrices": self.matrices, "tokens": self.tokens}, metadata=header))
-
     def _moments(self) -> tuple[Floats, Floats]:
         """The weighted mean of the matrices, and the weights (num_samples, N, N), which sum to 1 for each entry."""
         weights = np.where(np.isnan(self.matrices), 0.0, self.tokens[:, None, None])
         weights = weights / weights.sum(axis=0)
         return (weights * np.nan_to_num(self.matrices.astype(np.float64))).sum(axis=0), weights
-
-
-Energies = Gradients | Interactions
-
-
-def load_energies(path: str | Path) -> Energies:
-    """What `Gradients.save` or `Interactions.save` wrote.
-
-    Raises:
-        ValueError: there is no such file, it is truncated, or it holds something else.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("interactions", "null"))
-            if header is not None:
-                blocks = tuple(Block(**entry) for entry in header["blocks"])
-                tensors = file.get_tensor("matrices"), file.get_tensor("tokens")
-                return Interactions(*tensors, blocks, header["metadata"])
-    except (SafetensorError, OSError):
-        pass  # Gradients.load says what is wrong
-    return Gradients.load(path)
 
 
 def measure_pairs(
@@ -138,9 +104,10 @@ def measure_pairs(
     blocks, n = traced.blocks, traced.depth
     tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
-    finished = Partial(partial, fingerprint(model, samples, objective)) if partial is not None else None
-    for index, row in finished.read() if finished is not None else ():
+    journal = Journal(partial, fingerprint(model, samples, objective))
+    for index, row in finished_rows(journal):
         matrices[index] = row.reshape(n, n)
+
     first = min(len(samples), max(4, len(samples) // 4))
     every = list(combinations(range(n), 2))
     if progress:
@@ -161,8 +128,8 @@ def measure_pairs(
             part = todo[start : start + batch_size]
             found = _pair_matrices(traced, [samples[i] for i in part], pairs, objective)
             matrices[part] = found
-            if finished is not None:
-                finished.append(part, found.reshape(len(part), -1))
+            keep_rows(journal, part, found)
+
     return Interactions(matrices, tokens, blocks, metadata or {})
 
 
@@ -222,9 +189,10 @@ def gauss_newton(
     traced = trace_model(model)
     blocks, n = traced.blocks, traced.depth
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
-    finished = Partial(partial, fingerprint(model, samples, step, positions)) if partial is not None else None
-    for index, row in finished.read() if finished is not None else ():
+    journal = Journal(partial, fingerprint(model, samples, step, positions))
+    for index, row in finished_rows(journal):
         matrices[index] = row.reshape(n, n)
+
     todo = [i for i in range(len(samples)) if np.isnan(matrices[i, 0, 0])]
     passes = _single_removals if step == 1 else _gates_moved
     batches = passes(traced, [samples[i] for i in todo], step, batch_size) if todo else ()
@@ -232,8 +200,8 @@ def gauss_newton(
     for batch, outputs in track(batches, "Blocks", number, number - -(-len(todo) // batch_size), progress):
         part = [todo[i] for i in batch.indices]
         matrices[part] = _covariances(batch, outputs, n, step, positions)
-        if finished is not None:
-            finished.append(part, matrices[part].reshape(len(part), -1))
+        keep_rows(journal, part, matrices[part])
+
     tokens = np.array([min(len(sample) - 1, positions) for sample in samples], dtype=np.int64)
     return Interactions(matrices, tokens, blocks, metadata or {})
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import baselines
-from ..energies.estimate import Robustness, robustness
-from ..energies.removals import Energies
+from ..energies import Energies
+from ..energies.robustness import Robustness, robustness
 from ..problem import Removal, RemovalProblem
 from ..progress import bar
 from ..solvers import Spectrum

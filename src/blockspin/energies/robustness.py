@@ -1,61 +1,17 @@
-"""The energies by name, and how far they can be trusted."""
+"""How far energies can be trusted: what remains of the answer when the calibration samples are drawn anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial as with_arguments
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from ..config import GRADIENT_ENERGIES
 from ..problem import RemovalProblem
 from ..solvers import solve
-from .gradients import estimate_gradients
-from .removals import Energies, gauss_newton, measure_pairs
-
-# What the quadratic form of the energy is made of; docs/choosing_an_energy.md compares them.
-ENERGIES: dict[str, Callable[..., Energies]] = {
-    "secant": gauss_newton,
-    "pairwise": measure_pairs,
-    "gauss-newton": with_arguments(gauss_newton, step=0.05),
-    "fisher": with_arguments(estimate_gradients, labels="model"),
-    "empirical-fisher": estimate_gradients,
-}
-
-
-def estimate_energies(
-    energy: str,
-    model: nn.Module,
-    samples: Sequence[Tensor],
-    *,
-    batch_size: int = 8,
-    gradient_checkpointing: bool = False,
-    partial: str | Path | None = None,
-    metadata: dict[str, str] | None = None,
-    progress: bool = True,
-) -> Energies:
-    """The energies of a model by the name of their kind, one of `ENERGIES`.
-
-    Raises:
-        ValueError: unknown name, unusable samples or model, or a partial file of something else.
-    """
-    if energy not in ENERGIES:
-        raise ValueError(f"unknown energy {energy!r}; choose one of {', '.join(ENERGIES)} (--energy)")
-    options = {"gradient_checkpointing": gradient_checkpointing} if energy in GRADIENT_ENERGIES else {}
-    return ENERGIES[energy](
-        model,
-        samples,
-        batch_size=batch_size,
-        partial=partial,
-        metadata={**(metadata or {}), "energy": energy},
-        progress=progress,
-        **options,
-    )
+from .energies import Energies
 
 
 @dataclass(frozen=True)
