@@ -65,9 +65,10 @@ def shorten_config(
     """
     original = build(config)
     shortened, problem = first_proven(config, original, kept, build, written)
-    if shortened is not None:
-        return shortened
-    raise ValueError(f"{problem}; the configuration cannot express this removal. {_possible(config, original, build)}")
+    if shortened is None:
+        hint = _possible_removals(config, original, build)
+        raise ValueError(f"{problem}; the configuration cannot express this removal. {hint}")
+    return shortened
 
 
 def first_proven(
@@ -78,16 +79,23 @@ def first_proven(
     written: dict[str, Any] | None = None,
     thorough: bool = True,
 ) -> tuple[Shortened | None, str]:
-    """The first proven configuration, or None and what is wrong with the first one tried."""
+    """The first proven configuration, or None and what is wrong with the first one tried.
+
+    thorough: where rewriting alone does not do, try every period too.
+    """
     problems: list[str] = []
     for values in (written, config.to_dict()):
-        if values is not None:
-            trial = _rewritten(config, original, values, kept)
-            shortened, found = _prove(config, original, trial, kept, build)
-            if shortened is not None:
-                return replace(shortened, values=trial) if values is written else shortened, ""
-            problems += found[:1]
-    return _search(config, original, trial, kept, build, thorough, len(found)), problems[0]
+        if values is None:
+            continue
+        trial = _rewritten(config, original, values, kept)
+        shortened, found = _prove(config, original, trial, kept, build)
+        if shortened is not None:
+            # What was written is kept as it was, but for what had to change.
+            return replace(shortened, values=trial) if values is written else shortened, ""
+        problems += found[:1]
+
+    shortened = _search(config, original, trial, kept, build, thorough, fewest=len(found))
+    return shortened, problems[0]
 
 
 def _rewritten(
@@ -98,13 +106,18 @@ def _rewritten(
     renaming = Renaming(kept, len(stack))
     result = copy.deepcopy(values)
     text = _text_values(result)
+
     depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
-    usual = config.get_text_config(decoder=True).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if not depth_names:  # not written: the class has it by default
+        text_config = config.get_text_config(decoder=True)
+        depth_names = [text_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
+
     for name in text:
         if name != "quantization_config" and name not in config.sub_configs:
             text[name] = _shorten(name, text[name], kept, len(stack))
-    for name in depth_names or [usual]:
+    for name in depth_names:
         text[name] = len(kept)
+
     for part in [result] if text is result else [result, text]:
         if "quantization_config" in part:
             settings = part["quantization_config"]
@@ -114,29 +127,47 @@ def _rewritten(
 
 def _text_values(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration's values that describes the decoder."""
-    nested = [values[name] for name in ("decoder", "generator", "text_config") if isinstance(values.get(name), dict)]
-    return nested[0] if nested else values
+    for name in ("decoder", "generator", "text_config"):
+        if isinstance(values.get(name), dict):
+            nested: dict[str, Any] = values[name]
+            return nested
+    return values
 
 
 def _shorten(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
     """One setting for the kept layers, by its form; as it was where it does not speak of layers."""
     if isinstance(value, dict):
-        if value and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in value):
-            return {type(key)(p): value[key] for p, i in enumerate(kept) for key in value if int(key) == i}
-        first = int(any(_are_indices(v, depth, 1) and depth in v for v in value.values() if isinstance(v, list)))
-        if first:  # a table of lists of layer indices that count from 1
-            return {key: _new_indices(v, kept, 1) if _are_indices(v, depth, 1) else v for key, v in value.items()}
-        return {key: _shorten(str(key), entry, kept, depth) for key, entry in value.items()}
+        return _shorten_table(value, kept, depth)
     if isinstance(value, str):
-        return "".join(value[i] for i in kept) if len(value) == depth and "pattern" in name else value
+        letter_a_layer = len(value) == depth and "pattern" in name
+        return "".join(value[i] for i in kept) if letter_a_layer else value
     if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
         return value
-    if _LISTS_INDICES.search(name) and _are_indices(value, depth, 0):
-        return _new_indices(value, kept, 0)
-    if _are_runs(value) and sum(len(pattern) * times for pattern, times in value) == depth:
-        entries = [entry for pattern, times in value for entry in pattern * times]
-        return [[[entries[i] for i in kept], 1]]
+
+    if _LISTS_INDICES.search(name) and _are_indices(value, depth, first=0):
+        return _new_indices(value, kept, first=0)
+    if _are_runs(value):
+        entries: list[Any] = []
+        for pattern, times in value:
+            entries += pattern * times
+        if len(entries) == depth:
+            return [[[entries[i] for i in kept], 1]]
     return [value[i] for i in kept] if len(value) == depth else value
+
+
+def _shorten_table(table: dict[Any, Any], kept: Sequence[int], depth: int) -> dict[Any, Any]:
+    """A table for the kept layers: with an entry a layer, with lists of layers that count from 1, or with settings."""
+    if table and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in table):
+        shortened = {}
+        for key in table:
+            if int(key) in kept:
+                shortened[type(key)(kept.index(int(key)))] = table[key]
+        return shortened
+
+    from_one = [name for name, value in table.items() if _are_indices(value, depth, first=1)]
+    if any(depth in table[name] for name in from_one):
+        return table | {name: _new_indices(table[name], kept, first=1) for name in from_one}
+    return {key: _shorten(str(key), entry, kept, depth) for key, entry in table.items()}
 
 
 def _are_indices(value: Any, depth: int, first: int) -> bool:
@@ -147,14 +178,17 @@ def _are_indices(value: Any, depth: int, first: int) -> bool:
 
 
 def _new_indices(value: Sequence[int], kept: Sequence[int], first: int) -> list[int]:
-    return [p + first for p, i in enumerate(kept) if i + first in value]
+    return [position + first for position, i in enumerate(kept) if i + first in value]
 
 
 def _are_runs(value: Sequence[Any]) -> bool:
     """Whether a list has the form [[[a, b], times], ...]."""
-    return all(
-        isinstance(v, list | tuple) and len(v) == 2 and isinstance(v[0], list) and isinstance(v[1], int) for v in value
-    )
+    for run in value:
+        if not isinstance(run, list | tuple) or len(run) != 2:
+            return False
+        if not isinstance(run[0], list) or not isinstance(run[1], int):
+            return False
+    return True
 
 
 def _search(
@@ -182,11 +216,13 @@ def _search(
                     return None
                 trial = copy.deepcopy(values)
                 _text_values(trial)[name] = new
-                shortened, found = _prove(config, original, trial, kept, build, fewest)
+
+                shortened, found = _prove(config, original, trial, kept, build, most=fewest)
                 if shortened is not None:
                     return shortened
                 if len(found) < fewest:
                     best, fewest = trial, len(found)
+
         if best is None:
             return None
         values = best
@@ -198,31 +234,38 @@ def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorou
         return [[value[i % len(value)] for i in kept]]  # a pattern that is repeated over the layers, written out
     if isinstance(value, float) and "depth" in name:
         return [value * math.sqrt(len(kept) / depth), value * len(kept) / depth]
+
     if not isinstance(value, int) or isinstance(value, bool) or DEPTH.search(name) or not _COUNTS_LAYERS.search(name):
         return []
     if not 0 <= value <= depth:
         return []
-    first, last = sum(i < value for i in kept), sum(i >= depth - value for i in kept)
-    others = range(min(_LONGEST_PERIOD, depth) + 1) if thorough else ()
-    return [new for new in dict.fromkeys([first, last, *others]) if new != value]
+    among_first = len([i for i in kept if i < value])
+    among_last = len([i for i in kept if i >= depth - value])
+    periods = range(min(_LONGEST_PERIOD, depth) + 1) if thorough else ()
+    new_values = dict.fromkeys([among_first, among_last, *periods])
+    new_values.pop(value, None)
+    return list(new_values)
 
 
-def _possible(config: PretrainedConfig, original: PreTrainedModel, build: Build) -> str:
+def _possible_removals(config: PretrainedConfig, original: PreTrainedModel, build: Build) -> str:
     """Which single blocks could be removed: a hint, found in limited time."""
     depth = len(find_stack(original)[1])
     deadline = time.monotonic() + _PATIENCE
-    tried, single = 0, []
+    tried = 0
+    possible = []
     for i in range(depth):
         kept = [*range(i), *range(i + 1, depth)]
-        single += [i] if first_proven(config, original, kept, build, thorough=False)[0] else []
+        shortened, _ = first_proven(config, original, kept, build, thorough=False)
+        if shortened is not None:
+            possible.append(i)
         tried += 1
         if time.monotonic() > deadline:
             break
+
     among = "" if tried == depth else f" (of the blocks 0 to {tried - 1}; the others were not tried)"
-    found = (
-        f"On its own each of the blocks {single} can be removed" if single else "No single block can be removed alone"
-    )
-    return found + among
+    if not possible:
+        return f"No single block can be removed alone{among}"
+    return f"On its own each of the blocks {possible} can be removed{among}"
 
 
 def _prove(
@@ -237,16 +280,15 @@ def _prove(
     most `most` of them."""
     try:
         shortened = type(config).from_dict(_decoded(values))
-        parts = {
-            name: part._attn_implementation for name in config.sub_configs if (part := getattr(config, name, None))
-        }
-        shortened._attn_implementation = {"": config._attn_implementation, **parts}
+        _copy_attention(config, shortened)
         model = build(shortened)
         stack = find_stack(model)[1]
     except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together
-        return None, [str(error).strip().split("\n")[-1].strip()] * _UNUSABLE
+        reason = str(error).strip().split("\n")[-1].strip()  # of transformers' checks the last line says what is wrong
+        return None, [reason] * _UNUSABLE
     if len(stack) != len(kept):
         return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
+
     renaming = Renaming(kept, len(find_stack(original)[1]), find_slots(original, model, kept))
     found = list(islice(differences(config, shortened, original, model, renaming), most))
     if found:
@@ -255,8 +297,22 @@ def _prove(
     return Shortened(model.config, json.loads(shortened.to_json_string()), model, renaming, slices), []
 
 
+def _copy_attention(config: PretrainedConfig, shortened: PretrainedConfig) -> None:
+    """Compute attention in the same way ("sdpa", "eager", ...) as the original, in all parts of the model."""
+    implementations = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part:
+            implementations[name] = part._attn_implementation
+    shortened._attn_implementation = implementations
+
+
 def _decoded(value: Any) -> Any:
     """A copy of JSON values with the numbers that JSON lacks, which are written {"__float__": "Infinity"} there."""
     if isinstance(value, dict):
-        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(_decoded, value))
+    return copy.deepcopy(value)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..model.blocks import DEPTH, find_stack
+from ..model.blocks import DEPTH, find_blocks, find_stack
 from .renaming import Renaming
 
 _POSITION = re.compile(r"layer_?(id|idx|index|number)$", re.IGNORECASE)
+_MOST_PER_LAYER = 4  # a layer with several attentions gives each a number: layer 5 of two has 10 and 11
 _PLAIN = bool | int | float | str | None
 
 
@@ -49,15 +50,28 @@ def differences(
     return chain([first], found)
 
 
+def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
+    """The cache of a hybrid model counts tokens in its attention layers: one of them must stay.
+
+    Raises:
+        ValueError: none is kept.
+    """
+    attending = [block.index for block in find_blocks(model) if "attention" in block.kind.split("+")]
+    if attending and not set(attending) & set(kept):
+        raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
+
+
 def find_slices(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> dict[str, int]:
     """Tensors outside the layers that have a slice for each layer: name in the model -> dimension of the slices."""
-    before, after = (_outside(m) for m in (original, model))
+    before, after = _outside(original), _outside(model)
     depth = len(find_stack(original)[1])
-    dimensions = {
-        name: _sliced_dimension(before[name].shape, after[name].shape, depth, len(kept))
-        for name in before.keys() & after.keys()
-    }
-    return {name: dimension for name, dimension in dimensions.items() if dimension is not None}
+
+    slices: dict[str, int] = {}
+    for name in before.keys() & after.keys():
+        dimension = _sliced_dimension(before[name].shape, after[name].shape, depth, len(kept))
+        if dimension is not None:
+            slices[name] = dimension
+    return slices
 
 
 def find_slots(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> dict[str, list[int | None]]:
@@ -65,24 +79,30 @@ def find_slots(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> di
 
     Such a list is as long as there are layers that have it, and in the shortened model as there are such layers left.
     """
-    before, after = (
-        [{n: len(m) for n, m in layer.named_modules() if isinstance(m, nn.ModuleList)} for layer in find_stack(m)[1]]
-        for m in (original, model)
-    )
+    before = list(map(_list_lengths, find_stack(original)[1]))  # for each layer: name of a list -> its length
+    after = list(map(_list_lengths, find_stack(model)[1]))
+
     slots: dict[str, list[int | None]] = {}
     for name in dict.fromkeys(chain.from_iterable(before)):
-        users = [i for i, lists in enumerate(before) if name in lists]
+        users = [i for i, lengths in enumerate(before) if name in lengths]
         left = [i for i in users if i in kept]
-        lengths = {before[i][name] for i in users}, {after[kept.index(i)].get(name) for i in left}
-        if lengths == ({len(users)}, {len(left)}) and len(left) < len(users):
+        lengths_before = {before[i][name] for i in users}
+        lengths_after = {after[kept.index(i)].get(name) for i in left}
+
+        entry_for_each_user = lengths_before == {len(users)} and lengths_after == {len(left)}
+        if entry_for_each_user and len(left) < len(users):
             slots[name] = [left.index(i) if i in left else None for i in users]
     return slots
+
+
+def _list_lengths(layer: nn.Module) -> dict[str, int]:
+    return {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
 
 
 def alike(one: nn.Module, other: nn.Module, i: int, j: int, depth: int) -> bool:
     """Whether two layers of one model, i and j of `depth`, are of the same make, but for their indices."""
     moved = Renaming([-1] * j + [i], depth)  # as if layer i were kept as number j
-    return not any(_make_differences(one, other, i, moved))
+    return next(_make_differences(one, other, i, moved), None) is None
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -102,38 +122,61 @@ def _layer_differences(original: nn.Module, model: nn.Module, renaming: Renaming
 
 def _make_differences(before: nn.Module, after: nn.Module, i: int, renaming: Renaming) -> Iterator[str]:
     """Names of what differs between two layers: module types, shapes, plain attributes (sliding window, ...)."""
-    shapes = [{n: tuple(t.shape) for n, t in _tensors(layer)} for layer in (before, after)]
-    shapes[0] = {new: shape for n, shape in shapes[0].items() if (new := renaming.inside(n)) is not None}
-    yield from (n for n in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(n) != shapes[1].get(n))
-    modules = [dict(layer.named_modules(remove_duplicate=False)) for layer in (before, after)]
-    modules[0] = {new: module for n, module in modules[0].items() if (new := renaming.inside(n)) is not None}
-    for name in sorted(modules[0].keys() | modules[1].keys()):
-        one, other = modules[0].get(name), modules[1].get(name)
-        if type(one) is not type(other):
+    shapes_before = _renamed({name: tuple(tensor.shape) for name, tensor in _tensors(before)}, renaming)
+    shapes_after = {name: tuple(tensor.shape) for name, tensor in _tensors(after)}
+    for name in sorted(shapes_before.keys() | shapes_after.keys()):
+        if shapes_before.get(name) != shapes_after.get(name):
+            yield name
+
+    modules_before = _renamed(dict(before.named_modules(remove_duplicate=False)), renaming)
+    modules_after = dict(after.named_modules(remove_duplicate=False))
+    for name in sorted(modules_before.keys() | modules_after.keys()):
+        one, other = modules_before.get(name), modules_after.get(name)
+        if one is None or other is None or type(one) is not type(other):
             yield name or "its type"
             continue
-        assert one is not None
-        assert other is not None
-        for key in sorted(_plain(one).keys() | _plain(other).keys()):
-            a, b = _plain(one).get(key), _plain(other).get(key)
-            if not _same_attribute(one, key, a, b, i, renaming):
+        plain_before, plain_after = _plain(one), _plain(other)
+        for key in sorted(plain_before.keys() | plain_after.keys()):
+            if not _same_attribute(one, key, plain_before.get(key), plain_after.get(key), i, renaming):
                 yield f"{name}.{key}".lstrip(".")
 
 
-def _same_attribute(module: nn.Module, key: str, a: Any, b: Any, i: int, renaming: Renaming) -> bool:
-    """Whether attribute `a` of block `i` is `b` in the shortened model, where indices of layers are new."""
+def _renamed(inside: dict[str, Any], renaming: Renaming) -> dict[str, Any]:
+    """The entries by what they are called in the shortened model; without those that are dropped there."""
+    result = {}
+    for name, entry in inside.items():
+        new_name = renaming.inside(name)
+        if new_name is not None:
+            result[new_name] = entry
+    return result
+
+
+def _same_attribute(module: nn.Module, key: str, before: Any, after: Any, i: int, renaming: Renaming) -> bool:
+    """Whether an attribute of block `i` is the same in the shortened model, where indices of layers are new."""
     kept, depth = renaming.kept, renaming.depth
-    if _POSITION.search(key) and type(a) is type(b) is int and a >= 0:
-        position = kept.index(i)
-        own = any(a // each == i and b // each == position and a % each == b % each for each in (1, 2, 3, 4))
-        return own or (a in kept and kept.index(a) == b)
-    counts_layers = bool(DEPTH.search(key)) and (a, b) == (depth, len(kept))
-    counts_slots = any((a, b) == (len(slots), len(slots) - slots.count(None)) for slots in renaming.slots.values())
-    if counts_layers or counts_slots:
+    if _POSITION.search(key) and type(before) is type(after) is int and before >= 0:
+        names_another_layer = before in kept and kept.index(before) == after
+        return names_another_layer or _names_own_layer(before, after, i, kept.index(i))
+
+    counts_layers = bool(DEPTH.search(key)) and (before, after) == (depth, len(kept))
+    counts_slots = False
+    for slots in renaming.slots.values():
+        counts_slots |= (before, after) == (len(slots), len(slots) - slots.count(None))
+    if counts_layers or counts_slots:  # harmless where it only serves to build the layer
         return f"self.{key}" not in inspect.getsource(type(module).forward)
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-12) or (math.isnan(a) and math.isnan(b))
-    return bool(a == b)
+
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12) or (math.isnan(before) and math.isnan(after))
+    return bool(before == after)
+
+
+def _names_own_layer(before: int, after: int, i: int, position: int) -> bool:
+    """Whether two numbers are those of one part of layer `i`, which moves to `position`, of a few a layer."""
+    for parts in range(1, _MOST_PER_LAYER + 1):
+        part = before - parts * i
+        if 0 <= part < parts and after == parts * position + part:
+            return True
+    return False
 
 
 def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence[int]) -> Iterator[str]:
@@ -142,28 +185,41 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
     Where a list calls layers "shared", each uses what the last layer before it that is not shared has computed.
     Otherwise a forward argument that starts with "prev" is something that the block before has computed.
     """
-    lists = [value for value in vars(config.get_text_config(decoder=True)).values() if isinstance(value, list)]
-    sharing = [v for v in lists if v and v[0] != "shared" and ("shared" in v or set(map(str, v)) == {"full"})]
-    for value in sharing:
+    sharing = list(filter(_says_who_shares, vars(config.get_text_config(decoder=True)).values()))
+    for entries in sharing:
         for i in kept:
-            source = max(j for j in range(min(i + 1, len(value))) if value[j] != "shared")
+            source = min(i, len(entries) - 1)
+            while entries[source] == "shared":
+                source -= 1
             if source not in kept:
                 yield f"block {i} uses what block {source} computes"
+    if sharing:
+        return
+
     for i, layer in enumerate(find_stack(original)[1]):
         takes = [name for name in inspect.signature(layer.forward).parameters if name.startswith("prev")]
-        if takes and not sharing and i in kept and i > 0 and i - 1 not in kept:
+        if takes and i in kept and i > 0 and i - 1 not in kept:
             yield f"block {i} takes {takes[0]} from block {i - 1}"
+
+
+def _says_who_shares(value: Any) -> bool:
+    """Whether a setting is a list that calls some layers "shared", or all of them "full"."""
+    if not isinstance(value, list) or not value or value[0] == "shared":
+        return False
+    return "shared" in value or set(map(str, value)) == {"full"}
 
 
 def _tie_differences(original: nn.Module, model: nn.Module, renaming: Renaming) -> Iterator[str]:
     """Which tensors the kept layers would no longer share, or share anew."""
     stack_name = find_stack(original)[0]
-    before = {
-        frozenset(new for name in group if (new := renaming.name(name, stack_name)) is not None)
-        for group in tied_names(original)
-    }
-    after = {frozenset(group) for group in tied_names(model)}
-    for name in sorted(min(group) for group in before ^ after if len(group) > 1):
+    expected: set[frozenset[str]] = set()
+    for group in tied_names(original):
+        new_names = [renaming.name(name, stack_name) for name in group]
+        expected.add(frozenset(filter(None, new_names)))
+
+    found = set(map(frozenset, tied_names(model)))
+    broken = [min(group) for group in expected ^ found if len(group) > 1]
+    for name in sorted(broken):
         yield f"{name} would no longer share its weights as before"
 
 
@@ -176,13 +232,16 @@ def _outside_differences(original: nn.Module, model: nn.Module, kept: Sequence[i
             yield f"{name} would be lost or added"
         elif before[name].shape != after[name].shape and name not in slices:
             yield f"{name} would change its shape"
+
     stack_name = find_stack(original)[0]
-    modules = dict(model.named_modules())
+    modules_after = dict(model.named_modules())
     for name, module in original.named_modules():
-        if not f"{name}.".startswith(f"{stack_name}."):
-            for key, value in _plain(module).items():
-                if isinstance(value, float) and value != _plain(modules.get(name, module)).get(key, value):
-                    yield f"{name}.{key} would change"
+        if f"{name}.".startswith(f"{stack_name}."):
+            continue
+        plain_after = _plain(modules_after.get(name, module))
+        for key, value in _plain(module).items():
+            if isinstance(value, float) and value != plain_after.get(key, value):
+                yield f"{name}.{key} would change"
 
 
 def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> Iterator[str]:
@@ -190,11 +249,9 @@ def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> 
     text = config.get_text_config(decoder=True)
     for name in config.sub_configs:
         before, after = getattr(config, name, None), getattr(shortened, name)
-        if (
-            isinstance(before, PretrainedConfig)
-            and before.get_text_config(decoder=True) is not text
-            and before.to_diff_dict() != after.to_diff_dict()
-        ):
+        if not isinstance(before, PretrainedConfig) or before.get_text_config(decoder=True) is text:
+            continue
+        if before.to_diff_dict() != after.to_diff_dict():
             yield f"{name} would change"
 
 
@@ -207,39 +264,51 @@ def _outside(model: nn.Module) -> dict[str, Tensor]:
 
 def _sliced_dimension(before: Sequence[int], after: Sequence[int], depth: int, left: int) -> int | None:
     """The only dimension that shrinks from `depth` slices to `left` slices; None if the shapes differ otherwise."""
-    differing = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-    if len(before) != len(after) or len(differing) != 1:
+    if len(before) != len(after):
         return None
-    a, b = before[differing[0]], after[differing[0]]
-    return differing[0] if a % depth == 0 and a // depth * left == b else None
+    differing = [d for d, size in enumerate(before) if size != after[d]]
+    if len(differing) != 1:
+        return None
+    size_before, size_after = before[differing[0]], after[differing[0]]
+    slices_fit = size_before % depth == 0 and size_before // depth * left == size_after
+    return differing[0] if slices_fit else None
 
 
 def _buffer_differences(original: PreTrainedModel, model: PreTrainedModel, renaming: Renaming) -> Iterator[str]:
     """Which buffers that are computed when a checkpoint is loaded would come out otherwise at the new position."""
     before, after = find_stack(original)[1], find_stack(model)[1]
     for position, i in enumerate(renaming.kept):
-        expected, found = _computed_buffers(original, before[i]), _computed_buffers(model, after[position])
-        for name, value in expected.items():
-            new = renaming.inside(name)
-            if new in found and not torch.equal(value, found[new]):
+        expected = _renamed(_computed_buffers(original, before[i]), renaming)
+        found = _computed_buffers(model, after[position])
+        for name in expected.keys() & found.keys():
+            if not torch.equal(expected[name], found[name]):
                 yield f"block {i} would become a different layer {position} (the values of {name})"
 
 
 def _computed_buffers(model: PreTrainedModel, layer: nn.Module) -> dict[str, Tensor]:
     """The buffers of a layer without weights that no checkpoint holds, computed as from_pretrained does."""
-    places = [
-        (name, module, key) for name, module in layer.named_modules() for key in module._non_persistent_buffers_set
-    ]
-    empty = [module._buffers[key] for _, module, key in places]
-    for (_, module, key), buffer in zip(places, empty, strict=True):
+    owners: list[tuple[str, nn.Module, str]] = []  # name of a module, the module, key of its buffer
+    for name, module in layer.named_modules():
+        for key in sorted(module._non_persistent_buffers_set):
+            owners.append((name, module, key))
+
+    # Room for the values, on the CPU: the layer itself is on the meta device.
+    empty = [module._buffers[key] for _, module, key in owners]
+    for (_, module, key), buffer in zip(owners, empty, strict=True):
         module._buffers[key] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
-    for name, module in layer.named_modules():  # the modules that own such buffers, and those around them
-        if any(f"{owner}.".startswith(f"{name}.") or not name for owner, _, _ in places):
+
+    for name, module in layer.named_modules():
+        inside = [owner for owner, _, _ in owners if not name or f"{owner}.".startswith(f"{name}.")]
+        if inside:  # a module that owns such buffers, or one around it, computes them
             model._init_weights(module)
-    computed = {f"{name}.{key}".lstrip("."): module._buffers[key] for name, module, key in places}
-    for (_, module, key), buffer in zip(places, empty, strict=True):
+
+    computed: dict[str, Tensor] = {}
+    for (name, module, key), buffer in zip(owners, empty, strict=True):
+        value = module._buffers[key]
+        if value is not None:
+            computed[f"{name}.{key}".lstrip(".")] = value
         module._buffers[key] = buffer
-    return {name: buffer for name, buffer in computed.items() if buffer is not None}
+    return computed
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -248,4 +317,5 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN) and k != "training"}
+    """The attributes of a module that are numbers, texts or None."""
+    return {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and key != "training"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, cycle, product
+from itertools import product
 from typing import Any
 
 # An index in a module name, or a pattern for indices: 12, (1|2), [0-3], 1[0-9], \d+.
@@ -34,11 +34,13 @@ class Renaming:
 
     def inside(self, name: str) -> str | None:
         """The new name of a tensor or module inside a kept layer, relative to the layer; None if it is dropped."""
-        for owner, entries in self.slots.items():
+        for owner, new_entries in self.slots.items():
             match = re.fullmatch(rf"({re.escape(owner)}\.)(\d+)((?:\..+)?)", name)
-            if match:
-                new = entries[int(match[2])]
-                return None if new is None else f"{match[1]}{new}{match[3]}"
+            if match is None:
+                continue
+            before, entry, after = match.groups()
+            new = new_entries[int(entry)]
+            return None if new is None else f"{before}{new}{after}"
         return name
 
     def name(self, name: str, stack_name: str) -> str | None:
@@ -46,8 +48,12 @@ class Renaming:
         match = re.fullmatch(rf"({re.escape(stack_name)}\.)(\d+)\.(.+)", name)
         if match is None:
             return name
-        index, inside = self.index(int(match[2])), self.inside(match[3])
-        return None if index is None or inside is None else f"{match[1]}{index}.{inside}"
+
+        before, old_index, rest = match.groups()
+        index, inside = self.index(int(old_index)), self.inside(rest)
+        if index is None or inside is None:
+            return None
+        return f"{before}{index}.{inside}"
 
     def settings(self, value: Any, stack_name: str, others: Sequence[str] = ()) -> Any:
         """JSON values in which every module name, also in patterns and keys, is new; removed layers are dropped.
@@ -62,40 +68,59 @@ class Renaming:
             ValueError: a pattern that is neither in a list nor a key means more or fewer than one of the kept layers.
         """
         if isinstance(value, dict):
-            new = {key: self.settings(entry, stack_name, others) for key, entry in value.items()}
-            return {name: entry for key, entry in new.items() for name in self._names(str(key), stack_name, others)}
+            renamed: dict[str, Any] = {}
+            for key, entry in value.items():
+                new_entry = self.settings(entry, stack_name, others)
+                for name in self._new_patterns(str(key), stack_name, others):
+                    renamed[name] = new_entry
+            return renamed
+
         if isinstance(value, list):
-            entries = (
-                self._names(entry, stack_name, others)
-                if isinstance(entry, str)
-                else [self.settings(entry, stack_name, others)]
-                for entry in value
-            )
-            return list(chain.from_iterable(entries))
+            entries: list[Any] = []
+            for entry in value:
+                if isinstance(entry, str):
+                    entries += self._new_patterns(entry, stack_name, others)
+                else:
+                    entries.append(self.settings(entry, stack_name, others))
+            return entries
+
         if not isinstance(value, str):
             return value
-        names = self._names(value, stack_name, others)
+        names = self._new_patterns(value, stack_name, others)
         if len(names) != 1:
             raise ValueError(f"the quantisation setting {value!r} cannot be rewritten for the kept layers")
         return names[0]
 
-    def _names(self, pattern: str, stack_name: str, others: Sequence[str]) -> list[str]:
-        """What a module name or a pattern for module names becomes."""
-        common = {*re.findall(r"\w+", pattern)}
-        if any(len(common & {*other.split(".")}) > len(common & {*stack_name.split(".")}) for other in others):
-            return [pattern]
-        leaf = re.escape(stack_name.rpartition(".")[2])
-        parts = re.split(rf"(?<![A-Za-z_])({leaf}\\?\.{_INDEX})", pattern)  # text, layers.index, text, ...
-        choices = []
-        for part, is_index in zip(parts, cycle([False, True])):
-            start = re.match(rf"{leaf}\\?\.", part) if is_index else None
-            choices.append([f"{start[0]}{new}" for new in self._indices(part[start.end() :])] if start else [part])
-        return ["".join(choice) for choice in product(*choices)]
+    def _new_patterns(self, pattern: str, stack_name: str, others: Sequence[str]) -> list[str]:
+        """What a module name or a pattern for module names becomes: several where it means several layers."""
+        parts_of_name = {*re.findall(r"\w+", pattern)}
 
-    def _indices(self, written: str) -> list[str]:
+        def shared_parts(list_name: str) -> int:
+            return len(parts_of_name & {*list_name.split(".")})
+
+        if any(shared_parts(other) > shared_parts(stack_name) for other in others):
+            return [pattern]
+
+        # Split into text, "layers.index", text, "layers.index", ..., text.
+        leaf = re.escape(stack_name.rpartition(".")[2])
+        parts = re.split(rf"(?<![A-Za-z_])({leaf}\\?\.{_INDEX})", pattern)
+        choices: list[list[str]] = []
+        for number, part in enumerate(parts):
+            start = re.match(rf"{leaf}\\?\.", part) if number % 2 else None
+            if start is None:
+                choices.append([part])
+            else:
+                new_indices = self._new_indices(part[start.end() :])
+                choices.append([start[0] + index for index in new_indices])
+        return list(map("".join, product(*choices)))
+
+    def _new_indices(self, written: str) -> list[str]:
         """The new indices of what a name or pattern says in the place of an index."""
         if written.isdecimal():
             index = self.index(int(written))
             return [] if index is None else [str(index)]
+
         meant = [i for i in range(self.depth) if re.fullmatch(written, str(i))]
-        return [written] if len(meant) == self.depth else [str(self.index(i)) for i in meant if i in self.kept]
+        if len(meant) == self.depth:  # a pattern for every layer stays one
+            return [written]
+        return [str(self.kept.index(i)) for i in meant if i in self.kept]
