@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from blockspin.config import DistillConfig
 from blockspin.distillation.run import distill
 from blockspin.model.loading import load_model
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 CONFIGS = {
     "tiny": {

@@ -25,7 +25,8 @@ from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated
 from blockspin.model.loading import auto_class
 from blockspin.model.tracing import skipped, trace_model
-from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
+from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.surgery.memory import remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
 REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))

@@ -24,7 +24,7 @@ from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.select import Selection, select
 from blockspin.solvers import Spectrum
 from blockspin.solvers.candidates import Candidate, random_candidate
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 
 def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

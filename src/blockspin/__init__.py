@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .selection.select import select
     from .solvers import Spectrum, solve
     from .solvers.candidates import Candidate
-    from .surgery.checkpoint import prune_checkpoint, remove_blocks
+    from .surgery.checkpoint import prune_checkpoint
+    from .surgery.memory import remove_blocks
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ _HOME = {
     "Spectrum": "solvers",
     "solve": "solvers",
     "prune_checkpoint": "surgery.checkpoint",
-    "remove_blocks": "surgery.checkpoint",
+    "remove_blocks": "surgery.memory",
     "evaluate": "evaluation.tasks",
 }
 

@@ -32,8 +32,9 @@ from .progress import console
 from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
 from .solvers.candidates import Candidate, random_candidate, states_as_candidates
-from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint, remove_blocks
+from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint
 from .surgery.feasible import Removable, protect_what_must_stay
+from .surgery.memory import remove_blocks
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from blockspin.model.blocks import find_stack
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
 from blockspin.solvers.candidates import fill, open_blocks, random_candidate
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 SAMPLES = random_samples()
 

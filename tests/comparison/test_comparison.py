@@ -25,7 +25,7 @@ from blockspin.data.calibration import load_calibration
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.tracing import skipped, trace_model
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 SAMPLES = {"num_samples": 12, "energy_samples": 6, "selection_samples": 4, "evaluation_samples": 6}
 SMALL = {**SAMPLES, "max_length": 16, "states": 6, "budget": 1.0}

@@ -28,7 +28,8 @@ from blockspin.distillation import trainer as training
 from blockspin.distillation.loss import Objective, split, training_forward
 from blockspin.distillation.run import Distillation, distill, distill_checkpoint, last_checkpoint
 from blockspin.pipeline import compress, load_samples
-from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
+from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.surgery.memory import remove_blocks
 
 ROOT = Path(__file__).parents[2]
 Losses = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 SAMPLES = random_samples((9, 5, 12, 7))
 

@@ -12,7 +12,7 @@ from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated
 from blockspin.model.tracing import skipped, trace_model
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 
 def test_blocks_are_found(family: str) -> None:

@@ -12,7 +12,7 @@ from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.passes import shared_logits
 from blockspin.model.quality import quality_of, shared_losses, shared_qualities
 from blockspin.model.tracing import TracedModel, skipped, trace_model
-from blockspin.surgery.checkpoint import remove_blocks
+from blockspin.surgery.memory import remove_blocks
 
 EVERY = [removal for m in range(4) for removal in combinations(range(4), m)]
 

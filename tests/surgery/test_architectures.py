@@ -19,7 +19,8 @@ from blockspin.model.blocks import find_blocks
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.pipeline import compress
-from blockspin.surgery.checkpoint import prune_checkpoint, remove_blocks
+from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.surgery.memory import remove_blocks
 from blockspin.surgery.renaming import Renaming
 from blockspin.surgery.shards import layer_prefix
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from blockspin.model.batches import make_batches
 from blockspin.model.tracing import skipped, trace_model
-from blockspin.surgery.checkpoint import checkpoint_bytes, prune_checkpoint, remove_blocks
+from blockspin.surgery.checkpoint import checkpoint_bytes, prune_checkpoint
+from blockspin.surgery.memory import remove_blocks
 
 REMOVALS = [(0,), (3,), (1, 2), (0, 3)]
 

@@ -15,8 +15,8 @@ from tiny import DEPTH, tiny_config, tiny_random_model
 from blockspin.pipeline import compress
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
-from blockspin.surgery.checkpoint import remove_blocks
 from blockspin.surgery.feasible import Removable, protect_what_must_stay, same_pattern_candidates, without
+from blockspin.surgery.memory import remove_blocks
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "diffllama", "bamba", "modernbert-decoder"])

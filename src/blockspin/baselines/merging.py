@@ -17,7 +17,7 @@ from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import RemovalProblem
 from ..progress import track
 from ..solvers.candidates import Candidate
-from ..surgery.checkpoint import remove_blocks
+from ..surgery.memory import remove_blocks
 
 Windows = tuple[tuple[int, int], ...]  # (lo, hi): blocks lo to hi, both included, become one
 _BISECTIONS = 16

@@ -29,8 +29,9 @@ from ..problem import Goal, RemovalProblem
 from ..progress import console
 from ..solvers import Spectrum
 from ..solvers.candidates import random_candidate
-from ..surgery.checkpoint import checkpoint_bytes, remove_blocks
+from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
+from ..surgery.memory import remove_blocks
 from .methods import PAPER, Bench, Cost, Method, counted, methods
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}  # ending -> what opens the file
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
@@ -57,9 +58,12 @@ def load_calibration(
         raise ValueError(f"num_samples must be at least 1, not {num_samples} (--num-samples)")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length} (--max-length)")
-    texts = tokenise(source, tokenizer, max_length, seed=seed, split=split)
-    tensors = (torch.tensor(ids, dtype=torch.int64) for ids in texts)
-    samples = list(track(islice(tensors, num_samples), "Tokenising", num_samples, show=progress))
+
+    tokenised = islice(tokenise(source, tokenizer, max_length, seed=seed, split=split), num_samples)
+    samples = []
+    for ids in track(tokenised, "Tokenising", num_samples, show=progress):
+        samples.append(torch.tensor(ids, dtype=torch.int64))
+
     if not samples:
         raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens (--calibration)")
     if len(samples) < num_samples:
@@ -81,11 +85,13 @@ def tokenise(
     truncate: cut each row to `max_length` tokens; a plain text file is cut into windows of this length in any case.
     """
     path = Path(source)
-    if path.suffix == ".txt" or path.with_suffix("").suffix == ".txt":
-        texts = _windows(_read_text(path), tokenizer, max_length, seed)
+    if _format(path) == ".txt":
+        samples = _windows(_read_text(path), tokenizer, max_length, seed)
     else:
-        texts = _rows(source, split, tokenizer, max_length if truncate else None, seed)
-    return (ids for ids in texts if len(ids) >= 2)
+        samples = _rows(source, split, tokenizer, max_length if truncate else None, seed)
+    for ids in samples:
+        if len(ids) >= 2:  # one token predicts none
+            yield ids
 
 
 def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,12 +102,12 @@ def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     Raises:
         ValueError: the row has none of the fields.
     """
-    turns = next((row[name] for name in _CONVERSATION_FIELDS if row.get(name)), None)
-    if turns is not None:
-        messages = [_message(turn) for turn in turns]
-        if getattr(tokenizer, "chat_template", None):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n\n".join(message["content"] for message in messages)
+    for name in _CONVERSATION_FIELDS:
+        if row.get(name):
+            messages = list(map(_message, row[name]))
+            if getattr(tokenizer, "chat_template", None):
+                return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            return "\n\n".join([message["content"] for message in messages])
     if isinstance(row.get("text"), str):
         return str(row["text"])
     raise ValueError(
@@ -119,8 +125,8 @@ def _message(turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Iterator[list[int]]:
-    """Consecutive windows of the text, in seeded order; the tokenizer's warning on length does not apply."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Consecutive windows of the text, in seeded order."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose=False: no warning on length
     starts = np.arange(0, len(ids), max_length)
     np.random.default_rng(seed).shuffle(starts)
     for start in starts.tolist():
@@ -130,15 +136,27 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, see
 def _rows(
     source: str | Path, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int
 ) -> Iterator[list[int]]:
+    """Token ids of the rows of a dataset, in seeded order."""
     dataset = _open_dataset(source, split)
     order = np.random.default_rng(seed).permutation(len(dataset))
     for i in order.tolist():
-        text = row_to_text(dataset[i], tokenizer)
+        row = dataset[i]
+        text = row_to_text(row, tokenizer)
         # A chat template writes the special tokens itself.
-        special = not (getattr(tokenizer, "chat_template", None) and "text" not in dataset[i])
-        yield tokenizer(
-            text, truncation=max_length is not None, max_length=max_length, add_special_tokens=special, verbose=False
-        )["input_ids"]
+        by_template = bool(getattr(tokenizer, "chat_template", None)) and "text" not in row
+        encoded = tokenizer(
+            text,
+            truncation=max_length is not None,
+            max_length=max_length,
+            add_special_tokens=not by_template,
+            verbose=False,  # the tokenizer's warning on length does not apply
+        )
+        yield encoded["input_ids"]
+
+
+def _format(path: Path) -> str:
+    """The ending that says what is in a file, whether it is compressed or not."""
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def _open_dataset(source: str | Path, split: str) -> Any:
@@ -150,19 +168,18 @@ def _open_dataset(source: str | Path, split: str) -> Any:
             return datasets.load_dataset(str(path), split=split)
         if not path.is_file():
             return datasets.load_dataset(str(source), split=split)
-        suffix = path.with_suffix("").suffix if path.suffix in {".gz", ".xz"} else path.suffix
-        if suffix not in _FORMATS:
+        if _format(path) not in _FORMATS:
             raise ValueError(f"its ending must be one of {', '.join([*_FORMATS, '.txt'])}, also with .gz or .xz")
-        return datasets.load_dataset(_FORMATS[suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(_FORMATS[_format(path)], data_files=str(path), split="train")
     except Exception as error:  # datasets raises errors of many kinds, some of its own, for data that cannot be read
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"cannot read the calibration set {str(source)!r}: {reason} (--calibration)") from error
 
 
 def _read_text(path: Path) -> str:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    open_text = _COMPRESSED.get(path.suffix, open)
     try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8") as file:
             return str(file.read())
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ValueError(f"cannot read the calibration set {str(path)!r}: {error} (--calibration)") from error

@@ -57,14 +57,16 @@ def write_windows(
     Raises:
         ValueError: the dataset cannot be read, or fills fewer than two windows.
     """
-    everything = tokenise(source, tokenizer, length, seed=seed, split=split, truncate=False)
-    samples = (sample for i, sample in enumerate(everything) if i not in leave_out)
+    numbered = enumerate(tokenise(source, tokenizer, length, seed=seed, split=split, truncate=False))
+    samples = (sample for number, sample in numbered if number not in leave_out)
     windows = islice(pack(samples, length, tokenizer.eos_token_id), limit)
+
     written = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         for window in track(windows, "Packing", limit, show=progress):
             file.write(np.array(window, dtype=np.int32).tobytes())
             written += 1
+
         if written < 2:
             raise ValueError(
                 f"the dataset {str(source)!r} fills {written} windows of {length} tokens; at least 2 are needed: "
@@ -82,6 +84,8 @@ def pack(samples: Iterable[list[int]], length: int, separator: int | None) -> It
         tokens += sample
         if separator is not None and sample[-1] != separator:
             tokens.append(separator)
-        whole = len(tokens) // length * length
-        yield from (tokens[i : i + length] for i in range(0, whole, length))
+
+        whole = len(tokens) // length * length  # tokens in full windows
+        for start in range(0, whole, length):
+            yield tokens[start : start + length]
         tokens = tokens[whole:]

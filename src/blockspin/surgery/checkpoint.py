@@ -1,8 +1,7 @@
-"""Removes blocks: from a model in memory, and from a checkpoint on disk without loading it."""
+"""Removes blocks from a checkpoint on disk, without loading it."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -13,126 +12,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..errors import first_line
 from ..files import replacing, write_json
-from ..model.batches import frozen, input_device
-from ..model.blocks import check_images, check_removal, find_blocks, find_stack, other_lists
+from ..model.blocks import check_images, check_removal, find_stack, other_lists
 from ..model.loading import load_config, model_without_weights
-from ..model.tracing import closed, trace_model
 from ..progress import console
 from .layer_config import Shortened, shorten_config
-from .proof import tied_names
+from .proof import check_attention, tied_names
 from .renaming import Renaming
 from .shards import Shard, convert_bin, plan_shards, write_shards
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
-
-
-def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
-    """An ordinary transformers model without the removed blocks. It shares its weights with `model`, which stays whole.
-
-    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero.
-
-    Raises:
-        ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
-    name, stack = find_stack(model)
-    removed = check_removal(removed, len(stack))
-    kept = [i for i in range(len(stack)) if i not in removed]
-    check_attention(model, kept)
-    check_images(model, removed)
-    shortened = shorten_config(model.config, kept, lambda config: _like(model, config))
-    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    smaller: PreTrainedModel = copy.deepcopy(model, tensors)
-    left = nn.ModuleList(find_stack(smaller)[1][i] for i in kept)
-    _cut_slots(left, shortened.renaming)
-    smaller.set_submodule(name, left)
-    _adopt(smaller, shortened)
-    if next(model.parameters()).device.type != "meta":
-        _check_logits(model, smaller, removed)
-    return smaller
-
-
-def _like(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """A model of the same class without weights."""
-    with torch.device("meta"):
-        built: PreTrainedModel = type(model)._from_config(copy.deepcopy(config))
-    return built
-
-
-def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
-    """The cache of a hybrid model counts tokens in its attention layers: the last of them must stay."""
-    kinds = [set(block.kind.split("+")) for block in find_blocks(model)]
-    attending = [i for i, kind in enumerate(kinds) if "attention" in kind]
-    if attending and not any(i in kept for i in attending):
-        raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
-
-
-def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
-    """Drop the entries of removed layers from lists inside the layers."""
-    lists = [
-        (layer, name, module) for layer in stack for name, module in layer.named_modules() if name in renaming.slots
-    ]
-    for layer, name, module in lists:
-        left = [entry for entry, new in zip(module, renaming.slots[name], strict=True) if new is not None]
-        layer.set_submodule(name, nn.ModuleList(left))
-
-
-def _adopt(smaller: PreTrainedModel, shortened: Shortened) -> None:
-    """Take the configurations, numbers and tables (layer indices, depths) of the model built from the shortened
-    configuration, and cut the tensors that hold a slice for each layer."""
-    twins = dict(shortened.model.named_modules())
-    for name, module in smaller.named_modules():
-        for key, value in vars(twins[name]).items() if name in twins else ():
-            if key.startswith("_"):
-                continue
-            if isinstance(value, PretrainedConfig) or (_is_plain(value) and not isinstance(value, bool | str | None)):
-                setattr(module, key, value)
-    for name, dimension in shortened.slices.items():
-        owner, _, leaf = name.rpartition(".")
-        module = smaller.get_submodule(owner)
-        whole = getattr(module, leaf)
-        cut = (
-            whole.detach()
-            .unflatten(dimension, (shortened.renaming.depth, -1))
-            .index_select(dimension, torch.tensor(shortened.renaming.kept, device=whole.device))
-        )
-        cut = cut.flatten(dimension, dimension + 1)
-        setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is made of numbers and text only."""
-    if isinstance(value, dict):
-        return all(_is_plain(entry) for entry in [*value, *value.values()])
-    return (
-        all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str | None)
-    )
-
-
-def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
-    """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
-    traced = trace_model(model)
-    token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
-    with frozen(model), frozen(smaller), torch.no_grad():
-        found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()
-        with closed(traced, removed):
-            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
-    dtype = next(model.parameters()).dtype
-    tolerance = 1e-2 if dtype.itemsize < 4 else 1e-3
-    if not torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()), equal_nan=True):
-        raise ValueError(
-            f"without the blocks {list(removed)} the other blocks of {type(model).__name__} compute something else: "
-            "they use more of the removed blocks than the residual stream; choose other blocks"
-        )
+_QUANTISATION = re.compile(r"quant\w*\.json$")
 
 
 def prune_checkpoint(
@@ -161,6 +57,7 @@ def prune_checkpoint(
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
     folder = local_folder(source)
     removed = sorted(int(i) for i in removed)
+
     with (
         _planned(folder, removed, trust_remote_code) as (shortened, shards, stack_name),
         replacing(target) as temporary,
@@ -169,17 +66,15 @@ def prune_checkpoint(
         _copy_small_files(folder, temporary, stack_name, shortened.renaming, other_lists(shortened.model))
         write_json(temporary / "config.json", shortened.values)
         write_shards(shards, temporary, progress)
-        write_json(
-            temporary / "blockspin.json",
-            {
-                "source": str(source),
-                "removed": removed,
-                "kept": list(shortened.renaming.kept),
-                "blockspin": __version__,
-                "transformers": transformers.__version__,
-                **(details or {}),
-            },
-        )
+        origin = {
+            "source": str(source),
+            "removed": removed,
+            "kept": list(shortened.renaming.kept),
+            "blockspin": __version__,
+            "transformers": transformers.__version__,
+        }
+        write_json(temporary / "blockspin.json", origin | (details or {}))
+
     if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), shortened.renaming.kept):
         console.print(
             "Layers with and without a sliding window follow one another in another order now. transformers reads it "
@@ -191,9 +86,14 @@ def _changes_order(config: PretrainedConfig, kept: Sequence[int]) -> bool:
     """Whether some position has a layer of another attention or rotation than before, which some runtimes overlook."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or []
-    windows = kinds if any(re.match("sliding|chunked", str(kind)) for kind in kinds) else []
-    lists = [windows, getattr(text, "no_rope_layers", None) or []]
-    return any(values[i] != values[p] for values in lists for p, i in enumerate(kept) if i < len(values))
+    has_windows = any(re.match("sliding|chunked", str(kind)) for kind in kinds)
+    rotated = getattr(text, "no_rope_layers", None) or []
+
+    for entries in (kinds if has_windows else [], rotated):
+        for position, i in enumerate(kept):
+            if i < len(entries) and entries[i] != entries[position]:
+                return True
+    return False
 
 
 def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_remote_code: bool = False) -> int:
@@ -203,7 +103,7 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
         ValueError: the source has no usable weights, or the removal cannot be expressed.
     """
     with _planned(local_folder(source), removed, trust_remote_code) as (_, shards, _):
-        return sum(entry.size for shard in shards for entry in shard.entries)
+        return sum(shard.size for shard in shards)
 
 
 @contextmanager
@@ -224,15 +124,21 @@ def _planned(
     check_attention(model, kept)
     check_images(model, removed)
     shortened = shorten_config(config, kept, build, json.loads((folder / "config.json").read_text()))
+
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
-    inside = {n.removeprefix(f"{stack_name}."): t.shape for n, t in tensors.items() if n.startswith(f"{stack_name}.")}
+    inside = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{stack_name}."):
+            inside[name.removeprefix(f"{stack_name}.")] = tensor.shape
     sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}
+
     paths, bins = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
     if not paths and not bins:
         raise ValueError(f"{folder} has no .safetensors or .bin weights")
     with tempfile.TemporaryDirectory() as converted:
         paths = paths or convert_bin(bins, Path(converted))
-        everything = plan_shards(paths, Renaming(range(len(stack)), len(stack)), stack_name, {}, [], inside)
+        whole = Renaming(range(len(stack)), len(stack))
+        everything = plan_shards(paths, whole, stack_name, {}, [], inside)
         shards = plan_shards(paths, shortened.renaming, stack_name, sliced, tied_names(model), inside)
         if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
             raise ValueError(
@@ -242,7 +148,7 @@ def _planned(
 
 
 def _numel(shards: Sequence[Shard]) -> int:
-    return sum(entry.numel for shard in shards for entry in shard.entries)
+    return sum(shard.numel for shard in shards)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -258,9 +164,11 @@ def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Ren
         hidden = any(part.startswith(".") for part in inside.parts)
         if not file.is_file() or hidden or _WEIGHTS.search(file.name) or str(inside) == "config.json":
             continue
+
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
-        if re.search(r"quant\w*\.json$", file.name):
-            write_json(target / inside, renaming.settings(json.loads(file.read_text()), stack_name, others))
+        if _QUANTISATION.search(file.name):
+            settings = json.loads(file.read_text())
+            write_json(target / inside, renaming.settings(settings, stack_name, others))
         else:
             shutil.copy2(file, target / inside)
 

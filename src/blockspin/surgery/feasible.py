@@ -20,9 +20,8 @@ from ..problem import Removal, RemovalProblem
 from ..progress import console
 from ..solvers import solve
 from ..solvers.candidates import Candidate
-from .checkpoint import check_attention
 from .layer_config import first_proven
-from .proof import alike, broken_sharing
+from .proof import alike, broken_sharing, check_attention
 
 Pattern = tuple[int, ...]  # for each layer in order: the first layer of the whole model that is built like it
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from ..progress import bar
 from .renaming import Renaming
 
 _COPY_BYTES = 2**20  # stays in the processor's cache
+_LENGTH_BYTES = 8  # of a safetensors file: the length of its header
+_ALIGNMENT = 8  # bytes; where the data starts
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,16 @@ class Shard:
     metadata: dict[str, str]
     entries: list[Entry]
 
+    @property
+    def numel(self) -> int:
+        """Elements in the target."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def size(self) -> int:
+        """Bytes of data in the target."""
+        return sum(entry.size for entry in self.entries)
+
 
 def plan_shards(
     paths: Sequence[Path],
@@ -74,71 +86,79 @@ def plan_shards(
     Raises:
         ValueError: a file is truncated, or its tensors are not named like the layers.
     """
-    headers = [(path, *read_header(path)) for path in paths]
-    names = {name for _, header, _ in headers for name in header}
-    shapes = {name: tensor.get("shape", ()) for _, header, _ in headers for name, tensor in header.items()}
+    headers = {path: read_header(path) for path in paths}
+    shapes: dict[str, Sequence[int]] = {}
+    for header, _ in headers.values():
+        for name, tensor in header.items():
+            shapes[name] = tensor.get("shape", ())
     prefix = layer_prefix(shapes, stack_name, renaming.depth, inside)
-    renamed = _new_names(names, prefix, renaming, stack_name, tied)
+    new_names = _new_names(shapes, prefix, renaming, stack_name, tied)
+
     shards = []
-    for path, header, start in headers:
+    for path, (header, start) in headers.items():
         metadata = header.pop("__metadata__", {})
-        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        entries = [
-            _entry(name, renamed[name], tensor, start, renaming, sliced)
-            for name, tensor in ordered
-            if renamed[name] is not None
-        ]
+        entries = []
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            new_name = new_names[name]
+            if new_name is None:
+                continue
+            dimension = _sliced_dimension(name, tensor["shape"], sliced)
+            entries.append(_entry(new_name, tensor, start, dimension, renaming))
         if entries:
             shards.append(Shard(path, metadata, entries))
     return shards
 
 
 def _new_names(
-    names: set[str], prefix: str, renaming: Renaming, stack_name: str, tied: Sequence[Sequence[str]]
+    names: Collection[str], prefix: str, renaming: Renaming, stack_name: str, tied: Sequence[Sequence[str]]
 ) -> dict[str, str | None]:
     """The new name of each tensor; None for those that are dropped."""
     renamed = {name: renaming.name(name, prefix) for name in names}
+
+    # A tensor that kept layers share with a removed one may be stored under the name in the removed one.
     for group in tied:
-        present = [name.replace(stack_name, prefix, 1) for name in group]
-        if any(renamed.get(name) is not None for name in present):
+        stored = [name.replace(stack_name, prefix, 1) for name in group]
+        if any(renamed.get(name) is not None for name in stored):
             continue
-        heirs = [new for name in present if (new := renaming.name(name, prefix)) is not None]
-        for name in present:
-            if name in names and heirs:
-                renamed[name] = heirs[0]
-                break
+        heirs = list(filter(None, [renaming.name(name, prefix) for name in stored]))
+        holders = [name for name in stored if name in names]
+        if heirs and holders:
+            renamed[holders[0]] = heirs[0]
     return renamed
 
 
-def _entry(
-    name: str,
-    new_name: str | None,
-    tensor: dict[str, Any],
-    start: int,
-    renaming: Renaming,
-    sliced: dict[str, tuple[int, tuple[int, ...]]],
-) -> Entry:
-    assert new_name is not None
-    begin, end = (start + offset for offset in tensor["data_offsets"])
-    for model_name, (dimension, shape) in sliced.items():
+def _sliced_dimension(name: str, shape: Sequence[int], sliced: Mapping[str, tuple[int, tuple[int, ...]]]) -> int | None:
+    """The dimension in which a tensor of the checkpoint has a slice for each layer; None if it has not."""
+    for model_name, (dimension, model_shape) in sliced.items():
         same_name = name == model_name or name.endswith(f".{model_name}") or model_name.endswith(f".{name}")
-        if same_name or (name.split(".")[-2:] == model_name.split(".")[-2:] and tuple(tensor["shape"]) == shape):
-            smaller = list(shape)
-            smaller[dimension] = shape[dimension] // renaming.depth * len(renaming.kept)
-            rows = math.prod(shape[:dimension])
-            return Entry(new_name, {**tensor, "shape": smaller}, begin, end, rows, renaming.depth, tuple(renaming.kept))
-    return Entry(new_name, tensor, begin, end)
+        same_end = name.split(".")[-2:] == model_name.split(".")[-2:]
+        if same_name or (same_end and tuple(shape) == model_shape):
+            return dimension
+    return None
+
+
+def _entry(new_name: str, tensor: dict[str, Any], start: int, dimension: int | None, renaming: Renaming) -> Entry:
+    """What to copy of a tensor, given its header and where the data of the file starts."""
+    first, last = tensor["data_offsets"]
+    begin, end = start + first, start + last
+    if dimension is None:
+        return Entry(new_name, tensor, begin, end)
+
+    shape = list(tensor["shape"])
+    rows = math.prod(shape[:dimension])
+    shape[dimension] = shape[dimension] // renaming.depth * len(renaming.kept)
+    return Entry(new_name, {**tensor, "shape": shape}, begin, end, rows, renaming.depth, tuple(renaming.kept))
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data starts (8 bytes of length, header, data).
+    """The JSON header of a safetensors file, and where its data starts. The file is a length, the header, the data.
 
     Raises:
         ValueError: the file is truncated or not a safetensors file.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        start = _LENGTH_BYTES + length
         try:
             header: dict[str, Any] = json.loads(file.read(length)) if start <= path.stat().st_size else {}
         except ValueError:
@@ -159,27 +179,37 @@ def layer_prefix(
     Raises:
         ValueError: no tensors are named like the layers, or two lists of tensors could be the layers.
     """
-    indices: dict[str, set[int]] = {}
+    indices: dict[str, set[int]] = {}  # name of a list -> the indices found in it
     for name in shapes:
         for match in re.finditer(r"\.(\d+)\.", name):
             indices.setdefault(name[: match.start()], set()).add(int(match[1]))
-    complete = [prefix for prefix, found in indices.items() if found >= set(range(depth))]
 
     def shared_parts(prefix: str) -> int:
-        pairs = zip(reversed(prefix.split(".")), reversed(stack_name.split(".")), strict=False)
-        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prefix), len(stack_name)))
-
-    matching = [prefix for prefix in complete if shared_parts(prefix) > 0]
-    if not matching:
-        raise ValueError(f"the checkpoint has no tensors named like the {depth} layers {stack_name}.0 and so on")
+        """How many parts two names have in common at their ends."""
+        parts, stack_parts = prefix.split("."), stack_name.split(".")
+        shared = 0
+        while parts and stack_parts and parts.pop() == stack_parts.pop():
+            shared += 1
+        return shared
 
     def agreement(prefix: str) -> tuple[int, int, int]:
-        found = [(shapes.get(f"{prefix}.{name}"), shape) for name, shape in inside.items()]
-        named = [(a, b) for a, b in found if a is not None]
-        return sum(tuple(a) == tuple(b) for a, b in named), len(named), shared_parts(prefix)
+        """How many tensors of the layers have the right shape and the right name, and parts of the name in common."""
+        named = right = 0
+        for name, shape in inside.items():
+            found = shapes.get(f"{prefix}.{name}")
+            named += found is not None
+            right += found is not None and tuple(found) == tuple(shape)
+        return right, named, shared_parts(prefix)
 
-    best = max(map(agreement, matching))
-    fitting = sorted(prefix for prefix in matching if agreement(prefix) == best)
+    agreements = {}
+    for prefix, found in indices.items():
+        if found >= set(range(depth)) and shared_parts(prefix) > 0:
+            agreements[prefix] = agreement(prefix)
+    if not agreements:
+        raise ValueError(f"the checkpoint has no tensors named like the {depth} layers {stack_name}.0 and so on")
+
+    best = max(agreements.values())
+    fitting = sorted(prefix for prefix in agreements if agreements[prefix] == best)
     if len(fitting) > 1:
         raise ValueError(f"the layers {stack_name} may be any of {', '.join(fitting)} in the checkpoint")
     return fitting[0]
@@ -187,7 +217,7 @@ def layer_prefix(
 
 def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
     """Write the planned shards and, where there are several, their index."""
-    total = sum(entry.size for shard in shards for entry in shard.entries)
+    total = sum(shard.size for shard in shards)
     weight_map: dict[str, str] = {}
     with bar(progress) as display:
         task = display.add_task("Writing (MiB)", total=total / 2**20)
@@ -195,56 +225,62 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
             with shard.path.open("rb") as source, (target / name).open("wb") as file:
-                file.write(_header_bytes(shard.entries, shard.metadata))
+                file.write(_header_bytes(shard))
                 for chunk in _chunks(source, shard.entries):
                     file.write(chunk)
                     display.advance(task, len(chunk) / 2**20)
             weight_map |= {entry.name: name for entry in shard.entries}
+
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(target / "model.safetensors.index.json", index)
 
 
-def _chunks(source: Any, entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+def _chunks(source: BinaryIO, entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
     """The bytes of the entries one after another, neighbours read in one go. Write each before asking for the next."""
     buffer = memoryview(bytearray(_COPY_BYTES))
     for entry, (begin, end) in _runs(entries):
         source.seek(begin)
-        if entry.kept is not None:
-            width = (end - begin) // entry.rows
-            step = max(1, _COPY_BYTES // width)
-            for row in range(0, entry.rows, step):
-                block = np.frombuffer(source.read(width * min(step, entry.rows - row)), np.uint8)
-                yield block.reshape(-1, entry.slices, width // entry.slices)[:, list(entry.kept)].tobytes()
-        else:
+        if entry.kept is None:
             for start in range(begin, end, _COPY_BYTES):
                 part = buffer[: end - start]
-                if source.readinto(part) != len(part):
+                if source.readinto(part) != len(part):  # type: ignore[attr-defined]
                     raise ValueError(f"{source.name} changed while it was read; start again")
                 yield part
+            continue
+
+        width = (end - begin) // entry.rows  # bytes of a row
+        rows_at_once = max(1, _COPY_BYTES // width)
+        for row in range(0, entry.rows, rows_at_once):
+            rows = min(rows_at_once, entry.rows - row)
+            block = np.frombuffer(source.read(width * rows), np.uint8)  # (rows * width,)
+            slices = block.reshape(rows, entry.slices, -1)  # (rows, slices, bytes of a slice)
+            yield slices[:, list(entry.kept)].tobytes()
 
 
 def _runs(entries: Sequence[Entry]) -> list[tuple[Entry, tuple[int, int]]]:
     """Byte ranges of the source, neighbours joined; each with its first entry."""
     runs: list[tuple[Entry, tuple[int, int]]] = []
     for entry in entries:
-        if runs and entry.kept is None and runs[-1][0].kept is None and runs[-1][1][1] == entry.begin:
-            runs[-1] = (runs[-1][0], (runs[-1][1][0], entry.end))
-        else:
-            runs.append((entry, (entry.begin, entry.end)))
+        if runs and entry.kept is None:
+            first, (begin, end) = runs[-1]
+            if first.kept is None and end == entry.begin:
+                runs[-1] = first, (begin, entry.end)
+                continue
+        runs.append((entry, (entry.begin, entry.end)))
     return runs
 
 
-def _header_bytes(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
-    """The length and the JSON header of a safetensors file that holds the entries one after another."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+def _header_bytes(shard: Shard) -> bytes:
+    """The length and the JSON header of a safetensors file that holds the entries of a shard one after another."""
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
     offset = 0
-    for entry in entries:
+    for entry in shard.entries:
         header[entry.name] = {**entry.header, "data_offsets": [offset, offset + entry.size]}
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def convert_bin(paths: Sequence[Path], folder: Path) -> list[Path]:
@@ -258,15 +294,16 @@ def convert_bin(paths: Sequence[Path], folder: Path) -> list[Path]:
 
     written = []
     for path in paths:
+        converted = folder / f"{path.stem}.safetensors"
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            seen: set[int] = set()
+            seen: set[int] = set()  # safetensors refuses tensors that share memory
             for name in list(tensors):
-                shared = tensors[name].untyped_storage().data_ptr() in seen
-                seen.add(tensors[name].untyped_storage().data_ptr())
-                tensors[name] = tensors[name].clone() if shared else tensors[name].contiguous()
-            save_file(tensors, folder / f"{path.stem}.safetensors", metadata={"format": "pt"})
+                memory = tensors[name].untyped_storage().data_ptr()
+                tensors[name] = tensors[name].clone() if memory in seen else tensors[name].contiguous()
+                seen.add(memory)
+            save_file(tensors, converted, metadata={"format": "pt"})
         except Exception as error:  # the unpickler raises errors of many kinds
             raise ValueError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from error
-        written.append(folder / f"{path.stem}.safetensors")
+        written.append(converted)
     return written

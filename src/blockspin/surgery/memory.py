@@ -1,0 +1,134 @@
+"""Removes blocks from a model in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..model.batches import frozen, input_device
+from ..model.blocks import check_images, check_removal, find_stack
+from ..model.tracing import closed, trace_model
+from .layer_config import Shortened, shorten_config
+from .proof import check_attention
+from .renaming import Renaming
+
+_CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
+_TOLERANCE = 1e-3  # of the largest logit
+_TOLERANCE_HALF = 1e-2  # in dtypes of 16 bits and fewer
+
+
+def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
+    """An ordinary transformers model without the removed blocks. It shares its weights with `model`, which stays whole.
+
+    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero.
+
+    Raises:
+        ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
+    name, stack = find_stack(model)
+    removed = check_removal(removed, len(stack))
+    kept = [i for i in range(len(stack)) if i not in removed]
+    check_attention(model, kept)
+    check_images(model, removed)
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            built: PreTrainedModel = type(model)._from_config(copy.deepcopy(config))
+        return built
+
+    shortened = shorten_config(model.config, kept, build)
+
+    # deepcopy takes what its memo holds as copied already: the tensors.
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    smaller: PreTrainedModel = copy.deepcopy(model, shared)
+    copied_stack = find_stack(smaller)[1]
+    left = nn.ModuleList([copied_stack[i] for i in kept])
+    _cut_slots(left, shortened.renaming)
+    smaller.set_submodule(name, left)
+    _take_settings(smaller, shortened)
+    _cut_slices(smaller, shortened)
+
+    if next(model.parameters()).device.type != "meta":
+        _check_logits(model, smaller, removed)
+    return smaller
+
+
+def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
+    """Drop the entries of removed layers from lists inside the layers."""
+    lists: list[tuple[nn.Module, str, nn.Module]] = []  # all of them first: layers may share a module that has one
+    for layer in stack:
+        for name, module in layer.named_modules():
+            if name in renaming.slots:
+                lists.append((layer, name, module))
+
+    for layer, name, module in lists:
+        assert isinstance(module, nn.ModuleList)
+        new_entries = zip(module, renaming.slots[name], strict=True)
+        left = nn.ModuleList([entry for entry, new in new_entries if new is not None])
+        layer.set_submodule(name, left)
+
+
+def _take_settings(smaller: PreTrainedModel, shortened: Shortened) -> None:
+    """Take the configurations, numbers and tables (layer indices, depths) of the model that the shortened configuration
+    makes."""
+    made = dict(shortened.model.named_modules())
+    for name, module in smaller.named_modules():
+        if name not in made:
+            continue
+        for key, value in vars(made[name]).items():
+            if not key.startswith("_") and _follows_configuration(value):
+                setattr(module, key, value)
+
+
+def _follows_configuration(value: Any) -> bool:
+    return isinstance(value, PretrainedConfig) or (_is_plain(value) and not isinstance(value, bool | str | None))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers and text only."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, int | float | str | None)
+
+
+def _cut_slices(smaller: PreTrainedModel, shortened: Shortened) -> None:
+    """Cut the tensors outside the layers that hold a slice for each layer."""
+    renaming = shortened.renaming
+    for name, dimension in shortened.slices.items():
+        owner, _, leaf = name.rpartition(".")
+        module = smaller.get_submodule(owner)
+        whole = getattr(module, leaf)
+
+        # (..., depth * size, ...) -> (..., depth, size, ...) -> (..., kept, size, ...) -> (..., kept * size, ...)
+        kept = torch.tensor(renaming.kept, device=whole.device)
+        slices = whole.detach().unflatten(dimension, (renaming.depth, -1))
+        cut = slices.index_select(dimension, kept).flatten(dimension, dimension + 1)
+        setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
+
+
+def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
+    """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
+    traced = trace_model(model)
+    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
+    with frozen(model), frozen(smaller), torch.no_grad():
+        found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()  # (1, tokens, vocabulary)
+        with closed(traced, removed):
+            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
+
+    half = next(model.parameters()).dtype.itemsize < 4
+    tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * float(expected.abs().max())
+    if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
+        raise ValueError(
+            f"without the blocks {list(removed)} the other blocks of {type(model).__name__} compute something else: "
+            "they use more of the removed blocks than the residual stream; choose other blocks"
+        )
