@@ -26,7 +26,7 @@ from .evaluation.scores import Score
 from .evaluation.tasks import scorer
 from .files import write_json
 from .model.blocks import find_blocks
-from .model.loading import load_config, load_model, load_tokenizer, model_without_weights
+from .model.loading import context_length, load_config, load_model, load_tokenizer, model_without_weights
 from .problem import Block, Goal, RemovalProblem
 from .progress import console
 from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
@@ -200,8 +200,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
 
 
 def _max_length(config: CompressConfig, model_config: PretrainedConfig) -> int:
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(config.max_length, longest or config.max_length)
+    return min(config.max_length, context_length(model_config) or config.max_length)
 
 
 def energies_stage(

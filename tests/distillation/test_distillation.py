@@ -25,7 +25,7 @@ from blockspin.data.calibration import load_calibration
 from blockspin.data.packing import Windows, pack, write_windows
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
-from blockspin.distillation.loss import Objective, split, training_forward
+from blockspin.distillation.loss import DistillationLoss, split, training_forward
 from blockspin.distillation.run import Distillation, distill, distill_checkpoint, last_checkpoint
 from blockspin.pipeline import compress, load_samples
 from blockspin.surgery.checkpoint import prune_checkpoint
@@ -51,7 +51,7 @@ def losses_of(
     student: tf.PreTrainedModel, teacher: tf.PreTrainedModel, inputs: dict[str, torch.Tensor], **options: Any
 ) -> Losses:
     """The objective's losses; the gradient of the sum of the KL is left in the student."""
-    with split(student) as ours, split(teacher) as theirs, training_forward(Objective(ours, theirs, **options)):
+    with split(student) as ours, split(teacher) as theirs, training_forward(DistillationLoss(ours, theirs, **options)):
         losses: Losses = student(**inputs)
         losses["kl"].sum().backward()
     return losses
@@ -424,6 +424,16 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "out-training").exists()
 
 
+def test_a_corrected_call_runs_after_a_refused_one(
+    run: Callable[..., Distillation], tiny_folder: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "too short"}\n')
+    mistaken = settings(teacher=str(tiny_folder), data=str(tmp_path / "short.jsonl"), max_steps=2)
+    with pytest.raises(ValueError, match="window"):
+        distill_checkpoint(student_folder, tmp_path / "out", mistaken)
+    assert run(tmp_path / "out", max_steps=2).steps == 2
+
+
 def test_tokenizers_must_agree(run: Callable[..., Distillation], student_folder: Path, tmp_path: Path) -> None:
     path = student_folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"a":', '"@@":').replace('"b":', '"a":').replace('"@@":', '"b":'))
@@ -463,7 +473,7 @@ def test_a_loss_that_is_not_a_number_ends_the_training() -> None:
 
 
 def test_a_rising_loss_is_noticed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = training.Watch(quiet=True)
+    watch = training.ReportCallback(quiet=True)
     state = type("State", (), {"global_step": 70})
     arguments = type("Arguments", (), {"learning_rate": 0.5})
     for loss in (3.0, 1.0, 1.1, 0.9, 1.2, 1.0, 0.8):
@@ -583,7 +593,7 @@ import torch
 from conftest import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from blockspin.distillation.loss import Objective, split, training_forward
+from blockspin.distillation.loss import DistillationLoss, split, training_forward
 
 torch.distributed.init_process_group("gloo")
 mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
@@ -591,7 +601,7 @@ teacher, whole, sharded = tiny_model("llama", seed=2), tiny_model("llama", seed=
 token_ids = torch.randint(2, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 for student, rows in ((whole, token_ids), (sharded, token_ids[2 * rank : 2 * rank + 2])):
     with split(student) as ours, split(teacher) as theirs:
-        with training_forward(Objective(ours, theirs, chunk_tokens=5, kept=[0, 1, 2, 3])):
+        with training_forward(DistillationLoss(ours, theirs, chunk_tokens=5, kept=[0, 1, 2, 3])):
             if student is sharded:
                 for layer in student.model.layers:
                     fully_shard(layer, mesh=mesh, reshard_after_forward=True)

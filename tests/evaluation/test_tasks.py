@@ -33,7 +33,7 @@ from blockspin.config import PAPER_TASKS, CompressConfig, EvaluateConfig
 from blockspin.demo import MODEL
 from blockspin.evaluation import harness
 from blockspin.evaluation.perplexity import results_table
-from blockspin.evaluation.scores import Score, cell, mean_scores, scores_table
+from blockspin.evaluation.scores import Score, mean_scores, scores_table
 from blockspin.pipeline import compress
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
@@ -224,14 +224,14 @@ def test_rollouts_of_a_real_model_differ(tiny_folder: Path, options: dict[str, A
 def test_mark_of_scores_at_chance() -> None:
     score = Score("t", "acc", 0.269, 0.01, 0.25, 10_000, 0)
     assert score.at_chance
-    assert cell(score) == "26.9 ±1.0*"
+    assert score.as_text() == "26.9 ±1.0*"
     assert not Score("t", "acc", 0.28, 0.01, 0.25, 10_000, 0).at_chance
     assert Score("t", "acc", 0.0, 0.0, 0.25, 4, 0).at_chance  # nothing right of four is what guessing often gets
     assert not Score("t", "acc", 0.0, 0.0, 0.25, 400, 0).at_chance
     assert Score("t", "exact_match", 0.0, 0.0, 0.0, 100, 5).at_chance
     perplexity = Score("t", "word_perplexity", 12.5, None, None, 10, 0)
     assert not perplexity.at_chance
-    assert cell(perplexity) == "12.5000"
+    assert perplexity.as_text() == "12.5000"
 
 
 def test_mean_of_scores() -> None:

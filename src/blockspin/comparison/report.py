@@ -10,7 +10,6 @@ from typing import Any
 
 from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
-from ..evaluation.scores import cell as score_cell
 from ..files import replacing
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, write_csv
@@ -104,7 +103,7 @@ def cells(row: Row, original: Row) -> list[str]:
         f"{row.num_parameters / 1e6:.4g} M",
         f"{row.num_bytes / 1e6:.4g}",
         f"{row.tokens_per_second:,.0f} ({row.tokens_per_second / original.tokens_per_second:.2f}x)",
-        *map(score_cell, row.scores),
+        *(score.as_text() for score in row.scores),
         f"{row.passes:.3g}",
         f"{row.seconds:.3g}",
         blocks + merged,

@@ -112,7 +112,7 @@ def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = before
 
 
-class Objective:
+class DistillationLoss:
     """Losses of each token of a batch; takes the place of the student's forward pass, so that whatever wraps the
     student (DDP, FSDP, DeepSpeed, adapters, autocast) sees an ordinary forward and backward pass.
 
@@ -183,9 +183,9 @@ class Objective:
 
 
 @contextmanager
-def training_forward(objective: Objective) -> Iterator[None]:
-    """The student's forward pass gives the losses of `objective` instead of logits."""
-    with _forward_replaced(objective.student.model, objective):
+def training_forward(loss: DistillationLoss) -> Iterator[None]:
+    """The student's forward pass gives the losses of `loss` instead of logits."""
+    with _forward_replaced(loss.student.model, loss):
         yield
 
 

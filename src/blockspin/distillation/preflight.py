@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
-from ..model.loading import load_config, load_tokenizer, model_without_weights
+from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 
 
 def check_training(student: Path, config: DistillConfig, state: PartialState) -> PreTrainedTokenizerBase:
@@ -70,9 +70,9 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int
             "(--teacher); give the model that the student was made from"
         )
     for name, config in configs.items():
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and length > positions:
-            raise ValueError(f"the samples have {length} tokens and the {name} takes {positions}; lower --max-length")
+        longest = context_length(config)
+        if longest is not None and length > longest:
+            raise ValueError(f"the samples have {length} tokens and the {name} takes {longest}; lower --max-length")
 
 
 def check_room(needed: dict[str, float], free: float) -> None:

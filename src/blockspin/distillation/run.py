@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import DistillConfig
 from ..data.packing import Windows, write_windows
 from ..files import replacing, write_json
+from ..journal import check_settings
 from ..model.batches import frozen
 from ..model.loading import load_config, load_model, model_without_weights
 from ..model.quantization import nf4
 from ..progress import console
 from ..surgery.checkpoint import local_folder
-from .loss import Objective, split, training_forward
+from .loss import DistillationLoss, split, training_forward
 from .preflight import check_pair, check_training, choose_quantization, kept_blocks
 from .trainer import DistillationTrainer, collate, training_arguments
 
@@ -141,14 +142,14 @@ def _train(
     with ExitStack() as stack:
         stack.enter_context(frozen(teacher))
         halves = [stack.enter_context(split(m)) for m in (student, teacher)]
-        objective = Objective(
+        loss = DistillationLoss(
             *halves,
             temperature=config.temperature,
             top_k=config.top_k,
             chunk_tokens=config.chunk_tokens,
             kept=kept if config.hidden_states else None,
         )
-        stack.enter_context(training_forward(objective))
+        stack.enter_context(training_forward(loss))
         if config.lora_rank is not None:
             model = _with_adapters(student, config.lora_rank)
         trainer = DistillationTrainer(
@@ -205,10 +206,14 @@ def _data(
     processes: int,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """The packed text, written once: what is trained on, and what is only measured."""
-    _check_settings(folder, {"student": str(student), **asdict(config), "report_to": list(config.report_to)})
-    path = folder / "tokens.int32"
-    step = config.batch_size * config.gradient_accumulation * processes
-    if not path.is_file():
+    path, settings_file = folder / "tokens.int32", folder / "settings.json"
+    settings = {"student": str(student), **asdict(config)}
+
+    # The settings are written last: they say that the text beside them is whole, and that nothing was refused.
+    if settings_file.is_file():
+        check_settings(folder, "training", json.loads(settings_file.read_text()), settings)
+    else:
+        step = config.batch_size * config.gradient_accumulation * processes  # windows
         write_windows(
             config.data or "",
             tokenizer,
@@ -219,23 +224,11 @@ def _data(
             split=config.split,
             leave_out=leave_out,
         )
+        write_json(settings_file, settings)
+
     windows = Windows(path, config.max_length)
     held_out = max(1, round(len(windows) * config.validation_split))
     return Subset(windows, range(held_out, len(windows))), Subset(windows, range(held_out))
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings beside the checkpoints; refuse to continue with others."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        write_json(path, settings)
-    stored = json.loads(path.read_text())
-    differing = [name for name in settings if settings[name] != stored.get(name)]
-    if differing:
-        raise ValueError(
-            f"{folder} holds a training with other settings ({', '.join(differing)}); give the same to continue it, or "
-            "remove the folder"
-        )
 
 
 def _steps(config: DistillConfig, samples: int, processes: int) -> int:

@@ -42,7 +42,7 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
         lr_scheduler_type="cosine",
         seed=config.seed,
         logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,  # Watch sees to them
+        logging_nan_inf_filter=False,  # ReportCallback stops at them
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
@@ -74,7 +74,7 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer for a model whose forward pass gives the losses of each token (`objective.Objective`).
+    """A Trainer for a model whose forward pass gives the losses of each token (`loss.DistillationLoss`).
 
     The loss is the mean over all tokens of a step: of all processes, all accumulated batches. So neither the number of
     processes nor padding changes it.
@@ -85,7 +85,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the losses are scaled here
         self.weights = {"kl": 1.0, "cross_entropy": config.cross_entropy, "hidden": config.hidden_states}
         self.remove_callback(PrinterCallback)
-        self.add_callback(Watch(console.quiet))
+        self.add_callback(ReportCallback(console.quiet))
         self._sums = torch.zeros(2, device=self.args.device)  # KL and cross-entropy since the last report, this process
         self._counts = torch.zeros(2, device=self.args.device)  # tokens and labels, all processes
         self._since = time.perf_counter()
@@ -148,7 +148,7 @@ def _means(sums: Tensor, counts: Tensor) -> tuple[float, float]:
     return kl, math.exp(min(cross_entropy, 700.0))
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class ReportCallback(TrainerCallback):  # type: ignore[misc]
     """A progress bar with what matters, and an early word when training goes wrong."""
 
     def __init__(self, quiet: bool) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..model.batches import frozen, input_device
+from ..model.loading import context_length
 from ..progress import track
 from ..tables import Column, Table, short
 
@@ -79,7 +80,7 @@ def measure_costs(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value} (--{name.replace('_', '-')})")
     for name, model in models.items():
-        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        longest = context_length(model.config)
         if longest is not None and length + new_tokens + 1 > longest:
             raise ValueError(
                 f"{name} holds {longest} tokens, not {length} and {new_tokens} new ones; give less with --length"

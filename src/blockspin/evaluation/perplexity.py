@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import first_line
 from ..model.batches import frozen, make_batches, mean_loss
 from ..model.blocks import find_blocks
+from ..model.loading import context_length
 from ..progress import track
 from ..tables import Column, Table, ranges, short
-from .scores import Score, cell
+from .scores import Score
 
 WIKITEXT2 = "wikitext2"
 
@@ -102,8 +103,7 @@ def text_perplexity(
     Raises:
         ValueError: the text cannot be read or is shorter than two tokens, or the loss is NaN or infinite.
     """
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    window = min(window, longest or window)
+    window = min(window, context_length(model.config) or window)
     if window < 2:
         raise ValueError(f"a window has at least 2 tokens, not {window} (--window)")
     content = _read_text(text)
@@ -212,7 +212,7 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
             short(row.num_bytes, "B"),
             f"{row.tokens_per_second:,.0f} {speed:.2f}x",
         ]
-        lines.append([*cells, *map(cell, row.scores)])
+        lines.append([*cells, *(score.as_text() for score in row.scores)])
     return Table(columns, lines)
 
 

@@ -51,6 +51,12 @@ class Score:
         guessing = math.sqrt(self.chance * (1 - self.chance) / self.num_samples)
         return abs(self.value - self.chance) <= 2 * max(self.stderr or 0.0, guessing)
 
+    def as_text(self) -> str:
+        """ "65.1 ±0.4" in percent where guessing has a level, else as the harness reports it; a star at chance."""
+        factor, digits = (1.0, 4) if self.chance is None else (100.0, 1)
+        spread = "" if self.stderr is None else f" ±{factor * self.stderr:.{digits}f}"
+        return f"{factor * self.value:.{digits}f}{spread}{'*' * self.at_chance}"
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "rollouts": list(self.rollouts), "at_chance": self.at_chance}
 
@@ -60,7 +66,7 @@ class Score:
         return Score(**{**known, "rollouts": tuple(values["rollouts"])})
 
 
-def scores_of(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
+def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
     """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member."""
     outer = next((name for name in (task, *loaded["groups"]) if name in results["results"]), "")
     names = [outer] if _metrics(results["results"].get(outer, {})) else list(loaded["tasks"])
@@ -150,13 +156,6 @@ def _values(task: Any, answers: Mapping[int, list[str]], k: int, metric: str, ch
     ]
 
 
-def cell(score: Score) -> str:
-    """ "65.1 ±0.4" in percent where guessing has a level, else as the harness reports it; a star at chance."""
-    factor, digits = (1.0, 4) if score.chance is None else (100.0, 1)
-    spread = "" if score.stderr is None else f" ±{factor * score.stderr:.{digits}f}"
-    return f"{factor * score.value:.{digits}f}{spread}{'*' * score.at_chance}"
-
-
 def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
     """Models side by side (name -> scores on the same tasks), tasks down; in percent with standard errors."""
     columns = [Column("task", words=True), Column("metric", words=True), Column("questions"), Column("guessing")]
@@ -168,7 +167,7 @@ def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
         metric = f"{score.metric}, {score.num_fewshot}-shot"
         metric += f", mean of {len(score.rollouts)} rollouts" if score.rollouts else ""
         chance = "" if score.chance is None else f"{100 * score.chance:.1f}"
-        own = [cell(column[i]) for column in scores.values()]
+        own = [column[i].as_text() for column in scores.values()]
         rows.append([score.task, metric, str(score.num_samples), chance, *own])
 
     marked = any(score.at_chance for column in scores.values() for score in column)

@@ -17,7 +17,7 @@ from ..model import fingerprint
 from ..model.loading import load_tokenizer
 from ..progress import console
 from . import harness
-from .scores import Score, cell, over_rollouts, scores_of
+from .scores import Score, extract_scores, over_rollouts
 
 _DECIDING = ("limit", "num_fewshot", "apply_chat_template", "backend", "max_gen_tokens", "dtype")
 
@@ -60,7 +60,7 @@ def evaluate_tasks(
     for number, task in enumerate(missing, 1):
         known[task], results = _score(lm, loaded.pop(task), task, config)
         for score in known[task]:
-            console.print(f"{score.task} {cell(score)}, task {number} of {len(missing)}", highlight=False)
+            console.print(f"{score.task} {score.as_text()}, task {number} of {len(missing)}", highlight=False)
         if task in files:
             write_json(files[task], {"scores": [score.as_json() for score in known[task]], "results": results})
     return [score for task in config.tasks for score in known[task]]
@@ -131,7 +131,7 @@ def _score(lm: Any, loaded: dict[str, Any], task: str, config: EvaluateConfig) -
     """The scores, and the numbers of the harness that they come from."""
     rollouts = dict(config.rollouts).get(task, 0)
     results = harness.run(lm, loaded, config, rollouts)
-    scores = scores_of(results, loaded, task)
+    scores = extract_scores(results, loaded, task)
     if rollouts:
         scores = [over_rollouts(score, loaded, rollouts) for score in scores]
     kept = ("results", "versions", "n-shot", "n-samples", "configs")

@@ -66,6 +66,11 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     return config
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model of this configuration takes; None where the configuration sets no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
 def load_model(
     source: str | Path,
     *,
