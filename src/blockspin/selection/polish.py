@@ -18,19 +18,36 @@ def polish(
 ) -> list[tuple[Removal, str]]:
     """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
 
+    budget: no round begins after so many passes. removable: only what it allows is proposed; None: everything.
+
     Returns the removals that were measured on the way, with the round that proposed them.
     """
     tried: list[tuple[Removal, str]] = []
-    round_ = 0
+    rounds = 0
     while ledger.passes < budget:
-        fitted, best, round_ = refit(ledger, problem), ledger.best(), round_ + 1
-        low = [state.removed for state in solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states]
-        low = [removed for removed in low if removed not in ledger.values]
-        new = (low if removable is None else removable.among(low))[: PROPOSALS // 2]
-        near = [removed for removed in swaps(fitted, best) if removed not in ledger.values and removed not in new]
-        new += (near if removable is None else removable.among(near))[: PROPOSALS - len(new)]
-        if not new:
+        rounds += 1
+        best = ledger.best()
+        proposed = propose(ledger, refit(ledger, problem), best, removable)
+        if not proposed:
             break
-        race(ledger, [best, *new])
-        tried += [(removed, f"polish:{round_}") for removed in new]
+        race(ledger, [best, *proposed])
+        tried += [(removed, f"polish:{rounds}") for removed in proposed]
     return tried
+
+
+def propose(ledger: Ledger, fitted: RemovalProblem, best: Removal, removable: Removable | None) -> list[Removal]:
+    """Removals that were not measured yet: half of them the lowest of all, half neighbours of the best.
+
+    fitted: the problem with the corrected energy, which both halves are ordered by.
+    """
+    states = solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states
+    lowest = [state.removed for state in states if state.removed not in ledger.values]
+    if removable is not None:
+        lowest = removable.among(lowest)
+    proposed = lowest[: PROPOSALS // 2]
+
+    known = {*ledger.values, *proposed}
+    near = [removed for removed in swaps(fitted, best) if removed not in known]
+    if removable is not None:
+        near = removable.among(near)
+    return proposed + near[: PROPOSALS - len(proposed)]

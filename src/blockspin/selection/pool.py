@@ -31,5 +31,9 @@ def pool_of(
     """Candidates worth a race: distinct low states, others, and the ground states of resampled energies."""
     states = distinct(states_as_candidates(spectrum))[:max_candidates]
     resampled = [Candidate(removed, "resampled", problem.energy(removed)) for removed in ground_states]
-    unique = {candidate.removed: candidate for candidate in reversed([*states, *others, *resampled])}
-    return list(reversed(unique.values()))
+
+    # Where several propose the same removal, the first keeps it.
+    pool: dict[Removal, Candidate] = {}
+    for candidate in [*states, *others, *resampled]:
+        pool.setdefault(candidate.removed, candidate)
+    return list(pool.values())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import RemovalProblem
 from .ledger import Ledger
+
+Floats = NDArray[np.float64]
+
+# Sizes that are tried for the unknown part, relative to the scatter of what was measured.
+_SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_TINY = 1e-300  # keeps variances above zero where everything measured is equal
 
 
 def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
@@ -21,41 +27,73 @@ def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
     """
     removals = list(ledger.values)
     best = ledger.best()
-    apart = [ledger.difference(removed, best) for removed in removals]
-    y = np.array([mean for mean, _ in apart])
-    finite = [error for _, error in apart if math.isfinite(error)]
-    noise = np.array([error if math.isfinite(error) else max([*finite, y.std()]) for _, error in apart]) ** 2
+
+    # Differences from the best are paired by samples, so their errors are much smaller than those of the values.
+    differences = [ledger.difference(removed, best) for removed in removals]
+    y = np.array([above for above, _ in differences])  # (num_removals,)
+    errors = np.array([error for _, error in differences])
+    known = np.isfinite(errors)
+    errors[~known] = max([*errors[known], y.std()])  # measured on one sample only
+
     x = np.zeros((len(removals), problem.num_blocks))
     for row, removed in zip(x, removals, strict=True):
         row[list(removed)] = 1.0
     energies = np.array([problem.energy(removed) for removed in removals])
-    slope, weights = _regression(x, energies, y, noise + 1e-6 * y.var() + 1e-300)
-    correction = (x.T * weights) @ x
-    correction = (correction + np.diag(weights @ x)) / 2
+
+    noise = errors**2 + 1e-6 * y.var() + _TINY
+    slope, weights = _regression(x, energies, y, noise)
+
+    # n(n + 1) / 2 = (n^2 + n) / 2 with n = x^T x_k: a matrix of rank one and a diagonal for each measured removal.
+    squares = (x.T * weights) @ x  # (num_blocks, num_blocks)
+    linear = np.diag(weights @ x)
+    correction = (squares + linear) / 2
     return problem.with_energy(slope * problem.hessian + correction, slope * problem.gradient)
 
 
-def _regression(
-    x: NDArray[np.float64], energies: NDArray[np.float64], y: NDArray[np.float64], noise: NDArray[np.float64]
-) -> tuple[float, NDArray[np.float64]]:
-    """b >= 0 and the weights c w_k of the Gaussian process of `refit`, by generalised least squares."""
-    common = x @ x.T
+@dataclass(frozen=True)
+class _Fit:
+    """A Gaussian process of one size c.
+
+    coefficients: of the constant and of the energy. weights: (num_removals,) c w_k, of the kernel around each removal.
+    """
+
+    likelihood: float
+    coefficients: Floats
+    weights: Floats
+
+
+def _regression(x: Floats, energies: Floats, y: Floats, noise: Floats) -> tuple[float, Floats]:
+    """b >= 0 and the weights c w_k of the Gaussian process of `refit`, by generalised least squares.
+
+    x: (num_removals, num_blocks). energies, y, noise: (num_removals,), the noise as variances.
+    """
+    common = x @ x.T  # (num_removals, num_removals): the number of blocks that both take
     kernel = common * (common + 1) / 2
-    basis = np.column_stack([np.ones(len(y)), energies / (np.abs(energies).max() or 1.0)])
-    if np.ptp(energies) <= 1e-12 * np.abs(energies).max():
+
+    largest = np.abs(energies).max()
+    unit = largest or 1.0
+    basis = np.column_stack([np.ones(len(y)), energies / unit])  # (num_removals, 2)
+    if np.ptp(energies) <= 1e-12 * largest:  # equal energies cannot be told from the constant
         basis = basis[:, :1]
 
-    def fitted(c: float) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        covariance = c * kernel + np.diag(noise)
-        inverse = np.linalg.pinv(covariance, hermitian=True)
-        coefficients = np.linalg.lstsq(basis.T @ inverse @ basis, basis.T @ inverse @ y, rcond=None)[0]
-        if len(coefficients) > 1 and coefficients[1] < 0:  # an energy that misleads is left out
-            coefficients = np.array([(inverse @ y).sum() / inverse.sum(), 0.0])
-        rest = y - basis @ coefficients
-        likelihood = -(rest @ inverse @ rest) - np.linalg.slogdet(covariance)[1]
-        return float(likelihood), coefficients, c * (inverse @ rest)
+    scale = max(y.var(), _TINY) / kernel.diagonal().max()
+    fits = [_fit(scale * size, kernel, basis, y, noise) for size in _SIZES]
+    best = max(fits, key=lambda fit: fit.likelihood)
+    slope = best.coefficients[1] / unit if len(best.coefficients) > 1 else 0.0
+    return float(slope), best.weights
 
-    scale = max(y.var(), 1e-300) / kernel.diagonal().max()
-    _, coefficients, weights = max((fitted(scale * 10.0**e) for e in range(-4, 2)), key=lambda found: found[0])
-    slope = coefficients[1] / (np.abs(energies).max() or 1.0) if len(coefficients) > 1 else 0.0
-    return float(slope), weights
+
+def _fit(size: float, kernel: Floats, basis: Floats, y: Floats, noise: Floats) -> _Fit:
+    """The fit with the covariance size * kernel + diag(noise)."""
+    covariance = size * kernel + np.diag(noise)  # (num_removals, num_removals)
+    inverse = np.linalg.pinv(covariance, hermitian=True)
+
+    normal = basis.T @ inverse @ basis
+    coefficients = np.linalg.lstsq(normal, basis.T @ inverse @ y, rcond=None)[0].astype(np.float64)
+    if len(coefficients) > 1 and coefficients[1] < 0:  # an energy that misleads is left out
+        constant = (inverse @ y).sum() / inverse.sum()
+        coefficients = np.array([constant, 0.0])
+
+    rest = y - basis @ coefficients
+    likelihood = -(rest @ inverse @ rest) - np.linalg.slogdet(covariance)[1]
+    return _Fit(float(likelihood), coefficients, size * (inverse @ rest))
