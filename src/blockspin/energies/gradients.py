@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..journal import Journal
+from ..model import fingerprint
 from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
 from ..model.gates import gated
 from ..model.tracing import TracedModel, trace_model
@@ -101,7 +101,7 @@ def estimate_gradients(
     label_seed = seed if labels == "model" else None
 
     # A row of the journal is the loss of a sample, then its gradient.
-    journal = Journal(partial, fingerprint(model, samples, labels, label_seed or 0))
+    journal = Journal(partial, fingerprint.of_results(model, samples, labels, label_seed or 0))
     for index, row in finished_rows(journal):
         losses[index], matrix[index] = row[0], row[1:]
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
@@ -148,16 +148,3 @@ def gate_gradients(
         ) from error
     assert alphas.grad is not None
     return losses.detach().float().cpu().numpy(), alphas.grad.cpu().numpy()
-
-
-def fingerprint(model: nn.Module, samples: Sequence[Tensor], *settings: object) -> str:
-    """A hash that tells whether results are of this model and these samples; reads 64 numbers of each parameter."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            values = parameter.detach().flatten()[:64].float().cpu().numpy()
-            digest.update(values.tobytes())
-    for sample in samples:
-        digest.update(len(sample).to_bytes(8, "little") + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..journal import Journal
+from ..model import fingerprint
 from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
 from ..model.gates import gated
 from ..model.passes import num_passes, removal_passes
@@ -27,7 +28,6 @@ from ..problem import Block, RemovalProblem
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
-from .gradients import fingerprint
 
 Floats = NDArray[np.float64]
 Passes = Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]
@@ -104,7 +104,7 @@ def measure_pairs(
     blocks, n = traced.blocks, traced.depth
     tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
-    journal = Journal(partial, fingerprint(model, samples, objective))
+    journal = Journal(partial, fingerprint.of_results(model, samples, objective))
     for index, row in finished_rows(journal):
         matrices[index] = row.reshape(n, n)
 
@@ -189,7 +189,7 @@ def gauss_newton(
     traced = trace_model(model)
     blocks, n = traced.blocks, traced.depth
     matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
-    journal = Journal(partial, fingerprint(model, samples, step, positions))
+    journal = Journal(partial, fingerprint.of_results(model, samples, step, positions))
     for index, row in finished_rows(journal):
         matrices[index] = row.reshape(n, n)
 

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .loading import load_config
+
+_LENGTH = 20  # hexadecimal digits of a fingerprint
+_CHUNK = 1024  # 64-bit words of a weight that are hashed by their sum
+_SMALL_FILE = 2**26  # bytes; of other files than weights, larger ones do not count
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# What a configuration says of where it comes from, not of what the model computes.
+_ORIGIN = ("_name_or_path", "transformers_version")
 
 
 def digest(value: Any) -> str:
     """A short name of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:_LENGTH]
+
+
+def of_results(model: nn.Module, samples: Sequence[Tensor], *settings: object) -> str:
+    """Of what decides the results of a measurement: the model, the samples (1-D token ids) and some settings."""
+    found = hashlib.sha256(repr([_of_weights(model), *settings]).encode())
+    for sample in samples:
+        found.update(len(sample).to_bytes(8, "little"))
+        found.update(sample.cpu().numpy().tobytes())
+    return found.hexdigest()[:_LENGTH]
 
 
 def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -> str:
@@ -33,14 +50,15 @@ def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) 
     if not folder.is_dir():
         config = load_config(model, trust_remote_code=trust_remote_code)
         return digest([str(model), getattr(config, "_commit_hash", None)])
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    small = [
-        (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in files
-        if path.suffix != ".md" and path.stat().st_size < 2**26 and not _holds_weights(path)
-    ]
-    large = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if _holds_weights(path)]
-    return digest([small, large])
+
+    contents, stamps = [], []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        if path.suffix in _WEIGHT_FILES:
+            stamps.append((path.name, size, path.stat().st_mtime_ns))
+        elif path.suffix != ".md" and size < _SMALL_FILE:
+            contents.append((path.name, _of_file(path)))
+    return digest([contents, stamps])
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -50,19 +68,35 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def of_folder(folder: str | Path) -> str:
     """Of the names and contents of all files in a folder and below."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return digest([(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+    folder, contents = Path(folder), []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            contents.append((str(path.relative_to(folder)), _of_file(path)))
+    return digest(contents)
 
 
-def _holds_weights(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+def _of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _of_weights(model: nn.Module) -> str:
-    found = hashlib.sha256(str(getattr(model, "config", "")).encode())
+    """Of a model in memory: its configuration and all its weights and buffers, those without values by their shapes."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
+    found = hashlib.sha256(digest({name: settings[name] for name in settings if name not in _ORIGIN}).encode())
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:20]
+        if tensor.device.type != "meta":
+            found.update(_checksum(tensor))
+    return found.hexdigest()[:_LENGTH]
+
+
+def _checksum(tensor: Tensor) -> bytes:
+    """The sums of a tensor's chunks, as integers, and the bytes after the last whole chunk: as fast as memory."""
+    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+    whole = octets.numel() // (8 * _CHUNK) * (8 * _CHUNK)
+    aligned = octets[:whole] if octets.storage_offset() % 8 == 0 else octets[:whole].clone()
+    sums = aligned.view(torch.int64).view(-1, _CHUNK).sum(dim=1)  # (number of chunks,)
+    return bytes(sums.cpu().numpy()) + bytes(octets[whole:].cpu().numpy())

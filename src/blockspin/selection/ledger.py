@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from ..energies.gradients import fingerprint
 from ..files import write_json
+from ..model import fingerprint
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
 from ..model.tracing import skipped, trace_model
@@ -56,7 +56,7 @@ class Ledger:
         self._traced = trace_model(self.model)
         self._started = time.perf_counter()
         self._known: dict[Removal, Floats] = {}
-        self._identity = fingerprint(self.model, self.samples, str(self.objective))
+        self._identity = fingerprint.of_results(self.model, self.samples, str(self.objective))
         if self.path is not None and self.path.is_file():
             stored = json.loads(self.path.read_text())
             if stored["fingerprint"] == self._identity:
