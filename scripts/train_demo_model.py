@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -30,16 +31,18 @@ from blockspin.model.tracing import trace_model
 PACKAGE = Path(__file__).parents[1] / "src" / "blockspin" / "demo"
 VOCABULARY = 4096
 LENGTH = 256
+PASSAGE = 8192  # characters
 END = "<|end|>"
 # The calibration text of the package is not trained on: Mrs Humphry Ward, The Story of Bessie Costrell (1895).
 HELD_OUT = "THE STORY OF BESSIE COSTRELL"
 # The validation text comes from the held-out documents: Joseph Conrad, The Shadow-Line (1917).
 VALIDATION = "PART ONE\n\nI\n\nD’autre fois"
+DEPTH = 24
 CONFIG = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
     "intermediate_size": 256,
-    "num_hidden_layers": 24,
+    "num_hidden_layers": DEPTH,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "max_position_embeddings": LENGTH,
@@ -57,20 +60,27 @@ def read_documents(path: Path) -> Iterator[dict[str, str]]:
 
 def prepare(text: Path, work: Path) -> None:
     """Train the tokenizer on a tenth of the text and write all of it, shuffled by document, as one token stream."""
-    documents = [d["text"] for d in read_documents(text / "train.jsonl.xz") if not d["text"].startswith(HELD_OUT)]
-    # Novels are long: cut into passages so that shuffling mixes the sources.
-    passages = [d[i : i + 8192] for d in documents for i in range(0, len(d), 8192)]
+    number = 0
+    passages = []  # novels are long: cut, so that shuffling mixes the sources
+    for document in read_documents(text / "train.jsonl.xz"):
+        if document["text"].startswith(HELD_OUT):
+            continue
+        number += 1
+        for start in range(0, len(document["text"]), PASSAGE):
+            passages.append(document["text"][start : start + PASSAGE])
     np.random.default_rng(0).shuffle(passages)
+
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(passages[::10], VOCABULARY, min_frequency=2, special_tokens=[END])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trainer._tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=LENGTH
     )
     tokenizer.save_pretrained(work / "model")
+
     encoded = trainer.encode_batch(passages[: len(passages) // 2])
     stream = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
     np.save(work / "tokens.npy", stream)
-    print(f"{len(stream):,} tokens from {len(documents):,} documents")
+    print(f"{len(stream):,} tokens from {number:,} documents")
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -80,11 +90,13 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     wide = x.shape[1] > x.shape[2]
-    x = x.mT if wide else x
+    if wide:
+        x = x.mT
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if wide else x
+    orthogonal: torch.Tensor = x.mT if wide else x
+    return orthogonal
 
 
 class Muon(torch.optim.Optimizer):
@@ -99,12 +111,15 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
+
             for shape, same in shapes.items():
                 updates = []
                 for p in same:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
+
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(same, orthogonalise(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * 0.01).add_(update, alpha=-scale)
@@ -115,14 +130,26 @@ def learning_rate(tokens: float, total: float, decay: float = 0.35) -> float:
     return min(1.0, (tokens + 1) / 3e5, max(0.0, (total - tokens) / (decay * total)))
 
 
+def take_windows(stream: NDArray[np.uint16], first: int, number: int) -> torch.Tensor:
+    """Windows of the stream from the one numbered `first`, from the start again after the last: (number, LENGTH)."""
+    windows = len(stream) // LENGTH
+    rows = []
+    for row in range(first, first + number):
+        start = row % windows * LENGTH
+        rows.append(stream[start : start + LENGTH])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
 def train(work: Path, tokens: float, batch: int, minutes: float, compiled: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    ids_of_matrices = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in ids_of_matrices]
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
+
     done, seconds, history = 0, 0.0, []
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
@@ -138,27 +165,26 @@ def train(work: Path, tokens: float, batch: int, minutes: float, compiled: bool)
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
+
     stream = np.load(work / "tokens.npy", mmap_mode="r")
-    windows = len(stream) // LENGTH
     started, last_save, losses = time.monotonic(), time.monotonic(), []
     while done < tokens and time.monotonic() - started < 60 * minutes:
-        first = done // LENGTH
-        rows = [stream[(r % windows) * LENGTH : (r % windows + 1) * LENGTH] for r in range(first, first + batch)]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
-        loss = step_loss(ids)
-        loss.backward()
+        loss = step_loss(take_windows(stream, done // LENGTH, batch).to(device))
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate(done, tokens)
             optimizer.step()
             optimizer.zero_grad()
+
         losses.append(loss.item())
-        done += ids.numel()
+        done += batch * LENGTH
         if len(losses) == 50:
             spent = seconds + time.monotonic() - started
             history.append((done, sum(losses) / len(losses)))
             print(f"{done / 1e6:.2f}M tokens  loss {history[-1][1]:.4f}  {done / spent:,.0f} tokens/s", flush=True)
             losses = []
+
         if time.monotonic() - last_save > 120 or done >= tokens:
             state = {
                 "model": model.state_dict(),
@@ -180,6 +206,7 @@ def export(text: Path, work: Path, hardware: str) -> None:
     model.bfloat16().save_pretrained(PACKAGE / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "model")
     tokenizer.save_pretrained(PACKAGE / "model")
+
     calibration = next(d["text"] for d in read_documents(text / "train.jsonl.xz") if d["text"].startswith(HELD_OUT))
     held_out = list(read_documents(text / "valid.jsonl.xz"))
     validation = next(d["text"] for d in held_out if d["text"].startswith(VALIDATION))
@@ -194,10 +221,12 @@ def export(text: Path, work: Path, hardware: str) -> None:
         tokens = sum(len(sample) - 1 for sample in samples)
         bits[document["source"]] += mean_loss(model, samples, 16) * tokens / math.log(2)
         sizes[document["source"]] += len(document["text"].encode())
+
     samples = load_windows(validation, tokenizer)[:64]
     whole = mean_loss(model, samples, 16)
-    single = [(i,) for i in range(CONFIG["num_hidden_layers"])]
+    single = [(i,) for i in range(DEPTH)]
     without = shared_losses(trace_model(model), single, samples, batch_size=16)
+
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         tokens=state["tokens"] / 1e6,

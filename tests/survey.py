@@ -13,8 +13,10 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -25,14 +27,14 @@ from blockspin.model.blocks import find_blocks
 from blockspin.model.gates import gated
 from blockspin.model.loading import auto_class
 from blockspin.model.tracing import skipped, trace_model
+from blockspin.problem import Removal
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.memory import remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
 REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))
 
-
-Removals = tuple[tuple[int, ...], ...]
+Removals = tuple[Removal, ...]
 
 
 @dataclass
@@ -43,8 +45,8 @@ class Row:
     auto_class: str = ""
     kinds: list[str] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)
-    works: list[tuple[int, ...]] = field(default_factory=list)
-    refused: dict[tuple[int, ...], str] = field(default_factory=dict)
+    works: list[Removal] = field(default_factory=list)
+    refused: dict[Removal, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     cannot_start: str = ""  # transformers itself cannot build or run it here
     not_a_decoder: str = ""  # refused as a whole
@@ -53,7 +55,9 @@ class Row:
 
 
 def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
+    """Build a small model of this type and try everything on it; a removal that raises something else is a fault."""
     row = Row(model_type)
+    ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))  # (samples, tokens)
     try:
         config = tiny_config(model_type)
         row.auto_class = auto_class(config).__name__
@@ -61,28 +65,30 @@ def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
     except Exception as error:
         row.cannot_start = first_line(error)
         return row
+
     try:
         row.kinds = [block.kind for block in find_blocks(model)]
     except ValueError as error:
         row.not_a_decoder = first_line(error)
         return row
+
     try:
-        ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
         whole = logits(model, ids)
     except Exception as error:
         row.cannot_start = first_line(error)
         return row
+
     try:
-        traced = trace_model(model)
+        row.branches = [trace.branches for trace in trace_model(model).traces]
     except ValueError as error:
         row.not_a_decoder = first_line(error)
         return row
-    row.branches = [trace.branches for trace in traced.traces]
+
     check_gates(row, model, ids, whole)
     row.has_cache = generation_agrees(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/whole")
-        whole_again = reads_back(model, Path(folder))
+        whole_again = reads_back(model, Path(folder) / "whole")
         if not whole_again:
             row.only_in_memory = "transformers does not read back the whole model that it saved"
         check_removals(row, model, removals, ids, Path(folder) if whole_again else None)
@@ -91,75 +97,90 @@ def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
     return row
 
 
-def reads_back(model: torch.nn.Module, folder: Path) -> bool:
+def reads_back(model: tf.PreTrainedModel, folder: Path) -> bool:
     """Whether transformers itself loads the saved model without missing, unexpected or mismatched tensors."""
     try:
-        _, report = auto_class(model.config).from_pretrained(folder / "whole", output_loading_info=True)
+        _, report = auto_class(model.config).from_pretrained(folder, output_loading_info=True)
     except Exception as error:
         print("   read back:", first_line(error), file=sys.stderr)
         return False
     return not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def check_removals(
-    row: Row, model: torch.nn.Module, removals: Removals, ids: torch.Tensor, folder: Path | None
-) -> None:
-    """Each removal works in memory and, where there is a folder, on disk, or is refused."""
-    for removed in removals:
-        with guard(row, f"{removed}"):
-            try:
-                by_surgery = remove_blocks(model, removed)
-            except ValueError as error:
-                row.refused[removed] = first_line(error)
-                continue
-            check_removal(row, model, by_surgery, removed, ids)
-            if row.has_cache and not generation_agrees(by_surgery, ids):
-                row.faults.append(f"{removed}: cached generation differs")
-            if folder is not None:
-                check_disk(row, by_surgery, removed, ids, folder)
-            row.works.append(removed)
-
-
-def check_gates(row: Row, model: torch.nn.Module, ids: torch.Tensor, whole: torch.Tensor) -> None:
+def check_gates(row: Row, model: tf.PreTrainedModel, ids: torch.Tensor, whole: torch.Tensor) -> None:
     """Gates of one change no bit; a gate of zero makes each layer the identity on its hidden states."""
     traced = trace_model(model)
     with guard(row, "gates"):
         with gated(traced, torch.ones(2, traced.depth)):
             if not torch.equal(logits(model, ids), whole):
                 row.faults.append("gates of one change the logits")
+
         for i, layer in enumerate(traced.layers):
-            seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-            def note(module: object, args: tuple, kwargs: dict, output: object, seen: list = seen) -> None:
-                left = output[0] if isinstance(output, tuple | list) else output
-                seen.append((args[0] if args else kwargs["hidden_states"], left))
-
-            handle = layer.register_forward_hook(note, with_kwargs=True)
-            alphas = torch.ones(2, traced.depth)
+            alphas = torch.ones(2, traced.depth)  # (samples, blocks)
             alphas[:, i] = 0
-            logits(model, ids)
-            with gated(traced, alphas):
+            with noted(layer) as passes:
                 logits(model, ids)
-            handle.remove()
-            if not seen:  # a block that attends to images rests on text
+                with gated(traced, alphas):
+                    logits(model, ids)
+            if not passes:  # a block that attends to images rests on text
                 continue
-            (_, ungated), (entered, left) = seen
+
+            (_, ungated), (entered, left) = passes
             if not torch.allclose(entered, left, rtol=0, atol=1e-6 * float(ungated.abs().max())):
                 row.faults.append(f"a gate of zero does not make layer {i} the identity")
 
 
-def check_removal(
-    row: Row, model: torch.nn.Module, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor
+@contextlib.contextmanager
+def noted(layer: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The hidden states that enter and leave a layer, pass by pass."""
+    passes: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entered = args[0] if args else kwargs["hidden_states"]
+        left = output[0] if isinstance(output, tuple | list) else output
+        passes.append((entered, left))
+
+    handle = layer.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def check_removals(
+    row: Row, model: tf.PreTrainedModel, removals: Removals, ids: torch.Tensor, folder: Path | None
+) -> None:
+    """Each removal works in memory and, where there is a folder, on disk, or is refused."""
+    for removed in removals:
+        with guard(row, f"{removed}"):
+            try:
+                smaller = remove_blocks(model, removed)
+            except ValueError as error:
+                row.refused[removed] = first_line(error)
+                continue
+
+            check_memory(row, model, smaller, removed, ids)
+            if row.has_cache and not generation_agrees(smaller, ids):
+                row.faults.append(f"{removed}: cached generation differs")
+            if folder is not None:
+                check_disk(row, smaller, removed, ids, folder)
+            row.works.append(removed)
+
+
+def check_memory(
+    row: Row, model: tf.PreTrainedModel, smaller: tf.PreTrainedModel, removed: Removal, ids: torch.Tensor
 ) -> None:
     """Gates of zero, skipping and removal agree."""
     traced = trace_model(model)
-    alphas = torch.ones(2, traced.depth)
-    alphas[:, list(removed)] = 0
     expected = logits(smaller, ids)
+
+    alphas = torch.ones(2, traced.depth)  # (samples, blocks)
+    alphas[:, list(removed)] = 0
     with gated(traced, alphas):
         by_gates = logits(model, ids)
     with skipped(traced, removed):
         by_skipping = logits(model, ids)
+
     for name, found in (("gates", by_gates), ("skipping", by_skipping)):
         if not close(found, expected):
             row.faults.append(f"{removed}: {name} and removal differ by {difference(found, expected)}")
@@ -167,7 +188,7 @@ def check_removal(
         row.faults.append(f"{removed}: the removal changes nothing")
 
 
-def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids: torch.Tensor, folder: Path) -> None:
+def check_disk(row: Row, smaller: tf.PreTrainedModel, removed: Removal, ids: torch.Tensor, folder: Path) -> None:
     """What comes back from the shortened folder is the model shortened in memory, to the last bit of its cache."""
     shutil.rmtree(folder / "short", ignore_errors=True)
     try:
@@ -175,6 +196,7 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
     except ValueError as error:
         row.only_in_memory = first_line(error).replace(f"{folder}/", "")
         return
+
     loaded, report = auto_class(smaller.config).from_pretrained(folder / "short", output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         row.faults.append(f"{removed}: from_pretrained reports {report}")
@@ -185,9 +207,11 @@ def check_disk(row: Row, smaller: torch.nn.Module, removed: tuple[int, ...], ids
         row.faults.append(f"{removed}: generation differs after loading")
 
 
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: tf.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """(samples, tokens, vocabulary)"""
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -198,12 +222,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
     return f"{float((a - b).abs().max() / b.abs().max()):.2g}"
 
 
-def generated(model: torch.nn.Module, ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    return model.generate(ids, use_cache=use_cache, **options)
+def generated(model: tf.PreTrainedModel, ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+    """(samples, tokens + 6)"""
+    tokens: torch.Tensor = model.generate(
+        ids, use_cache=use_cache, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1
+    )
+    return tokens
 
 
-def generation_agrees(model: torch.nn.Module, ids: torch.Tensor) -> bool:
+def generation_agrees(model: tf.PreTrainedModel, ids: torch.Tensor) -> bool:
     """With and without the cache; False also where the model type cannot generate at all."""
     try:
         return torch.equal(generated(model, ids), generated(model, ids, use_cache=False))
@@ -213,7 +240,8 @@ def generation_agrees(model: torch.nn.Module, ids: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def guard(row: Row, what: str):
+def guard(row: Row, what: str) -> Iterator[None]:
+    """Anything raised inside is a fault."""
     try:
         yield
     except Exception as error:
@@ -229,7 +257,7 @@ def quiet_examine(model_type: str) -> Row:
         return examine(model_type)
 
 
-def runs(values: list) -> str:
+def runs(values: Iterable[object]) -> str:
     """Neighbouring equal values counted: [a, a, b] -> "2 a, 1 b"."""
     return ", ".join(f"{len(list(group))} {value}" for value, group in itertools.groupby(values))
 
@@ -239,12 +267,16 @@ def line(row: Row) -> str:
     if row.cannot_start or row.not_a_decoder:
         verdict = f"not tested: {row.cannot_start}" if row.cannot_start else f"refused: {row.not_a_decoder}"
         return f"| {row.model_type} | {runs(row.kinds)} | | | {verdict.replace('|', '/')} |"
+
     gates = "block" if not any(row.branches) else "branch" if all(row.branches) else "branch or block"
     expressible = f"{len(row.works)} of {len(row.works) + len(row.refused)}"
     notes = [f"FAULT {fault}" for fault in row.faults]
-    notes += [] if row.has_cache else ["generation not compared: the whole model differs with and without its cache"]
-    notes += [f"only in memory: {row.only_in_memory}"] if row.only_in_memory else []
-    notes += [f"without {list(removed)}: {reason}" for removed, reason in list(row.refused.items())[:1]]
+    if not row.has_cache:
+        notes.append("generation not compared: the whole model differs with and without its cache")
+    if row.only_in_memory:
+        notes.append(f"only in memory: {row.only_in_memory}")
+    for removed, reason in list(row.refused.items())[:1]:
+        notes.append(f"without {list(removed)}: {reason}")
     return f"| {row.model_type} | {runs(row.kinds)} | {gates} | {expressible} | {'; '.join(notes).replace('|', '/')} |"
 
 

@@ -22,11 +22,34 @@ COMPOSITE_TYPES = sorted(
 )
 
 # Values for every configuration, nested ones too, that has a field of this name.
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "decoder_layers")
-_DEPTHS += ("num_decoder_layers", "encoder_layers", "num_encoder_layers", "num_hidden_blocks")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads")
-_HEADS += ("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads")
-_HEADS += ("swa_num_attention_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads", "num_query_groups")
+_DEPTHS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "num_blocks",
+    "decoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "num_encoder_layers",
+    "num_hidden_blocks",
+)
+_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "attention_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+    "num_decoder_attention_heads",
+    "num_encoder_attention_heads",
+    "swa_num_attention_heads",
+    "linear_num_value_heads",
+    "linear_num_heads",
+    "index_n_heads",
+    "num_query_groups",
+)
 _WIDTHS = (
     "hidden_size",
     "d_model",
@@ -35,12 +58,32 @@ _WIDTHS = (
     "emb_dim",
     "word_embed_proj_dim",
     "attention_hidden_size",
+    "embedding_dim",
+    "lru_width",
+    "input_embedding_size",
+    "output_embedding_size",
 )
-_WIDTHS += ("embedding_dim", "lru_width", "input_embedding_size", "output_embedding_size")
-_INNER = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size", "dff")
-_INNER += ("moe_intermediate_size", "shared_expert_intermediate_size", "dim_ff", "d_inner", "intermediate_size_mlp")
-_INNER += ("dense_intermediate_size", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-_INNER += ("shared_experts_intermediate_size", "shared_intermediate_size", "feed_forward_size", "router_hidden_size")
+_INNER = (
+    "intermediate_size",
+    "ffn_dim",
+    "decoder_ffn_dim",
+    "encoder_ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "dff",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "dim_ff",
+    "d_inner",
+    "intermediate_size_mlp",
+    "dense_intermediate_size",
+    "expert_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
+    "shared_intermediate_size",
+    "feed_forward_size",
+    "router_hidden_size",
+)
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(_DEPTHS, DEPTH),
@@ -208,9 +251,9 @@ def _small(config: type[tf.PreTrainedConfig]) -> dict[str, Any]:
     if "kv_lora_rank" in fields:
         values["num_key_value_heads"] = 4
     for name in config.sub_configs or {}:
-        sub = type(getattr(config(), name, None))
-        if issubclass(sub, tf.PreTrainedConfig):
-            values[name] = {"model_type": sub.model_type, **_small(sub)}
+        part = getattr(config(), name, None)
+        if isinstance(part, tf.PreTrainedConfig):
+            values[name] = {"model_type": part.model_type, **_small(type(part))}
     return values
 
 
