@@ -11,23 +11,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .config import CompressConfig
+from .config import GRADIENT_ENERGIES, CompressConfig
 from .data.calibration import load_calibration, tokenise
 from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .distillation.run import distill_checkpoint
 from .energies import Energies, estimate_energies, load_energies
-from .energies.gradients import Gradients
 from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.scores import Score
 from .evaluation.tasks import scorer
 from .files import write_json
 from .model.blocks import find_blocks
 from .model.loading import context_length, load_config, load_model, load_tokenizer, model_without_weights
-from .problem import Block, Goal, RemovalProblem
+from .problem import Block, Goal, RemovalProblem, check_goal
 from .progress import console
 from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
 from .solvers import SOLVERS, Spectrum, solve
@@ -140,8 +138,9 @@ def check_folder(config: CompressConfig, out: Path) -> None:
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
     """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
     blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
-    nothing = np.zeros((1, len(blocks)), dtype=np.float32)
-    pose_problem(Gradients(nothing, tuple(blocks), nothing[:, 0]), config.remove, config.protect, config.beta)
+    check_goal(blocks, config.remove, config.protect)
+    if config.beta != 0 and config.energy not in GRADIENT_ENERGIES:
+        raise ValueError(f"--beta weighs a gradient: choose --energy {' or '.join(GRADIENT_ENERGIES)}, or leave it out")
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")

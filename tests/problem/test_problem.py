@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockspin as bs
+from blockspin.problem import Goal, check_goal
 
 
 @dataclass(frozen=True)
@@ -217,3 +220,32 @@ def test_default_penalty_makes_the_lowest_qubo_state_the_lowest_allowed_one(seed
     _, removed = min(states_of(problem), key=lambda state: state[0] @ q @ state[0])
     assert problem.allows(removed)
     assert problem.energy(removed) == min(problem.energy(r) for _, r in states_of(problem) if problem.allows(r))
+
+
+GOALS = [0, 1, 6, 7, 8, {"moe": 2}, {"moe": 3}, {"moe": 9}, {"mamba": 1}, {"moe": 3, "attention": 4}, {}]
+SHARES = [0.0, 0.2, 0.5, 0.9, 0.999, 1.5]
+
+
+@pytest.mark.parametrize("protect", [(), (0, 3), range(7)])
+@pytest.mark.parametrize("goal", [*GOALS, *SHARES])
+def test_a_goal_is_refused_exactly_where_no_removal_meets_it(goal: Goal, protect: Iterable[int]) -> None:
+    """Against all subsets that take a block and leave a block; without energies."""
+    total = sum(block.num_parameters for block in BLOCKS)
+
+    def met(removed: tuple[int, ...]) -> bool:
+        kinds = Counter(BLOCKS[i].kind for i in removed)
+        if isinstance(goal, float):
+            return sum(BLOCKS[i].num_parameters for i in removed) >= goal * total
+        return kinds == goal if isinstance(goal, dict) else len(removed) == goal
+
+    possible = [c for c in subsets(7) if 0 < len(c) < 7 and not {*c} & {*protect} and met(c)]
+    if possible and goal != 0:
+        check_goal(BLOCKS, goal, protect)
+        return
+    with pytest.raises(ValueError, match=r"remove|share"):
+        check_goal(BLOCKS, goal, protect)
+
+
+def test_protected_blocks_of_a_goal_must_exist() -> None:
+    with pytest.raises(ValueError, match="block indices are 0 to 6"):
+        check_goal(BLOCKS, 2, [7])

@@ -1,0 +1,127 @@
+"""The removal problem as solvers read it: reduced to what is open, for ours; QUBO, Ising, BQM, CQM, COO for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .goals import Floats, Ints, Removal
+
+
+class Reduced(NamedTuple):
+    """What a solver sees: only the n blocks whose fate is open, those of one group next to each other.
+
+    The energy of a removal is constant + y^T quadratic y + linear^T y over binary y (n,). The other fields are those of
+    `Constraints`.
+    """
+
+    block: Ints  # (n,) the block each variable stands for
+    always: Removal  # blocks that every allowed removal contains
+    quadratic: Floats  # (n, n) symmetric
+    linear: Floats  # (n,)
+    constant: float
+    group: Ints  # (n,) ascending from 0
+    weight: Floats  # (n,) ones, or numbers of parameters; whole numbers
+    need: Floats  # (number of groups,) whole numbers
+    equality: bool
+    max_removed: int
+
+
+class Views:
+    """The methods of a problem that state it for other solvers, over binary x (n,) for the blocks in reduced.block.
+
+    All but `to_cqm` turn the counts into a penalty, and raise ValueError for a parameter budget, which has no such
+    view: it needs an inequality.
+    """
+
+    reduced: Reduced
+
+    def penalty(self) -> float:
+        """A weight of the counts in the QUBO view under which its lowest states are allowed ones: twice a safe bound.
+
+        With weight P, a removal that misses a count gains at least P - D by one change towards it, where D bounds what
+        one change does to the energy. So for P > D the lowest state is allowed, and so is every state less than P - D
+        above it.
+        """
+        r = self.reduced
+        _refuse_budget(r)
+        if not len(r.block):
+            return 1.0
+
+        own = np.diag(r.quadratic)  # (n,)
+        others = np.abs(r.quadratic).sum(axis=1) - np.abs(own)  # (n,)
+        change = np.abs(own + r.linear) + 2.0 * others  # (n,) D for each variable
+        return 2.0 * float(change.max()) or 1.0
+
+    def qubo(self, penalty: float | None = None) -> tuple[Floats, float]:
+        """Symmetric Q (n, n) and an offset: x^T Q x + offset is E(x) plus penalty times the squared misses of counts.
+
+        penalty is by default that of penalty().
+        """
+        r = self.reduced
+        _refuse_budget(r)
+        weight = self.penalty() if penalty is None else penalty
+
+        # weight * (sum_g x - need_g)^2 for every group g, with x_i^2 = x_i.
+        same_group = (r.group[:, None] == r.group[None, :]).astype(np.float64)  # (n, n)
+        q = r.quadratic + weight * same_group
+        q[np.diag_indices(len(q))] += r.linear - 2.0 * weight * r.need[r.group]
+        return q, r.constant + weight * float(r.need @ r.need)
+
+    def ising(self, penalty: float | None = None) -> tuple[Floats, Floats, float]:
+        """h (n,), J (n, n) upper triangular and an offset: the QUBO view in spins s = 2x - 1.
+
+        Its energy is h^T s + s^T J s + offset.
+        """
+        q, offset = self.qubo(penalty)
+        fields, couplings = q.sum(axis=1) / 2.0, np.triu(q, 1) / 2.0
+        return fields, couplings, offset + float(q.sum() + np.trace(q)) / 4.0
+
+    def to_bqm(self, penalty: float | None = None) -> Any:
+        """The QUBO view as a dimod.BinaryQuadraticModel whose variables are block indices; needs dimod."""
+        q, offset = self.qubo(penalty)
+        return _binary_model(self.reduced.block, q, np.diag(q), offset)
+
+    def to_cqm(self) -> Any:
+        """A dimod.ConstrainedQuadraticModel with the counts, or the budget, as constraints; needs dimod."""
+        import dimod
+
+        r, names = self.reduced, self.reduced.block.tolist()
+        model = dimod.ConstrainedQuadraticModel()
+        model.set_objective(_binary_model(r.block, r.quadratic, np.diag(r.quadratic) + r.linear, r.constant))
+        for g, need in enumerate(r.need):
+            terms = [(names[i], r.weight[i]) for i in np.flatnonzero(r.group == g)]
+            model.add_constraint(terms, "==" if r.equality else ">=", need)
+        model.add_constraint([(name, 1.0) for name in names], "<=", r.max_removed)
+        return model
+
+    def write_coo(self, path: str | Path, penalty: float | None = None) -> None:
+        """The QUBO view as text: comments with the offset, then a line "i j value" per pair i <= j of block indices.
+
+        The energy is the sum of value * x_i * x_j plus the offset.
+        """
+        q, offset = self.qubo(penalty)
+        names = self.reduced.block.tolist()
+        lines = ["# vartype=BINARY", f"# offset={offset!r}"]
+        for i, j in zip(*np.triu_indices(len(q)), strict=True):
+            value = float(q[i, j] if i == j else 2.0 * q[i, j])
+            lines.append(f"{names[i]} {names[j]} {value!r}")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _refuse_budget(reduced: Reduced) -> None:
+    if not reduced.equality:
+        raise ValueError("a parameter budget has no QUBO view; use to_cqm(), or a count of removals")
+
+
+def _binary_model(block: Ints, quadratic: Floats, diagonal: Floats, offset: float) -> Any:
+    """A dimod.BinaryQuadraticModel of x^T quadratic x + offset, with this diagonal (n,) in place of its own."""
+    import dimod
+
+    names = block.tolist()
+    linear = dict(zip(names, diagonal, strict=True))
+    pairs = zip(*np.triu_indices(len(names), 1), strict=True)
+    couplings = {(names[i], names[j]): 2.0 * quadratic[i, j] for i, j in pairs}
+    return dimod.BinaryQuadraticModel(linear, couplings, offset, dimod.BINARY)
