@@ -112,7 +112,6 @@ def save_tokenizer(folder: Path, vocabulary: int = 300) -> None:
 def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
     small = {
         "energy_samples": 24,
-        "num_samples": 24,
         "selection_samples": 8,
         "evaluation_samples": 8,
         "max_length": 32,

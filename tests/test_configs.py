@@ -48,7 +48,7 @@ def test_a_file_loads_and_its_removal_exists(file: Path) -> None:
     config = CompressConfig(**CompressConfig.read(file))
     number, kind = re.search(r"-minus-(\d+)(?:-(\w+))?$", file.stem).groups()
     assert config.remove == ({kind: int(number)} if kind else int(number))
-    assert (config.calibration, config.num_samples, config.max_length, config.seed, config.beta) == (
+    assert (config.calibration, config.energy_samples, config.max_length, config.seed, config.beta) == (
         "teknium/OpenHermes-2.5", 2048, 1024, 42, 0.0,
     )  # fmt: skip
     assert config.tasks == (() if kind else PAPER_TASKS)

@@ -94,7 +94,7 @@ def test_stages_continue_after_any_of_them(tiny_folder: Path, text_file: Path, t
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     tiny_folder: Path, text_file: Path, tmp_path: Path, energy: str
 ) -> None:
-    config = settings(tiny_folder, text_file, energy_samples=30, num_samples=30, batch_size=1, energy=energy)
+    config = settings(tiny_folder, text_file, energy_samples=30, batch_size=1, energy=energy)
     unbroken = compress(config, tmp_path / "unbroken")
     config.save(tmp_path / "settings.yaml")
     arguments = ["compress", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]

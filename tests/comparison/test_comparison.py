@@ -27,7 +27,7 @@ from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.memory import remove_blocks
 
-SAMPLES = {"num_samples": 12, "energy_samples": 6, "selection_samples": 4, "evaluation_samples": 6}
+SAMPLES = {"energy_samples": 12, "selection_samples": 4, "evaluation_samples": 6}
 SMALL = {**SAMPLES, "max_length": 16, "states": 6, "budget": 1.0}
 GOALS = {"1": 1, "2": 2}
 

@@ -27,7 +27,8 @@ from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
 from blockspin.distillation.loss import DistillationLoss, split, training_forward
 from blockspin.distillation.run import Distillation, distill, distill_checkpoint, last_checkpoint
-from blockspin.pipeline import compress, load_samples
+from blockspin.pipeline import compress
+from blockspin.stages import load_samples
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.memory import remove_blocks
 
@@ -489,7 +490,7 @@ def test_the_whole_workflow_in_one_call(
 ) -> None:
     from blockspin import pipeline
 
-    small = {"num_samples": 24, "selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
+    small = {"selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
     training = {"batch_size": 4, "max_steps": 6, "learning_rate": 3e-3}
     config = CompressConfig(str(tiny_folder), str(text_file), 2, **small, distill=training)
     left_out: list[range] = []

@@ -338,7 +338,7 @@ def test_data_that_cannot_be_had(
 
 @pytest.fixture
 def run_settings(tiny_folder: Path, text_file: Path, task_folder: Path) -> CompressConfig:
-    small = {"num_samples": 12, "selection_samples": 4, "evaluation_samples": 4, "max_length": 32, "states": 3}
+    small = {"selection_samples": 4, "evaluation_samples": 4, "max_length": 32, "states": 3}
     tasks = {"tasks": ("choose",), "include_path": str(task_folder), "limit": 4}
     return CompressConfig(str(tiny_folder), str(text_file), 1, **small, **tasks)
 

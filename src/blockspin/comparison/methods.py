@@ -17,11 +17,11 @@ from ..model.blocks import find_stack
 from ..model.quality import shared_losses
 from ..model.residual import stream_of
 from ..model.tracing import trace_model
-from ..pipeline import Samples
 from ..problem import RemovalProblem
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
+from ..stages import Samples
 from ..surgery.feasible import Removable
 
 RANDOM_DRAWS = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import baselines
-from ..config import GRADIENT_ENERGIES, CompressConfig
+from ..config import CompressConfig
 from ..energies import Energies
 from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score, mean_scores
@@ -24,11 +24,12 @@ from ..model.blocks import find_blocks
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import trace_model
-from ..pipeline import check_before, energies_stage, load_samples, pose_problem, spectrum_stage
+from ..preflight import check_before
 from ..problem import Goal, RemovalProblem
 from ..progress import console
 from ..solvers import Spectrum
 from ..solvers.candidates import random_candidate
+from ..stages import energies_stage, load_samples, pose_problem, spectrum_stage
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
@@ -144,7 +145,7 @@ def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) 
         if goal in measured:
             continue
         for name, energies in bench.energies.items():
-            bench.problems[name, goal] = pose_problem(energies, removal, config.protect, config.beta)
+            bench.problems[name, goal] = pose_problem(energies, removal, config)
             bench.spectra[name, goal] = spectrum_of(bench, name, goal, out)
         problem = bench.problems[PAPER, goal]
         for name, method in methods(config).items():
@@ -177,16 +178,13 @@ def open_comparison(config: CompressConfig, out: Path) -> Comparison:
 def energies_of(bench: Bench, name: str, out: Path) -> Energies:
     """An energies file, and what it cost; an interrupted estimate counts from where it continued."""
     config = bench.config
-    number = len(bench.samples.calibration) if name in GRADIENT_ENERGIES else config.energy_samples
     with counted(bench.model, bench.tokens) as cost:
         energies = energies_stage(
-            name,
+            replace(config, energy=name),
             bench.model,
-            bench.samples.calibration[:number],
+            bench.samples.calibration[: config.samples_for(name)],
             out / f"{name}.safetensors",
-            batch_size=config.batch_size,
-            gradient_checkpointing=config.gradient_checkpointing,
-            metadata={name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
+            {name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")},
         )
     bench.costs.setdefault(f"energy {name}", cost)
     return energies

@@ -1,0 +1,38 @@
+"""The commands. Heavy imports are inside them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from ..progress import console
+from . import quality, runs, stages  # noqa: F401  (each adds its commands to the application)
+from .app import app
+
+__all__ = ["app", "main"]
+
+# What typer raises for options that do not exist, are missing or are of the wrong type.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Entry point: users' mistakes end with one line and exit code 2, not with a traceback."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except _UsageError as error:
+        _fail(f"{error.format_message().rstrip('.')} (see --help)")
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("Interrupted. Run the same command again to continue.")
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    console.quiet = False  # as it is in all processes of a distributed training but one
+    line = " ".join(message.split())
+    console.print(f"Error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)

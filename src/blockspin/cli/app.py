@@ -1,0 +1,84 @@
+"""The application, and what several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import __version__
+from ..config import DataSettings, LoadingSettings
+from ..progress import terminal_width
+from ..tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+app = typer.Typer(
+    name="blockspin",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Compress language models by removing whole transformer blocks, chosen by constrained binary optimisation. "
+    "Start with `blockspin demo`; for your own model use `blockspin compress`.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id or local folder of a causal language model.")]
+Data = Annotated[str, typer.Option("--data", help="Hub id or local file (.json, .jsonl, .parquet, .txt, also .gz).")]
+Calibration = Annotated[
+    str, typer.Option("--calibration", help="Text the energy is computed on: hub id or local file.")
+]
+Remove = Annotated[
+    str,
+    typer.Option("--remove", help="What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters."),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder or file for the result.")]
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; options given here win.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"blockspin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def blockspin(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options of the command without a subcommand."""
+
+
+def load_samples(model: str, data: str, number: int, how: DataSettings, loading: LoadingSettings) -> list[Tensor]:
+    """Samples of a text as the tokenizer of a model has it."""
+    from ..data.calibration import load_calibration
+    from ..model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
+    return load_calibration(
+        data, tokenizer, num_samples=number, max_length=how.max_length, seed=how.seed, split=how.split
+    )
+
+
+def open_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
+    """The model as the settings say."""
+    from ..model.loading import load_model
+
+    return load_model(
+        name, dtype=loading.dtype, device_map=loading.device_map, trust_remote_code=loading.trust_remote_code
+    )
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ValueError where the output exists already."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another file (--out)")
+
+
+def show(table: Table) -> None:
+    """A table on standard output."""
+    typer.echo(table.text(terminal_width()) + "\n")

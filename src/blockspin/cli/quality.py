@@ -1,0 +1,97 @@
+"""The commands about the quality of models: evaluate, distill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import CompressConfig, DataSettings, DistillConfig, EvaluateConfig
+from ..progress import console
+from .app import Out, SettingsFile, app, load_samples, show
+from .options import Given, with_settings
+
+
+@app.command()
+@with_settings
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Hub ids or local folders; the first is the reference.")],
+    settings: Given[EvaluateConfig],
+    drawing: DataSettings,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Perplexity and speed on samples of it: hub id or local file.")
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", min=1, help="Samples of --data.")
+    ] = CompressConfig.evaluation_samples,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Perplexity of a whole text: wikitext2 or a text file.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens of a window of --text.")] = 2048,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Size, cache, prefill, decode, memory; models in turns.")
+    ] = False,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a prompt of --cost.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated in --cost.")] = 64,
+    print_nemo_skills: Annotated[
+        bool, typer.Option("--print-nemo-skills", help="Only print the commands of NeMo-Skills for the same tasks.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the results to this JSON file, and tables to .md beside it.")
+    ] = None,
+) -> None:
+    """Benchmark scores, perplexity, size and speed of models side by side.
+
+    Without --data, --text or --cost the models are scored on --tasks, by default those of the paper. The same command
+    again continues with the next task, or shows the results at once.
+
+    Example: blockspin evaluate MODEL MODEL-without-8-blocks --tasks mmlu,gsm8k --text wikitext2 --cost
+    """
+    from ..evaluation.nemo_skills import commands
+    from ..evaluation.side_by_side import evaluate_side_by_side
+
+    config = EvaluateConfig(**settings.values)
+    if print_nemo_skills:
+        typer.echo(commands(models, config))
+        return
+
+    named = "tasks" in settings.values or "rollouts" in settings.values
+    batch = {} if config.batch_size == "auto" else {"batch_size": int(config.batch_size)}
+    result = evaluate_side_by_side(
+        models,
+        config,
+        tasks=named or not (data or text or cost),
+        samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
+        texts=text or (),
+        window=window,
+        cost={"length": length, "new_tokens": new_tokens, **batch} if cost else None,
+        show=show,
+    )
+    if out is not None:
+        result.save(out)
+
+
+@app.command()
+@with_settings
+def distill(
+    student: Annotated[str, typer.Argument(help="The shortened model: a folder that `blockspin prune` made.")],
+    out: Out,
+    settings: Given[DistillConfig],
+    config: SettingsFile = None,
+) -> None:
+    """Train a shortened model with the original as its teacher.
+
+    Run the same command again to continue a run that was cut off. On several GPUs start it with accelerate:
+    accelerate launch --num-processes 4 -m blockspin distill ...
+
+    Example: blockspin distill smaller --teacher MODEL --data teknium/OpenHermes-2.5 --out retrained
+    """
+    from ..distillation.run import distill_checkpoint
+
+    result = distill_checkpoint(student, out, DistillConfig(**settings.over(config)))
+    console.print(
+        f"Perplexity {result.before['perplexity']:.2f} before, {result.after['perplexity']:.2f} after {result.steps} "
+        f"steps, on the validation samples. Wrote {out}.",
+        soft_wrap=True,
+    )

@@ -1,0 +1,119 @@
+"""The commands that do everything in one go: demo, compress, compare, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import CompressConfig, DistillConfig, parse_remove
+from ..progress import console
+from .app import Calibration, Model, Out, SettingsFile, app, show
+from .options import Given, Options, with_settings
+
+# The settings of the training that the run decides.
+_DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
+
+
+@app.command()
+def demo(
+    out: Out = Path("blockspin-demo"),
+    remove: Annotated[str, typer.Option("--remove", help="How many of its 24 blocks go.")] = "8",
+) -> None:
+    """Compress the small model that comes with the package, and show what it costs and saves."""
+    from ..demo import CALIBRATION, MODEL, VALIDATION
+
+    config = CompressConfig(
+        model=MODEL,
+        calibration=CALIBRATION,
+        evaluation=VALIDATION,
+        remove=parse_remove(remove),
+        energy_samples=16,
+        selection_samples=16,
+        evaluation_samples=64,
+        max_length=256,
+        budget=24.0,
+    )
+    _compress(config, out)
+    console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r}).", soft_wrap=True)
+
+
+@app.command()
+@with_settings
+def compress(
+    settings: Annotated[Given[CompressConfig], Options(without=("model",))],
+    training: Annotated[Given[DistillConfig], Options(without=_DECIDED, prefix="distill_")],
+    model: Annotated[str | None, typer.Argument(help="Hub id or local folder of a causal language model.")] = None,
+    out: Out = Path("blockspin-run"),
+    config: SettingsFile = None,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Train the result with the original as its teacher, and evaluate again.")
+    ] = False,
+) -> None:
+    """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation; with --distill, training.
+
+    Everything is in the folder --out. Run the same command again to continue a run that was cut off.
+
+    Example: blockspin compress MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --distill --out DIR
+    """
+    values = settings.over(config)
+    if model is not None:
+        values["model"] = model
+    if distill or training.values:
+        from_file = DistillConfig.known(values.get("distill") or {}, "distill")
+        values["distill"] = {**from_file, **training.values}
+
+    missing = [name for name in ("model", "remove", "calibration") if name not in values]
+    if missing:
+        raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
+    _compress(CompressConfig(**values), out)
+
+
+@app.command()
+@with_settings
+def compare(
+    model: Model,
+    remove: Annotated[
+        list[str],
+        typer.Option("--remove", help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1."),
+    ],
+    calibration: Calibration,
+    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
+    out: Out = Path("blockspin-comparison"),
+) -> None:
+    """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
+
+    Run the same command again to continue; more goals may be added to a folder.
+
+    Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
+    """
+    from ..comparison.report import terminal_tables, write_report
+    from ..comparison.run import compare as run
+
+    texts = [part.strip() for text in remove for part in ([text] if "=" in text else text.split(","))]
+    goals = {text: parse_remove(text) for text in texts}
+    first = next(iter(goals.values()))
+    config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
+
+    comparison = run(config, goals, out)
+    for table in terminal_tables([row for row in comparison.rows if row.goal in goals]):
+        show(table)
+    console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
+    """Make the tables, figures and the HTML page of a comparison again."""
+    from ..comparison.report import write_report
+
+    console.print(f"Wrote {write_report(out)}.", soft_wrap=True)
+
+
+def _compress(config: CompressConfig, out: Path) -> None:
+    from ..evaluation.perplexity import results_table
+    from ..pipeline import compress
+
+    rows = compress(config, out)
+    show(results_table(rows))
+    console.print(f"The run is in {out}, the smaller model in {out / 'checkpoint'}.", soft_wrap=True)

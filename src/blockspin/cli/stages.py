@@ -1,0 +1,121 @@
+"""The commands for one stage of the method each: energies, solve, select, prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import (
+    ChoosingSettings,
+    DataSettings,
+    EnergySettings,
+    LoadingSettings,
+    SolvingSettings,
+    parse_indices,
+    parse_remove,
+)
+from ..progress import console, terminal_width
+from ..tables import ranges
+from .app import Calibration, Data, Model, Out, Remove, app, load_samples, open_model, refuse_existing
+from .options import Options, with_settings
+
+EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `blockspin energies`.")]
+
+
+@app.command()
+@app.command("gradients", hidden=True)
+@with_settings
+def energies(
+    model: Model,
+    calibration: Calibration,
+    energy: EnergySettings,
+    data: DataSettings,
+    loading: LoadingSettings,
+    out: Out = Path("energies.safetensors"),
+) -> None:
+    """Compute what the energies of a model are made of once; solve for any number of removals from the file.
+
+    Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
+    """
+    from ..stages import energies_stage
+
+    refuse_existing(out)
+    samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
+    metadata = {"model": model, "calibration": calibration}
+    result = energies_stage(energy, open_model(model, loading), samples, out, metadata)
+    console.print(f"{energy.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
+
+
+@app.command()
+@with_settings
+def solve(
+    file: Annotated[Path, typer.Argument(help="A file made by `blockspin energies`.")],
+    remove: Remove,
+    solving: SolvingSettings,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the spectrum to this JSON file.")] = None,
+) -> None:
+    """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
+    from ..energies import load_energies
+    from ..energies.robustness import robustness
+    from ..stages import find_states, pose_problem
+
+    goal, found = parse_remove(remove), load_energies(file)
+    problem = pose_problem(found, goal, solving)
+    spectrum = find_states(problem, solving)
+    typer.echo(spectrum.render(limit=None, width=terminal_width()))
+    typer.echo(robustness(found, problem, seed=solving.seed).summary())
+    if out is not None:
+        spectrum.save(out)
+
+
+@app.command()
+@with_settings
+def select(
+    model: Model,
+    energies: EnergiesFile,
+    remove: Remove,
+    data: Data,
+    solving: SolvingSettings,
+    choosing: Annotated[ChoosingSettings, Options(renamed={"selection_samples": "num_samples"})],
+    drawing: DataSettings,
+    loading: LoadingSettings,
+    out: Out = Path("candidates.json"),
+) -> None:
+    """Choose a removal by measuring: race the distinct low-energy states on held-out text, and polish the winner.
+
+    Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
+    """
+    from ..energies import load_energies
+    from ..model.loading import load_config
+    from ..stages import find_states, pose_problem, selection_stage
+    from ..surgery.feasible import Removable, protect_what_must_stay
+
+    refuse_existing(out)
+    goal, found = parse_remove(remove), load_energies(energies)
+    model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
+    removable = Removable(model_config, trust_remote_code=loading.trust_remote_code)
+    problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
+    spectrum = find_states(problem, solving)
+
+    samples = load_samples(model, data, choosing.selection_samples, drawing, loading)
+    selection = selection_stage(
+        choosing, open_model(model, loading), found, problem, spectrum, samples, samples, removable, out
+    )
+    typer.echo(ranges(selection.chosen.removed))
+
+
+@app.command()
+@with_settings
+def prune(
+    model: Model,
+    blocks: Annotated[str, typer.Option("--blocks", help="The blocks to remove: 3-6,9,15.")],
+    out: Out,
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map"))],
+) -> None:
+    """Write a checkpoint without some blocks, shard by shard; the model is never loaded."""
+    from ..surgery.checkpoint import prune_checkpoint
+
+    prune_checkpoint(model, parse_indices(blocks), out, trust_remote_code=loading.trust_remote_code)
+    console.print(f"Wrote {out}.", soft_wrap=True)

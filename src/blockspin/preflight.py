@@ -1,0 +1,101 @@
+"""What is refused before a run starts: folders of other runs, removals that cannot be, trainings without room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from .config import (
+    GRADIENT_ENERGIES,
+    ChoosingSettings,
+    CompressConfig,
+    DataSettings,
+    EnergySettings,
+    LoadingSettings,
+    SolvingSettings,
+    TaskSettings,
+)
+from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
+from .journal import check_settings
+from .model.blocks import find_blocks
+from .model.loading import model_without_weights
+from .problem import Block, check_goal
+from .settings import Settings
+from .solvers import SOLVERS
+from .stages import max_length
+from .surgery.checkpoint import checkpoint_bytes
+
+
+def _names(*groups: type[Settings]) -> tuple[str, ...]:
+    return tuple(found.name for group in groups for found in fields(group))
+
+
+# Files of a run, and the settings that decided what is in them. How the samples are shared out depends on all numbers.
+_DECIDED_BY = (
+    ("energies.*", ("model", "calibration", "evaluation", "selection_samples", "evaluation_samples")),
+    ("energies.*", _names(DataSettings, LoadingSettings, EnergySettings)),
+    ("spectrum.json", ("remove", *_names(SolvingSettings))),
+    ("candidates.*", _names(ChoosingSettings)),
+    ("evaluation.json", _names(TaskSettings)),
+    ("distilled*", ("distill",)),
+)
+
+
+def open_run(config: CompressConfig, out: Path) -> None:
+    """Refuse a folder that holds other files, or stages of a run that were made with other settings.
+
+    Settings count from the stage on that used them: a run that failed or was cut off before it goes on with new ones.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    recorded = out / "run.yaml"
+    if not recorded.is_file():
+        check_settings(out, "run", None, {})
+        return
+
+    # Journals in which nothing is written yet bind nobody.
+    for journal in out.glob("*.partial.jsonl"):
+        if len(journal.read_bytes().splitlines()) < 2:
+            journal.unlink()
+
+    stored = asdict(CompressConfig(**CompressConfig.read(recorded)))
+    wanted = asdict(config)
+    used = [name for pattern, names in _DECIDED_BY for name in names if any(out.glob(pattern))]
+    check_settings(out, "run", stored, {name: wanted[name] for name in wanted if name in used})
+
+
+def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
+    """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
+    blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
+    check_goal(blocks, config.remove, config.protect)
+    if config.beta != 0 and config.energy not in GRADIENT_ENERGIES:
+        raise ValueError(f"--beta weighs a gradient: choose --energy {' or '.join(GRADIENT_ENERGIES)}, or leave it out")
+    checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
+    if config.solver != "auto" and config.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
+    if config.distill is not None:
+        check_distillation(config, model_config, blocks)
+
+
+def check_distillation(config: CompressConfig, model_config: PretrainedConfig, blocks: Sequence[Block]) -> None:
+    """Refuse a training that lacks packages or room, even where the largest blocks are the ones that go."""
+    assert config.distill is not None
+    check_requirements(config.distill)
+
+    # The smallest student that the goal allows.
+    if isinstance(config.remove, float):
+        gone = int(config.remove * sum(block.num_parameters for block in blocks))
+    else:
+        number = sum(config.remove.values()) if isinstance(config.remove, dict) else config.remove
+        gone = sum(sorted(block.num_parameters for block in blocks)[-number:])
+
+    model = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
+    teacher = sum(p.numel() for p in model.parameters())
+    settings = replace(config.distill, teacher=config.model, max_length=max_length(config, model_config))
+    settings = replace(settings, teacher_quantization=choose_quantization(settings))
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    check_room(memory_estimate(teacher - gone, teacher, vocabulary, settings, 1), free_memory())

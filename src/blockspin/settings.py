@@ -1,0 +1,223 @@
+"""What dataclasses of settings share: types and limits that are checked, help texts, and YAML in and out."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .files import replacing
+
+# What a type is called in messages.
+_CALLED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    dict: "a mapping",
+}
+
+
+# The limits of a number: its name in `Rule`, in messages, and what must hold.
+_LIMITS = (
+    ("least", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("most", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
+
+
+class SettingError(ValueError):
+    """A setting has a value that it cannot have. The message names its option."""
+
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(f"{flag(setting)} {problem}")
+        self.setting, self.problem = setting, problem
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known of a setting besides its type and default.
+
+    help: of its command-line option. parse: reads text, where the option is not a plain value.
+    least, most: the limits of a number; above, below: limits that it must not reach. choices: the values of a text.
+    old_name: an option of this name means the same.
+    """
+
+    help: str
+    parse: Callable[[str], Any] | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    old_name: str | None = None
+
+    def problem(self, value: float | str) -> str | None:
+        """What is wrong with a value of the right type; None where nothing is."""
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}, not {value!r}"
+        if isinstance(value, str):
+            return None
+
+        # The limits are said together, so that the second try is right.
+        limits = [(words, getattr(self, name), holds) for name, words, holds in _LIMITS]
+        set_ones = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
+        if all(holds(value, limit) for _, limit, holds in set_ones):
+            return None
+        said = " and ".join(f"{words} {limit}" for words, limit, _ in set_ones).replace("above 0", "positive")
+        return f"must be {said}, not {value}"
+
+
+def setting(help: str, default: Any = MISSING, **rule: Any) -> Any:
+    """A field of a dataclass of settings. rule: see `Rule`."""
+    return field(default=default, metadata={"rule": Rule(help, **rule)})
+
+
+def flag(setting: str) -> str:
+    """The option of a setting: --max-length."""
+    return f"--{setting.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the dataclasses of settings inherit.
+
+    Every value is checked against its declared type and its `Rule` when an object is made, wherever it comes from. Text
+    is accepted where the option takes text ("25%"), and a whole number where a number is wanted.
+
+    Raises SettingError where a value is refused.
+    """
+
+    panel: ClassVar[str] = "Options"  # the heading of their options in --help
+
+    def __post_init__(self) -> None:
+        kinds = types_of(type(self))
+        for found in fields(self):
+            if "rule" in found.metadata:
+                value = _checked(found.name, kinds[found.name], found.metadata["rule"], getattr(self, found.name))
+                object.__setattr__(self, found.name, value)
+
+    def save(self, path: str | Path) -> None:
+        """Write YAML, what has no default first. Raises ValueError where the file cannot be written."""
+        ordered = sorted(fields(self), key=lambda found: found.default is not MISSING)
+        values = asdict(self)
+        with replacing(path) as temporary:
+            plain = {found.name: values[found.name] for found in ordered}
+            temporary.write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False))
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """The settings in a YAML file, which may leave some out.
+
+        Raises:
+            ValueError: the file is missing, not YAML, or names unknown settings.
+        """
+        try:
+            values = yaml.load(Path(path).read_text(), Loader=_Loader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot read the settings {path}: {reason} (--config)") from error
+        return cls.known({} if values is None else values, str(path))
+
+    @classmethod
+    def known(cls, values: Any, where: str) -> dict[str, Any]:
+        """`values`, if it is a mapping that names settings only.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} has no settings; write one in a line: name: value")
+
+        names = [found.name for found in fields(cls)]
+        unknown = sorted(str(name) for name in values if name not in names)
+        if unknown:
+            raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}; known are {', '.join(names)}")
+        return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everywhere else; by its standard of 2005 it is text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which tuples are lists."""
+
+
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def types_of(cls: type[Settings]) -> dict[str, Any]:
+    """The declared types of the settings by name."""
+    return get_type_hints(cls)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the type `kind`: nothing stands for anything else, but whole numbers for numbers."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is not origin:
+        return False
+
+    if origin is dict:
+        return all(fits(key, parts[0]) and fits(entry, parts[1]) for key, entry in value.items())
+    if origin is tuple and parts[-1] is Ellipsis:
+        return all(fits(entry, parts[0]) for entry in value)
+    if origin is tuple:
+        return len(value) == len(parts) and all(map(fits, value, parts))
+    return True
+
+
+def _checked(name: str, kind: Any, rule: Rule, value: Any) -> Any:
+    """The value as the settings hold it. Raises SettingError."""
+    if rule.parse is not None and isinstance(value, str):
+        value = rule.parse(value)
+    value = str(value) if isinstance(value, Path) else _without_lists(value)
+
+    if not fits(value, kind):
+        # What YAML would read without the quotes shows whether they are the mistake.
+        quoted = isinstance(value, str) and fits(yaml.load(value, Loader=_Loader), kind)
+        remedy = "; leave out the quotes" if quoted else ""
+        raise SettingError(name, f"must be {_called(kind, rule)}, not {value!r}{remedy}")
+
+    problem = rule.problem(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    if problem is not None:
+        raise SettingError(name, problem)
+    return value
+
+
+def _without_lists(value: Any) -> Any:
+    """Lists as tuples, inside too: settings can be compared and do not change."""
+    return tuple(map(_without_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _called(kind: Any, rule: Rule) -> str:
+    """What a type is called: "a whole number or null"."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_called(part, rule) for part in parts)
+    if rule.choices and origin is str:
+        return f"one of {', '.join(rule.choices)}"
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin is tuple:
+        inside = _called(parts[0], rule)
+        return f"a list, each {inside}"
+    return _CALLED[origin]

@@ -1,0 +1,197 @@
+"""The stages of a run. Each is a file; a stage whose file exists is read and not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
+from .data.calibration import load_calibration
+from .energies import Energies, estimate_energies, load_energies
+from .evaluation.perplexity import Evaluation, evaluate_models
+from .evaluation.scores import Score
+from .files import write_json
+from .model.loading import context_length
+from .problem import Goal, RemovalProblem
+from .progress import console
+from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
+from .solvers import Spectrum, solve
+from .solvers.candidates import Candidate
+from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint
+from .surgery.feasible import Removable
+from .surgery.memory import remove_blocks
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Three sets of token samples that share none: for the energies, for the choice, for the report."""
+
+    calibration: list[Tensor]
+    selection: list[Tensor]
+    evaluation: list[Tensor]
+
+
+def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Samples:
+    """Draw the three sets; where the calibration set is too small for all, each gets its share.
+
+    Raises:
+        ValueError: the data cannot be read or is too small.
+    """
+    length = max_length(config, model_config)
+
+    def draw(source: str, number: int) -> list[Tensor]:
+        return load_calibration(
+            source, tokenizer, num_samples=number, max_length=length, seed=config.seed, split=config.split
+        )
+
+    held_out = 0 if config.evaluation else config.evaluation_samples
+    sizes = [config.calibration_samples, config.selection_samples, held_out]
+    drawn = draw(config.calibration, sum(sizes))
+    wanted = len([size for size in sizes if size])
+    if len(drawn) < wanted:
+        raise ValueError(f"the calibration set has {len(drawn)} samples; at least {wanted} are needed (--calibration)")
+
+    # At least one sample for each set that is wanted.
+    selection, evaluation = (max(size * len(drawn) // sum(sizes), min(size, 1)) for size in sizes[1:])
+    calibration = len(drawn) - selection - evaluation
+    if config.evaluation:
+        reported = draw(config.evaluation, config.evaluation_samples)
+    else:
+        reported = drawn[calibration + selection :]
+    return Samples(drawn[:calibration], drawn[calibration : calibration + selection], reported)
+
+
+def max_length(settings: DataSettings, model_config: PretrainedConfig) -> int:
+    """Tokens of a sample: what the settings allow and the model holds."""
+    return min(settings.max_length, context_length(model_config) or settings.max_length)
+
+
+def energies_stage(
+    settings: EnergySettings, model: nn.Module, samples: Sequence[Tensor], path: Path, metadata: dict[str, str]
+) -> Energies:
+    """The energies file: read, or computed, continuing where an interrupted run stopped."""
+    partial = path.with_name(f"{path.stem}.partial.jsonl")
+    if not path.is_file():
+        estimate_energies(
+            settings.energy,
+            model,
+            samples,
+            batch_size=settings.batch_size,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            partial=partial,
+            metadata=metadata,
+        ).save(path)
+
+    partial.unlink(missing_ok=True)
+    return load_energies(path)
+
+
+def pose_problem(energies: Energies, remove: Goal, settings: SolvingSettings) -> RemovalProblem:
+    """The removal problem for a goal as the settings state it.
+
+    Raises:
+        ValueError: no removal meets the goal.
+    """
+    goal: dict[str, Any] = {"remove_parameters" if isinstance(remove, float) else "remove": remove}
+    return RemovalProblem(
+        energies.hessian,
+        blocks=energies.blocks,
+        protect=settings.protect,
+        beta=settings.beta,
+        gradient=energies.mean_gradient,
+        **goal,
+    )
+
+
+def find_states(problem: RemovalProblem, settings: SolvingSettings) -> Spectrum:
+    """The lowest states, as the settings say."""
+    with console.status("Solving"):
+        return solve(
+            problem,
+            states=settings.states,
+            solver=settings.solver,
+            time_limit=settings.time_limit,
+            seed=settings.seed,
+        )
+
+
+def spectrum_stage(settings: SolvingSettings, problem: RemovalProblem, path: Path) -> Spectrum:
+    """The spectrum file: read, or solved for."""
+    if not path.is_file():
+        spectrum = find_states(problem, settings)
+        spectrum.save(path)
+        console.print(spectrum.summary(), soft_wrap=True)
+    return Spectrum.load(path)
+
+
+def selection_stage(
+    settings: ChoosingSettings,
+    model: nn.Module,
+    energies: Energies,
+    problem: RemovalProblem,
+    spectrum: Spectrum,
+    samples: Sequence[Tensor],
+    activation_samples: Sequence[Tensor],
+    removable: Removable,
+    path: Path,
+) -> Selection:
+    """The choice: read, or made, continuing where an interrupted run stopped.
+
+    samples: what the choice is made on. activation_samples: what the cheap baselines in the pool see, the first few.
+    """
+    partial = path.with_name(f"{path.stem}.partial.json")
+    if not path.is_file():
+        selection, trust = select_with_energies(
+            model,
+            energies,
+            problem,
+            spectrum,
+            samples,
+            activation_samples[:ACTIVATION_SAMPLES],
+            removable,
+            seed=settings.seed,
+            max_candidates=settings.max_candidates,
+            batch_size=settings.batch_size,
+            objective=settings.objective,
+            budget=settings.budget,
+            partial=partial,
+        )
+        shown = selection.table().text(console.width)
+        console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
+        write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
+
+    partial.unlink(missing_ok=True)
+    return Selection.load(path)
+
+
+def checkpoint_stage(config: CompressConfig, chosen: Candidate, energies: Energies, path: Path) -> None:
+    """The smaller checkpoint, if it is not there."""
+    if path.is_dir():
+        return
+    details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in energies.blocks]}
+    prune_checkpoint(config.model, chosen.removed, path, details=details, trust_remote_code=config.trust_remote_code)
+
+
+def evaluate_removals(
+    config: CompressConfig,
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    samples: Sequence[Tensor],
+    score: Callable[[Any], tuple[Score, ...]],
+) -> list[Evaluation]:
+    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run."""
+    rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
+    models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
+    remote = config.trust_remote_code
+    sizes = [checkpoint_bytes(config.model, row.removed, trust_remote_code=remote) for row in rows.values()]
+
+    measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
+    return [
+        replace(evaluation, removed=row.removed, energy=row.energy, scores=score(models[name]))
+        for evaluation, (name, row) in zip(measured, rows.items(), strict=True)
+    ]
