@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_each_stage_has_its_command(
         *("--budget", 4, *common, "--out", tmp_path / "c.json"),
     )
     assert code == 0
-    chosen = next(line for line in printed.splitlines() if line.replace(",", "").isdigit())
+    chosen = next(line for line in printed.splitlines() if re.fullmatch(r"\d[\d,-]*", line))
     assert command("prune", tiny_folder, "--blocks", chosen, "--out", tmp_path / "short")[0] == 0
     code, printed = command("evaluate", tiny_folder, tmp_path / "short", "--data", text_file, *common)
     assert code == 0
