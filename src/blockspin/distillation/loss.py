@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from ..model.batches import frozen, input_device
 from ..model.blocks import find_stack
 from ..progress import console
 
+PROBE = (1, 2, 3, 4, 5, 6)  # token ids on which the two halves of a model are compared with the whole
+NARROW_TOLERANCE, TOLERANCE = 1e-2, 1e-4  # of the largest logit, in 16 bits and in wider types
+IGNORED = -100  # the label of a token without a successor, as in PyTorch
+
 
 class SplitModel:
-    """A causal language model in two halves: `hidden` runs the decoder, `logits` the head on its result.
+    """A causal language model in two halves: `hidden` runs the decoder, `logits` runs the head on its result.
 
-    Both run the model's own forward pass; in the first the head sees one token, in the second the decoder only hands
-    out what it was given. Made by `split`. Where a model cannot be split, `hidden` gives the logits themselves.
+    Both run the model's own forward pass. In the first, the head sees only the last token; in the second, the decoder
+    is not run and returns the hidden states that it was given. Made by `split`. Where a model cannot be split, `hidden`
+    returns the logits themselves.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,36 +40,41 @@ class SplitModel:
         self.decoder: nn.Module = model.get_decoder()
         self.is_split = self.decoder is not model
         self._run, self._decode = model.forward, self.decoder.forward
-        self._output: Any = None
-        self._given: Tensor | None = None
-        self._hidden: Tensor | None = None
+        self._output: Any = None  # the class of the decoder's output
+        self._given: Tensor | None = None  # (1, tokens, width), while the head alone is run
+        self._hidden: Tensor | None = None  # (batch, length, width), what the decoder has just computed
 
     def hidden(self, **inputs: Any) -> Tensor:
         """(batch, length, width): what the head is applied to."""
         output = self._run(**inputs, use_cache=False)
-        hidden, self._hidden = self._hidden, None
         if not self.is_split:
             logits: Tensor = output.logits
             return logits
+
+        hidden, self._hidden = self._hidden, None
         assert hidden is not None
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, width) to (tokens, vocabulary) in float32 or wider."""
-        if self.is_split:
-            self._given = hidden[None]
-            try:
-                ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=input_device(self.model))
-                hidden = self._run(input_ids=ids, use_cache=False).logits[0]
-            finally:
-                self._given = None
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if not self.is_split:
+            return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+        # The token ids only have the right shape: the decoder that would embed them is not run.
+        token_ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=input_device(self.model))
+        self._given = hidden[None]
+        try:
+            logits: Tensor = self._run(input_ids=token_ids, use_cache=False).logits[0]
+        finally:
+            self._given = None
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def stand_in(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's forward pass: keep its result for `hidden` and pass on the last token, or pass on what the head
-        is to be applied to."""
-        if self._given is not None:
+        """Takes the place of the decoder's forward pass."""
+        if self._given is not None:  # `logits` runs the head alone
             return self._output(last_hidden_state=self._given)
+
+        # `hidden` runs the decoder: its result is kept, and the head gets the last token.
         output = self._decode(*args, **kwargs)
         self._output, self._hidden = type(output), output.last_hidden_state
         return self._output(last_hidden_state=output.last_hidden_state[:, -1:])
@@ -71,37 +82,47 @@ class SplitModel:
 
 @contextmanager
 def split(model: PreTrainedModel) -> Iterator[SplitModel]:
-    """The model in two halves, proven on a few tokens to give its own logits; as it was afterwards."""
+    """The model in two halves, checked on a few tokens to give its own logits. The model is left as it was.
+
+    A model that cannot be split is used whole, with a warning.
+    """
     halves = SplitModel(model)
-    token_ids = torch.tensor([[1, 2, 3, 4, 5, 6]], device=input_device(model))
+    token_ids = torch.tensor([PROBE], device=input_device(model))
+
     with ExitStack() as stack:
         with frozen(model), torch.no_grad():
             expected: Tensor = model(input_ids=token_ids, use_cache=False).logits[0]
             if halves.is_split:
                 stack.enter_context(_forward_replaced(halves.decoder, halves.stand_in))
-                halves.is_split = _gives(halves, token_ids, expected)
+                halves.is_split = _agree(halves, token_ids, expected)
+
         if not halves.is_split:
             stack.close()
             console.print(
                 f"The head of {type(model).__name__} cannot be run apart: all its logits are held at once.",
                 style="yellow",
             )
+
         yield halves
 
 
-def _gives(halves: SplitModel, token_ids: Tensor, expected: Tensor) -> bool:
+def _agree(halves: SplitModel, token_ids: Tensor, expected: Tensor) -> bool:
+    """Whether the halves give the logits (tokens, vocabulary) that the whole model gives."""
     try:
-        chunks = torch.split(halves.hidden(input_ids=token_ids)[0], 4)  # two, as logits may depend on other tokens
-        found = torch.cat([halves.logits(chunk) for chunk in chunks])
-    except Exception:  # a model's own code may trip over the stand-in in any way
+        # Two chunks of tokens, because the logits of one token may depend on others.
+        hidden = halves.hidden(input_ids=token_ids)[0]
+        found = torch.cat([halves.logits(chunk) for chunk in torch.split(hidden, 4)])
+    except Exception:  # a model's own code may fail on the stand-in in any way
         return False
-    tolerance = (1e-2 if expected.dtype.itemsize < 4 else 1e-4) * float(expected.abs().nan_to_num().max())
+
+    share = NARROW_TOLERANCE if expected.dtype.itemsize < 4 else TOLERANCE
+    tolerance = share * float(expected.abs().nan_to_num().max())
     return torch.allclose(found, expected.to(found.dtype), rtol=0, atol=tolerance, equal_nan=True)
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    before = vars(module).get("forward")
+    before = vars(module).get("forward")  # set on the instance by accelerate and others
     module.forward = forward
     try:
         yield
@@ -113,12 +134,15 @@ def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 class DistillationLoss:
-    """Losses of each token of a batch; takes the place of the student's forward pass, so that whatever wraps the
-    student (DDP, FSDP, DeepSpeed, adapters, autocast) sees an ordinary forward and backward pass.
+    """The losses of each token of a batch.
 
-    kept: for each block of the student its index in the teacher, where their hidden states are compared.
+    They take the place of the student's forward pass, so that whatever wraps the student (DDP, FSDP, DeepSpeed,
+    adapters, autocast) sees an ordinary forward and backward pass.
+
+    temperature: divides the logits of both models (arXiv 1503.02531, section 2).
     top_k: the teacher's most probable tokens are compared one by one, all others as one outcome; None: all one by one.
     chunk_tokens: tokens whose logits are held at a time.
+    kept: for each block of the student its index in the teacher, if their hidden states are compared.
     """
 
     def __init__(
@@ -136,45 +160,64 @@ class DistillationLoss:
         self.kept = list(kept) if kept is not None else None
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
-        """(batch, length) float32 each, 0 where the mask is 0: `kl` is KL(teacher || student) in nats times the squared
-        temperature; `cross_entropy` that of the student with the next token, 0 where there is none; `hidden` (with
-        `kept`) the squared distance of the hidden states after each kept block, relative to the teacher's, averaged
-        over the blocks.
+        """The losses by name, (batch, length) float32 each, 0 where the mask is 0.
+
+        kl: KL(teacher || student) in nats times the squared temperature.
+        cross_entropy: of the student with the next token in nats, 0 where there is none.
+        hidden (with `kept`): the squared distance of the hidden states after a kept block relative to the teacher's
+        squared norm, the mean over the blocks.
         """
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-        kept = range(len(self.kept)) if self.kept is not None else ()
+        inputs = {"input_ids": input_ids}
+        mask = torch.ones_like(input_ids, dtype=torch.bool)  # (batch, length)
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+            mask = attention_mask.bool()
+
+        # Both decoders; from here on only the tokens that are not padding: (tokens, width).
+        students_blocks = range(len(self.kept)) if self.kept is not None else ()
         with torch.no_grad(), _outputs(self.teacher.model, self.kept or ()) as theirs:
             target = self.teacher.hidden(**inputs)[mask]
-        with _outputs(self.student.model, kept) as ours:
+        with _outputs(self.student.model, students_blocks) as ours:
             hidden = self.student.hidden(**inputs)[mask]
-        labels = next_tokens(input_ids, mask)[mask]
+
+        labels = next_tokens(input_ids, mask)[mask]  # (tokens,)
         kl, cross_entropy = self._over_chunks(hidden, target, labels)
         losses = {"kl": _spread(kl, mask), "cross_entropy": _spread(cross_entropy, mask)}
+
         if self.kept is not None:
-            distances = [_distance(ours[j], theirs[i], mask) for j, i in zip(kept, self.kept, strict=True)]
-            losses["hidden"] = _spread(torch.stack(distances).mean(0), mask)
+            pairs = zip(students_blocks, self.kept, strict=True)
+            distances = torch.stack([_distance(ours[j], theirs[i], mask) for j, i in pairs])  # (blocks, tokens)
+            losses["hidden"] = _spread(distances.mean(0), mask)
         return losses
 
     def _over_chunks(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        parts = []
-        for chunk in zip(*(torch.split(part, self.chunk_tokens) for part in (hidden, target, labels)), strict=True):
+        """KL and cross-entropy, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
+        kls, cross_entropies = [], []
+        chunks = (torch.split(tensor, self.chunk_tokens) for tensor in (hidden, target, labels))
+        for chunk in zip(*chunks, strict=True):
             if torch.is_grad_enabled():
-                parts.append(checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+                # The backward pass computes the logits of the chunk again instead of keeping them.
+                kl, cross_entropy = checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
             else:
-                parts.append(self._chunk(*chunk))
-        return torch.cat([kl for kl, _ in parts]), torch.cat([cross_entropy for _, cross_entropy in parts])
+                kl, cross_entropy = self._chunk(*chunk)
+            kls.append(kl)
+            cross_entropies.append(cross_entropy)
+        return torch.cat(kls), torch.cat(cross_entropies)
 
     def _chunk(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.student.logits(hidden)
+        """KL and cross-entropy of the tokens of one chunk, (tokens,) each."""
+        logits = self.student.logits(hidden)  # (tokens, vocabulary)
         with torch.no_grad():
             wanted = self._log_probabilities(self.teacher.logits(target).to(logits.device))
+
+        # The cross-entropy is that of the student itself, at temperature 1.
         found = log_softmax(logits, dim=-1)
-        cross_entropy = nn.functional.nll_loss(found, labels, ignore_index=-100, reduction="none")
+        cross_entropy = nn.functional.nll_loss(found, labels, ignore_index=IGNORED, reduction="none")
+
         if self.temperature != 1:
             found = self._log_probabilities(logits)
         if self.top_k is not None:
-            wanted, found = _most_probable(wanted, found, self.top_k)
+            wanted, found = _most_probable(wanted, found, self.top_k)  # (tokens, top_k + 1)
         kl = torch.linalg.vecdot(wanted.exp(), wanted - found)
         return kl * self.temperature**2, cross_entropy
 
@@ -184,46 +227,52 @@ class DistillationLoss:
 
 @contextmanager
 def training_forward(loss: DistillationLoss) -> Iterator[None]:
-    """The student's forward pass gives the losses of `loss` instead of logits."""
+    """While the context is open, the student's forward pass returns the losses instead of logits."""
     with _forward_replaced(loss.student.model, loss):
         yield
 
 
 def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
-    """(batch, length): the token that follows, -100 where none does or either is padding."""
-    labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+    """(batch, length): the token that follows, `IGNORED` where none does or either is padding."""
+    labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
     followed = nn.functional.pad(mask[:, 1:], (0, 1), value=False) & mask
-    return labels.masked_fill(~followed, -100)
+    return labels.masked_fill(~followed, IGNORED)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values of the tokens where the mask is 1, at their places."""
+    """(tokens,) values of the tokens where the mask is 1 -> (batch, length), 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def _most_probable(wanted: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the teacher's k most probable tokens and, last, of all others together: (tokens, k + 1)."""
-    top, indices = wanted.topk(k, dim=-1)
-    both = (top, found.gather(-1, indices))
-    rest = [torch.log((1 - part.exp().sum(-1, keepdim=True)).clamp(min=1e-7)) for part in both]
-    return torch.cat([both[0], rest[0]], dim=-1), torch.cat([both[1], rest[1]], dim=-1)
+    top, indices = wanted.topk(k, dim=-1)  # (tokens, k)
+    return _with_rest(top), _with_rest(found.gather(-1, indices))
+
+
+def _with_rest(some: Tensor) -> Tensor:
+    """(tokens, k) log-probabilities -> (tokens, k + 1): the last is what the others leave, kept away from log(0)."""
+    rest = (1 - some.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
+    return torch.cat([some, rest.log()], dim=-1)
 
 
 def _distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """(tokens,): squared distance of hidden states (batch, length, width), relative to the teacher's squared norm."""
     ours, theirs = student[mask].float(), teacher[mask].to(student.device).float()
     return (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
 
 
 @contextmanager
 def _outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """The hidden states after some blocks, of the forward pass that is made while the context is open."""
+    """The hidden states after some blocks, of the forward pass that is made while the context is open: index -> (batch,
+    length, width)."""
     outputs: dict[int, Tensor] = {}
-    with ExitStack() as stack:
+
+    def keep(i: int, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[i] = output[0] if isinstance(output, tuple | list) else output
+
+    with ExitStack() as hooks:
         for i in blocks:
-
-            def keep(module: nn.Module, args: Any, output: Any, i: int = i) -> None:
-                outputs[i] = output[0] if isinstance(output, tuple | list) else output
-
-            handle = find_stack(model)[1][i].register_forward_hook(keep)
-            stack.callback(handle.remove)
+            handle = find_stack(model)[1][i].register_forward_hook(partial(keep, i))
+            hooks.callback(handle.remove)
         yield outputs

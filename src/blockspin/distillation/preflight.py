@@ -15,45 +15,61 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..config import DistillConfig
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 
+GIB = 2**30  # bytes
+NF4_BYTES = 0.56  # of a weight: 4 bits, and a float32 for each 64 weights
+HELD_LOGITS = 6  # tensors of the size of a chunk's logits that are held at once, in float32
+
 
 def check_training(student: Path, config: DistillConfig, state: PartialState) -> PreTrainedTokenizerBase:
-    """Refuse what cannot end well before anything is loaded; the tokenizer.
+    """Refuse a training that must fail, before anything is loaded; returns the tokenizer.
 
     Raises:
         ValueError: what is wrong.
     """
-    check_requirements(config)
+    assert config.teacher is not None
     remote = config.trust_remote_code
-    configs = [load_config(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
-    check_pair(configs[0], configs[1], config.max_length)
-    tokenizers = [load_tokenizer(source, trust_remote_code=remote) for source in (student, config.teacher or "")]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+    check_requirements(config)
+
+    ours = load_config(student, trust_remote_code=remote)
+    theirs = load_config(config.teacher, trust_remote_code=remote)
+    check_pair(ours, theirs, config.max_length)
+    tokenizer = load_tokenizer(student, trust_remote_code=remote)
+    if tokenizer.get_vocab() != load_tokenizer(config.teacher, trust_remote_code=remote).get_vocab():
         raise ValueError("the vocabularies differ: the tokenizers of student and teacher give tokens other numbers")
-    if hasattr(configs[0], "quantization_config"):
+
+    if hasattr(ours, "quantization_config"):
         raise ValueError("the student is quantised; shorten the original in full precision and train that")
     if config.hidden_states and kept_blocks(student, config) is None:
         raise ValueError(f"{student} has no blockspin.json, which tells which blocks were kept (--hidden-states)")
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
-    sizes = [sum(p.numel() for p in model_without_weights(c, trust_remote_code=remote).parameters()) for c in configs]
-    vocabulary = configs[0].get_text_config(decoder=True).vocab_size
+
+    sizes = []
+    for model_config in (ours, theirs):
+        model = model_without_weights(model_config, trust_remote_code=remote)
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    vocabulary = ours.get_text_config(decoder=True).vocab_size
     needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
     check_room(needed, free_memory())
-    return tokenizers[0]
+    return tokenizer
 
 
 def check_requirements(config: DistillConfig) -> None:
-    """Refuse settings that need packages which are not installed.
+    """Refuse settings whose packages are not installed.
 
     Raises:
         ValueError: what to install.
     """
-    needs = {"bitsandbytes": config.teacher_quantization == "nf4", "peft": config.lora_rank is not None}
-    flags = {"bitsandbytes": "--teacher-quantization nf4", "peft": "--lora-rank"}
-    for package, needed in needs.items():
-        if needed and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{flags[package]} needs {package}: pip install 'blockspin[distill]', or leave it out")
+    needed = []
+    if config.teacher_quantization == "nf4":
+        needed.append(("--teacher-quantization nf4", "bitsandbytes"))
+    if config.lora_rank is not None:
+        needed.append(("--lora-rank", "peft"))
+
+    for option, package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{option} needs {package}: pip install 'blockspin[distill]', or leave it out")
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:
@@ -69,6 +85,7 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int
             f"the vocabularies differ: {sizes['student']} tokens of the student, {sizes['teacher']} of the teacher "
             "(--teacher); give the model that the student was made from"
         )
+
     for name, config in configs.items():
         longest = context_length(config)
         if longest is not None and length > longest:
@@ -85,10 +102,10 @@ def check_room(needed: dict[str, float], free: float) -> None:
     """
     total = sum(needed.values())
     if total > free:
-        parts = ", ".join(f"{name} {number / 2**30:.1f}" for name, number in needed.items())
+        parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
         raise ValueError(
-            f"no room for both models: {total / 2**30:.1f} GiB are needed before activations ({parts}) and "
-            f"{free / 2**30:.1f} GiB are free; try --lora-rank 64, --teacher-quantization nf4, or more GPUs with "
+            f"no room for both models: {total / GIB:.1f} GiB are needed before activations ({parts}) and "
+            f"{free / GIB:.1f} GiB are free; try --lora-rank 64, --teacher-quantization nf4, or more GPUs with "
             "`accelerate launch --use_fsdp`"
         )
 
@@ -101,15 +118,17 @@ def memory_estimate(
     shards: over how many devices the student, its gradients and the optimiser are spread.
     """
     cuda = torch.cuda.is_available()
-    width = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and cuda) else 4
+    width = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and cuda) else 4  # bytes of a weight
+    teacher_width = NF4_BYTES if config.teacher_quantization == "nf4" else 2 if cuda else 4
     trained = student if config.lora_rank is None else 0  # adapters are small
-    quantized = config.teacher_quantization == "nf4"
+    chunk = min(config.chunk_tokens, config.batch_size * config.max_length)  # tokens
+
     return {
         "student": student * width / shards,
         "gradients": trained * width / shards,
         "optimiser": 2 * trained * width / shards,
-        "teacher": teacher * (0.56 if quantized else 2 if cuda else 4),  # 4 bits, and a float32 for each 64 weights
-        "logits": 6 * min(config.chunk_tokens, config.batch_size * config.max_length) * vocabulary * 4,
+        "teacher": teacher * teacher_width,
+        "logits": HELD_LOGITS * chunk * vocabulary * 4,
     }
 
 
@@ -117,6 +136,7 @@ def choose_quantization(config: DistillConfig) -> str:
     """nf4 or none: `auto` is nf4 where there are a GPU, bitsandbytes and a teacher that is not quantised already."""
     if config.teacher_quantization != "auto":
         return config.teacher_quantization
+
     found = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
     teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
     return "nf4" if found and not hasattr(teacher, "quantization_config") else "none"

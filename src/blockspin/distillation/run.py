@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +32,7 @@ from .preflight import check_pair, check_training, choose_quantization, kept_blo
 from .trainer import DistillationTrainer, collate, training_arguments
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", ".*")
+TIMEOUT = timedelta(hours=6)  # the other processes wait while the first packs the text
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def distill(
     """
     config = config or DistillConfig()
     check_pair(student.config, teacher.config, max(map(len, [*samples, *validation])))
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+    taught = {id(p) for p in teacher.parameters()}
+    if any(id(p) in taught for p in student.parameters()):
         raise ValueError("student and teacher share weights, as `remove_blocks` leaves them; distil a deep copy")
     with tempfile.TemporaryDirectory() as temporary:
-        trainer, result = _train(
-            student, teacher, _Samples(samples), _Samples(validation), config, kept, Path(folder or temporary)
-        )
-        merged = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
-        assert merged is student
+        place = Path(folder or temporary)
+        trainer, result = _train(student, teacher, _Samples(samples), _Samples(validation), config, kept, place)
+
+    if config.lora_rank is not None:
+        trainer.model.merge_and_unload()
     student.eval()
     return result
 
@@ -88,10 +89,11 @@ def distill_checkpoint(
 ) -> Distillation:
     """Train the model in the folder `student` with `config.teacher` on `config.data`; write it to the folder `out`.
 
-    While it runs the packed text and the latest checkpoint are in `<out>-training`, from which the same call continues
-    after an interruption; the folder goes when `out` is whole, but for TensorBoard's logs (`<out>-logs`). `out` is a
-    checkpoint of the same form and dtype as the student's, with its tokenizer and other files; `blockspin.json` tells
-    about the training. Started by `accelerate launch` or `torchrun`, all processes train one model.
+    While it runs, the packed text and the latest checkpoint are in `<out>-training`; after an interruption the same
+    call continues from there. The folder is removed when `out` is whole; TensorBoard's logs move to `<out>-logs`. `out`
+    is a checkpoint of the same form and dtype as the student's, with its tokenizer and other files; its
+    `blockspin.json` describes the training. If `accelerate launch` or `torchrun` starts several processes, they train
+    one model.
 
     leave_out: numbers of samples of the data that must not be trained on, in the order of `load_calibration`.
 
@@ -99,26 +101,32 @@ def distill_checkpoint(
         ValueError: the models, the data or the settings do not fit each other or the machine; nothing is written.
     """
     student, out = local_folder(student), Path(out)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))  # packing may take long
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     console.quiet = not state.is_main_process
+
+    # Everything that can be refused is refused before anything is loaded or written.
     if config.teacher is None or config.data is None:
         raise ValueError("distillation needs a teacher and data (--teacher, --data)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another place (--out) or remove it")
     config = replace(config, teacher_quantization=choose_quantization(config))
     tokenizer = check_training(student, config, state)
+
     folder = out.with_name(f"{out.name}-training")
-    kept = kept_blocks(student, config)
     with state.main_process_first():
         samples, validation = _data(config, tokenizer, folder, student, leave_out, state.num_processes)
-    model = _load_student(student, config)
-    dtype = getattr(load_config(student, trust_remote_code=config.trust_remote_code), "dtype", None) or model.dtype
-    trainer, result = _train(model, _load_teacher(config, state), samples, validation, config, kept, folder)
-    weights = _merged_weights(model, trainer, config, dtype)
+
+    model, teacher = _load_student(student, config), _load_teacher(config, state)
+    trainer, result = _train(model, teacher, samples, validation, config, kept_blocks(student, config), folder)
+
+    # All processes gather the weights, one writes them: in the dtype of the student's checkpoint.
+    stored = load_config(student, trust_remote_code=config.trust_remote_code)
+    weights = _merged_weights(model, trainer, config, getattr(stored, "dtype", None) or model.dtype)
     if state.is_main_process:
         _write(model, weights, student, out, result, asdict(config))
-        if (folder / "runs").is_dir():  # of TensorBoard
-            shutil.copytree(folder / "runs", out.with_name(f"{out.name}-logs"), dirs_exist_ok=True)
+        logs = folder / "runs"  # of TensorBoard
+        if logs.is_dir():
+            shutil.copytree(logs, out.with_name(f"{out.name}-logs"), dirs_exist_ok=True)
         shutil.rmtree(folder)
     state.wait_for_everyone()
     return result
@@ -136,57 +144,67 @@ def _train(
     """The trainer after all its steps, and what it measured."""
     if config.hidden_states and kept is None:
         raise ValueError("--hidden-states needs to know which blocks were kept (blockspin.json of the student)")
-    steps = _steps(config, len(samples), PartialState(cpu=not torch.cuda.is_available()).num_processes)  # type: ignore[arg-type]
-    model: Any = student
-    use_cache = student.config.use_cache
-    with ExitStack() as stack:
-        stack.enter_context(frozen(teacher))
-        halves = [stack.enter_context(split(m)) for m in (student, teacher)]
+    processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+    steps = _steps(config, len(samples), processes)  # type: ignore[arg-type]
+    use_cache = student.config.use_cache  # the Trainer turns it off
+
+    with frozen(teacher), split(student) as ours, split(teacher) as theirs:
         loss = DistillationLoss(
-            *halves,
+            ours,
+            theirs,
             temperature=config.temperature,
             top_k=config.top_k,
             chunk_tokens=config.chunk_tokens,
             kept=kept if config.hidden_states else None,
         )
-        stack.enter_context(training_forward(loss))
-        if config.lora_rank is not None:
-            model = _with_adapters(student, config.lora_rank)
-        trainer = DistillationTrainer(
-            config,
-            model=model,
-            args=training_arguments(config, folder, steps, student.dtype),
-            train_dataset=samples,
-            eval_dataset=validation,
-            data_collator=collate,
-        )
-        checkpoint = last_checkpoint(folder)
-        trainer.args.eval_on_start = checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if not any("eval_kl" in row and row["step"] == steps for row in trainer.state.log_history):
-            trainer.evaluate()
+        with training_forward(loss):
+            trainer = DistillationTrainer(
+                config,
+                model=student if config.lora_rank is None else _with_adapters(student, config.lora_rank),
+                args=training_arguments(config, folder, steps, student.dtype),
+                train_dataset=samples,
+                eval_dataset=validation,
+                data_collator=collate,
+            )
+
+            # Measured before the first step and after the last one.
+            checkpoint = last_checkpoint(folder)
+            trainer.args.eval_on_start = checkpoint is None
+            trainer.train(resume_from_checkpoint=checkpoint)
+            history = trainer.state.log_history
+            if not any("eval_kl" in row and row["step"] == steps for row in history):
+                trainer.evaluate()
+
     student.config.use_cache = use_cache
-    measured = [row for row in trainer.state.log_history if "eval_kl" in row]
-    before, after = (
-        {"kl": row["eval_kl"], "perplexity": row["eval_perplexity"]} for row in (measured[0], measured[-1])
-    )
-    return trainer, Distillation(steps, before, after, trainer.state.log_history)
+    measured = [_measures(row) for row in history if "eval_kl" in row]
+    return trainer, Distillation(steps, measured[0], measured[-1], history)
+
+
+def _measures(row: dict[str, float]) -> dict[str, float]:
+    """What an entry of the Trainer's history says about the validation samples."""
+    return {"kl": row["eval_kl"], "perplexity": row["eval_perplexity"]}
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint that was written whole: its trainer_state.json comes last."""
+    """The latest checkpoint that was written whole; None if there is none."""
+    numbers = []
+    for path in folder.glob("checkpoint-*"):
+        if _is_whole(path):
+            numbers.append(int(path.name.removeprefix("checkpoint-")))
+    return str(folder / f"checkpoint-{max(numbers)}") if numbers else None
 
-    def whole(path: Path) -> bool:
-        try:
-            return isinstance(json.loads((path / "trainer_state.json").read_text()), dict)
-        except (OSError, ValueError):
-            return False
 
-    found = [path for path in folder.glob("checkpoint-*") if whole(path)]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer wrote trainer_state.json, its last file, to the end."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 class _Samples(Dataset[dict[str, Tensor]]):
+    """Samples in memory as the Trainer reads them."""
+
     def __init__(self, samples: Sequence[Tensor]) -> None:
         self.samples = samples
 
@@ -205,7 +223,7 @@ def _data(
     leave_out: range,
     processes: int,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The packed text, written once: what is trained on, and what is only measured."""
+    """The packed text, written once: what is trained on, and the first windows, on which the student is measured."""
     path, settings_file = folder / "tokens.int32", folder / "settings.json"
     settings = {"student": str(student), **asdict(config)}
 
@@ -233,8 +251,9 @@ def _data(
 
 def _steps(config: DistillConfig, samples: int, processes: int) -> int:
     """Optimiser steps, as the Trainer counts them."""
-    passes = -(-samples // (config.batch_size * processes))
-    return min(config.max_steps, math.ceil(config.num_epochs * -(-passes // config.gradient_accumulation)))
+    batches = math.ceil(samples / (config.batch_size * processes))
+    steps_an_epoch = math.ceil(batches / config.gradient_accumulation)
+    return min(config.max_steps, math.ceil(config.num_epochs * steps_an_epoch))
 
 
 def _load_student(folder: Path, config: DistillConfig) -> PreTrainedModel:
@@ -245,25 +264,30 @@ def _load_student(folder: Path, config: DistillConfig) -> PreTrainedModel:
 
 
 def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel:
+    """On the device of this process, in 16 bits on a GPU; quantised where that is asked for."""
+    assert config.teacher is not None
+    remote = config.trust_remote_code
     cuda = torch.cuda.is_available()
+    device = state.device if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
+
     quantization = None
     if config.teacher_quantization == "nf4":
-        remote = config.trust_remote_code
-        structure = model_without_weights(
-            load_config(config.teacher or "", trust_remote_code=remote), trust_remote_code=remote
-        )
-        quantization = nf4(structure, state.device if cuda else torch.device("cpu"), dtype)
+        teacher_config = load_config(config.teacher, trust_remote_code=remote)
+        structure = model_without_weights(teacher_config, trust_remote_code=remote)
+        quantization = nf4(structure, device, dtype)
+
     return load_model(
-        config.teacher or "",
+        config.teacher,
         dtype=str(dtype).removeprefix("torch."),
-        device_map=str(state.device) if cuda else "cpu",
-        trust_remote_code=config.trust_remote_code,
+        device_map=str(device),
+        trust_remote_code=remote,
         quantization=quantization,
     )
 
 
 def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
+    """The student with low-rank adapters on all its linear maps (arXiv 2106.09685); only these are trained."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
@@ -272,17 +296,18 @@ def _with_adapters(student: PreTrainedModel, rank: int) -> Any:
 def _merged_weights(
     student: PreTrainedModel, trainer: DistillationTrainer, config: DistillConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The student's weights in the dtype of its checkpoint, gathered from all devices; asked for by all processes."""
+    """The student's weights in the given dtype, gathered from all devices: every process must call this."""
     if config.lora_rank is not None:
         weights = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().state_dict()
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
     tied = getattr(student, "all_tied_weights_keys", {})  # stored once, under the other name
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-        if name not in tied
-    }
+    converted = {}
+    for name, tensor in weights.items():
+        if name not in tied:
+            converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return converted
 
 
 def _write(
@@ -290,10 +315,11 @@ def _write(
 ) -> None:
     """The checkpoint: the student's own files, but for the weights."""
     summary = {"steps": result.steps, "before": result.before, "after": result.after, "settings": config}
+    about = source / "blockspin.json"
+    known = json.loads(about.read_text()) if about.is_file() else {}
+
     with replacing(out) as temporary:
         student.save_pretrained(temporary, state_dict=weights)
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
-        about = source / "blockspin.json"
-        known = json.loads(about.read_text()) if about.is_file() else {}
         write_json(temporary / "blockspin.json", {**known, "distillation": summary})
         write_json(temporary / "distillation.json", result.history)

@@ -18,17 +18,26 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..config import DistillConfig
 from ..progress import bar, console
 
-# transformers has called it by both names.
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in {f.name for f in fields(TrainingArguments)}
-)
+# What transformers calls gradient checkpointing: newer versions have another name.
+_NAMES = {f.name for f in fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+
+WARMUP_SHARE = 10  # a short training warms up for a tenth of its steps
+LARGEST_EXPONENT = 700.0  # of e in float64
+REPORTS = 5  # reports whose mean loss is compared, to see whether the loss rises
+RISE = 1.5  # times the lowest mean: a loss that has risen so much is reported
 
 
 def training_arguments(config: DistillConfig, folder: Path, steps: int, weights: torch.dtype) -> TrainingArguments:
-    """The settings in the Trainer's words. Weights in float32 on a GPU are multiplied in bfloat16 (autocast)."""
-    cuda, checkpointing = torch.cuda.is_available(), config.gradient_checkpointing
+    """The arguments of the Trainer for these settings.
+
+    weights: the dtype of the student. Weights in float32 are multiplied in bfloat16 on a GPU (autocast).
+    """
+    cuda = torch.cuda.is_available()
+    checkpointing: dict[str, Any] = {}
+    if config.gradient_checkpointing:
+        checkpointing = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -37,7 +46,7 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        warmup_steps=min(config.warmup_steps, steps // 10),
+        warmup_steps=min(config.warmup_steps, steps // WARMUP_SHARE),
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type="cosine",
         seed=config.seed,
@@ -54,17 +63,20 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
-        **({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
+        **checkpointing,
     )
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples as a batch, padded on the right; a mask only where there is padding: without it is faster."""
+    """Samples as a batch, padded on the right. There is a mask only where there is padding: without it is faster."""
     rows = [sample["input_ids"] for sample in samples]
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     lengths = torch.tensor([len(row) for row in rows])
+
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (batch, length)
     mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return {"input_ids": input_ids} | ({} if bool(mask.all()) else {"attention_mask": mask.long()})
+    if mask.all():
+        return {"input_ids": input_ids}
+    return {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
 def count_tokens(batch: dict[str, Tensor]) -> Tensor:
@@ -74,10 +86,10 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer for a model whose forward pass gives the losses of each token (`loss.DistillationLoss`).
+    """A Trainer for a model whose forward pass returns the losses of each token (`loss.DistillationLoss`).
 
-    The loss is the mean over all tokens of a step: of all processes, all accumulated batches. So neither the number of
-    processes nor padding changes it.
+    The loss of a step is the mean over its tokens, in all processes and all accumulated batches. So neither the number
+    of processes nor padding changes it.
     """
 
     def __init__(self, config: DistillConfig, **arguments: Any) -> None:
@@ -86,8 +98,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.weights = {"kl": 1.0, "cross_entropy": config.cross_entropy, "hidden": config.hidden_states}
         self.remove_callback(PrinterCallback)
         self.add_callback(ReportCallback(console.quiet))
-        self._sums = torch.zeros(2, device=self.args.device)  # KL and cross-entropy since the last report, this process
-        self._counts = torch.zeros(2, device=self.args.device)  # tokens and labels, all processes
+
+        # Since the last report: KL and cross-entropy of this process, tokens and labels of all processes.
+        self._sums = torch.zeros(2, device=self.args.device)
+        self._counts = torch.zeros(2, device=self.args.device)
         self._since = time.perf_counter()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -101,23 +115,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The share of these inputs in the mean loss of the step, times the processes, over whose gradients the mean
-        will be taken."""
-        losses = model(**inputs)
+        """What these inputs add to the mean loss of the step, times the number of processes: the gradients of the
+        processes are averaged."""
+        losses = model(**inputs)  # (batch, length) each
+        self._sums += torch.stack([losses["kl"].detach().sum(), losses["cross_entropy"].detach().sum()])
+
         tokens, labels = num_items_in_batch
         counts = {"kl": tokens, "cross_entropy": labels, "hidden": tokens}
-        terms = [weight * losses[name].sum() / counts[name] for name, weight in self.weights.items() if weight]
-        self._sums += torch.stack([losses["kl"].detach().sum(), losses["cross_entropy"].detach().sum()])
-        loss = torch.stack(terms).sum() * self.accelerator.num_processes
+        weighted = [weight * losses[name].sum() / counts[name] for name, weight in self.weights.items() if weight]
+        loss = torch.stack(weighted).sum() * self.accelerator.num_processes
         return (loss, losses) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what training reports lack: KL and perplexity of the student, tokens/s over all processes."""
+        """Report on training, with KL and perplexity of the student and tokens/s over all processes."""
         if "loss" in logs:
-            sums, counts = self.accelerator.reduce(self._sums, "sum"), self._counts
             now = time.perf_counter()
-            logs["kl"], logs["perplexity"] = _means(sums, counts)
+            sums, counts = self.accelerator.reduce(self._sums, "sum"), self._counts
+            logs["kl"], logs["perplexity"] = _kl_and_perplexity(sums, counts)
             logs["tokens_per_second"] = float(counts[0]) / (now - self._since)
+
+            # The next report begins.
             self._sums, self._counts, self._since = torch.zeros_like(sums), torch.zeros_like(counts), now
         super().log(logs, start_time)
 
@@ -127,36 +144,43 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """KL(teacher || student) in nats a token and the student's perplexity, on all validation samples."""
         started = time.perf_counter()
         self.model.eval()
-        totals = torch.zeros(4, dtype=torch.float64)
+
+        totals = torch.zeros(4, dtype=torch.float64)  # KL, cross-entropy, tokens, labels
         for batch in self.get_eval_dataloader(eval_dataset):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad():
                 losses = self.model(**inputs)
-            sums = torch.stack([losses["kl"].sum(1), losses["cross_entropy"].sum(1)], dim=1)
-            rows = self.accelerator.gather_for_metrics(torch.cat([sums, count_tokens(inputs).to(sums)], dim=1))
-            totals += rows.double().sum(0).cpu()
-        kl, perplexity = _means(totals[:2], totals[2:])
+            sums = torch.stack([losses["kl"].sum(1), losses["cross_entropy"].sum(1)], dim=1)  # (batch, 2)
+            rows = torch.cat([sums, count_tokens(inputs).to(sums)], dim=1)  # (batch, 4)
+
+            # Of all processes, without the samples that only fill up the last batch.
+            totals += self.accelerator.gather_for_metrics(rows).double().sum(0).cpu()
+
+        kl, perplexity = _kl_and_perplexity(totals[:2], totals[2:])
         metrics = {f"{metric_key_prefix}_kl": kl, f"{metric_key_prefix}_perplexity": perplexity}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since += time.perf_counter() - started  # tokens/s are those of training
+        self._since += time.perf_counter() - started  # tokens/s count the time of training alone
         return metrics
 
 
-def _means(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+def _kl_and_perplexity(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """KL a token and perplexity, from the sums of KL and cross-entropy and the numbers of tokens and labels."""
     kl, cross_entropy = (sums / counts).tolist()
-    return kl, math.exp(min(cross_entropy, 700.0))
+    return kl, math.exp(min(cross_entropy, LARGEST_EXPONENT))
 
 
 class ReportCallback(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with what matters, and an early word when training goes wrong."""
+    """A progress bar with KL, perplexity and speed. A loss that is not finite ends the training; one that rises is
+    reported once.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.progress: Progress | None = None
         self.task = TaskID(0)
-        self.recent: deque[float] = deque(maxlen=5)
-        self.lowest, self.warned = math.inf, False
+        self.recent: deque[float] = deque(maxlen=REPORTS)
+        self.lowest, self.warned = math.inf, False  # the lowest mean of recent losses so far
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if not self.quiet:
@@ -168,7 +192,7 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
         if state.global_step >= state.max_steps:
-            control.should_save = False  # resuming at the last step would make one more
+            control.should_save = False  # a run resumed at the last step would make one more
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:
@@ -176,20 +200,22 @@ class ReportCallback(TrainerCallback):  # type: ignore[misc]
         if self.progress is not None:
             text = f"KL {logs['kl']:.3f}, {logs['perplexity']:.1f} ppl, {logs['tokens_per_second']:,.0f} tokens/s"
             self.progress.update(self.task, description=text)
+
         if not math.isfinite(logs["loss"]):
             raise ValueError(
                 f"the loss is {logs['loss']} at step {state.global_step}; train with a lower --learning-rate "
                 f"than {args.learning_rate:g} or with --dtype float32"
             )
         self.recent.append(logs["loss"])
-        self._watch_for_divergence(args, state)
+        self._warn_of_divergence(args, state)
 
-    def _watch_for_divergence(self, args: TrainingArguments, state: Any) -> None:
-        """Warn once when the mean of five reports is half as high again as the lowest such mean."""
-        if len(self.recent) < 5:
+    def _warn_of_divergence(self, args: TrainingArguments, state: Any) -> None:
+        """Warn once when the mean of the last reports is much above the lowest such mean."""
+        if len(self.recent) < REPORTS:
             return
-        mean = sum(self.recent) / 5
-        if mean > 1.5 * self.lowest and not self.warned:
+
+        mean = sum(self.recent) / REPORTS
+        if mean > RISE * self.lowest and not self.warned:
             console.print(
                 f"Step {state.global_step}: the loss has risen from {self.lowest:.4g} to {mean:.4g}; the learning rate "
                 f"{args.learning_rate:g} may be too high (--learning-rate).",
