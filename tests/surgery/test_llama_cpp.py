@@ -1,6 +1,6 @@
 """What is pruned converts to GGUF and runs in llama.cpp. Needs a folder of llama.cpp with convert_hf_to_gguf.py.
 
-LLAMA_CPP=.../llama.cpp pytest -m slow tests/test_llama_cpp.py      # pip install '.[llama-cpp]'
+LLAMA_CPP=.../llama.cpp pytest -m slow tests/surgery/test_llama_cpp.py      # pip install '.[llama-cpp]'
 """
 
 from __future__ import annotations

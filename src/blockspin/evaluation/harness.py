@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..errors import first_line
+from ..model.gguf import ordinary_source
 from ..model.loading import load_model
 
 FEWSHOT_SEED = 1234  # of the harness's command line
@@ -154,7 +155,7 @@ def _open_with_vllm(model: PreTrainedModel | str | Path, config: EvaluateConfig)
     if isinstance(model, PreTrainedModel):
         raise ValueError("--backend vllm opens models from disk; save this one first, or use --backend hf")
     arguments = {
-        "pretrained": str(model),
+        "pretrained": str(ordinary_source(model)),
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": torch.cuda.device_count() if config.device_map == "auto" else 1,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from .gguf import ordinary_source
 from .loading import load_config
 
 _LENGTH = 20  # hexadecimal digits of a fingerprint
@@ -46,7 +47,7 @@ def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) 
     """
     if isinstance(model, nn.Module):
         return _of_weights(model)
-    folder = Path(model)
+    folder = Path(ordinary_source(model))
     if not folder.is_dir():
         config = load_config(model, trust_remote_code=trust_remote_code)
         return digest([str(model), getattr(config, "_commit_hash", None)])

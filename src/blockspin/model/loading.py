@@ -1,4 +1,4 @@
-"""Opens a model and its tokenizer from a hub id or a local folder."""
+"""Opens a model and its tokenizer from a hub id, a local folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from transformers import (
 
 from ..config import DTYPES
 from ..errors import first_line
+from .gguf import ordinary_source
 
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -51,6 +52,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     Raises:
         ValueError: there is no such model, or it is not a decoder-only language model.
     """
+    source = ordinary_source(source)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} has no config.json; give a folder made by save_pretrained, or a hub id")
     try:
@@ -90,6 +92,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
+    source = ordinary_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
     arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
@@ -120,6 +123,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     Raises:
         ValueError: there is none.
     """
+    source = ordinary_source(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import first_line
 from ..files import replacing, write_json
 from ..model.blocks import check_images, check_removal, find_stack, other_lists
+from ..model.gguf import ordinary_source
 from ..model.loading import load_config, model_without_weights
 from ..progress import console
 from .layer_config import Shortened, shorten_config
@@ -179,8 +180,10 @@ def local_folder(source: str | Path) -> Path:
     Raises:
         ValueError: there is no such model.
     """
+    source = ordinary_source(source)
     if Path(source).is_dir():
         return Path(source)
+
     from huggingface_hub import snapshot_download
 
     try:
