@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockspin.comparison.cost import counted
 from blockspin.comparison.figures import spearman
-from blockspin.comparison.methods import counted
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
 from blockspin.energies import Energies

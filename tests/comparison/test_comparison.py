@@ -16,10 +16,11 @@ import transformers as tf
 from conftest import Command, random_samples, save_tiny, tiny_model
 
 from blockspin import baselines
+from blockspin.comparison.cost import counted
 from blockspin.comparison.figures import spearman
-from blockspin.comparison.methods import counted
 from blockspin.comparison.report import text_rows, write_report
-from blockspin.comparison.run import Comparison, Row, averaged, compare
+from blockspin.comparison.results import Comparison, Row, averaged
+from blockspin.comparison.run import compare
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
 from blockspin.energies.gradients import estimate_gradients
@@ -86,9 +87,9 @@ def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> 
         assert row.num_parameters == sum(p.numel() for p in built.parameters())
         assert (row.kl < 1e-6) == (row.method == "original")
     for point in comparison.landscape["2"]:
-        loss = mean_loss(remove_blocks(model, point["removed"]), drawn[12:16])
-        assert point["loss"] == pytest.approx(loss, rel=1e-5)
-        assert (point["drawn"] == ["original"]) == (point["removed"] == [])
+        loss = mean_loss(remove_blocks(model, point.removed), drawn[12:16])
+        assert point.loss == pytest.approx(loss, rel=1e-5)
+        assert (point.drawn == ("original",)) == (point.removed == ())
 
 
 def test_costs_are_counted_in_forward_passes() -> None:

@@ -368,7 +368,7 @@ def test_compress_refuses_an_unknown_task_before_it_starts(
 def test_compare_has_a_column_for_each_task(
     run_settings: CompressConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: method for name, method in methods(run_settings).items() if name in ("CBO:0", "last blocks", "random")}
+    few = [method for method in methods(run_settings) if method.name in ("CBO:0", "last blocks", "random")]
     monkeypatch.setattr(comparison, "methods", lambda config: few)
     out = tmp_path / "out"
     found = comparison.compare(run_settings, {"1": 1}, out)

@@ -1,21 +1,21 @@
-"""The figures of a comparison."""
+"""The figures of a comparison. Each function returns one; panels stand side by side where they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..config import GRADIENT_ENERGIES
 from ..solvers import Spectrum
-from .run import Row, averaged
+from .results import ORIGINAL, RANDOM, Point, Row, averaged
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
@@ -27,109 +27,133 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
     "#CC79A7",
     "#000000",
 )
-_COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
-_MARKERS = "os^DvP*X"
+PALE = "#EEEEEE"  # blocks that stay
+COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
+MARKERS = "os^DvP*X"
+
+PAGE = 15.0  # inches that panels side by side may take
+CELL = 0.16  # inches of a block in a grid
+MOST_CELLS = 60  # blocks beyond which the cells get narrower
+LEAST_LOSS = 1e-4  # nats; smaller increases of the loss are drawn there, as the axis is logarithmic
+LINEAR_BELOW = 0.01  # nats; where a removal lowers the loss, the axis is linear below this
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation of two series; equal values share their mean rank. NaN where one is constant or too short."""
-
-    def ranks(values: ArrayLike) -> Any:
-        _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    x, y = ranks(a), ranks(b)
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else float("nan")
+    x, y = _ranks(a), _ranks(b)
+    if not (np.ptp(x) and np.ptp(y)):
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
 
 
-def hessian_figure(hessians: dict[str, Any]) -> Figure:
+def _ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """(number of values,) from 1 on."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)  # rank of the last of each group of equal values
+    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def hessian_figure(hessians: Mapping[str, NDArray[np.float64]]) -> Figure:
     """Heat maps of the energies' matrices, in red and blue; a scale ends at the 98th percentile off the diagonal.
 
-    hessians: name of the energy -> (N, N).
+    hessians: name of the energy -> (num_blocks, num_blocks).
     """
-    figure, panels = _panels(hessians, 6.4, 5.4)
-    for (name, matrix), axes in zip(hessians.items(), panels, strict=True):
-        h = np.asarray(matrix)
-        off = np.abs(h[~np.eye(len(h), dtype=bool)])
-        scale = float(np.quantile(off, 0.98)) or float(np.abs(h).max()) or 1.0
-        image = axes.imshow(h, cmap="RdBu_r", vmin=-scale, vmax=scale)
+    figure, panels = _panels(len(hessians), 6.4, 5.4)
+    for (name, hessian), axes in zip(hessians.items(), panels, strict=True):
+        off_diagonal = np.abs(hessian[~np.eye(len(hessian), dtype=bool)])
+        scale = float(np.quantile(off_diagonal, 0.98)) or float(np.abs(hessian).max()) or 1.0
+        image = axes.imshow(hessian, cmap="RdBu_r", vmin=-scale, vmax=scale)
+
         unit = "nats²" if name in GRADIENT_ENERGIES else "nats"
         figure.colorbar(image, ax=axes, extend="both", label=f"energy ({unit})")
         axes.set(xlabel="block", ylabel="block", title=f"matrix of the energy: {name}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        _count(axes.xaxis)
+        _count(axes.yaxis)
     return figure
 
 
-def states_figure(spectra: dict[str, Spectrum], depth: int, together: int = 1, states: int = 20) -> Figure:
+def states_figure(spectra: Mapping[str, Spectrum], depth: int, together: int = 1, states: int = 20) -> Figure:
     """For each spectrum a panel: state by state, the removed blocks; so many stay together in a line."""
-    figure, panels = _panels(spectra, 0.16 * min(depth, 60) + 1.6, 4.4, together)
+    figure, panels = _panels(len(spectra), _grid_width(depth) + 1.6, 4.4, together)
     for (title, spectrum), axes in zip(spectra.items(), panels, strict=True):
         shown = spectrum.states[:states]
-        grid = np.array([[i in state.removed for i in range(depth)] for state in shown])
-        _grid(axes, grid.astype(float), [BLUE])
-        axes.set(xlabel="block", yticks=range(0, len(shown), 2))
+        grid = np.zeros((len(shown), depth))
+        for line, state in enumerate(shown):
+            grid[line, list(state.removed)] = 1
+        _draw_grid(axes, grid, [BLUE])
+
+        labelled = range(0, len(shown), 2)
+        axes.set(xlabel="block", yticks=labelled)
         axes.set_title(title, fontsize=10)
-        axes.set_yticklabels([f"CBO:{k}" for k in range(0, len(shown), 2)])
+        axes.set_yticklabels([f"CBO:{k}" for k in labelled])
     return figure
 
 
-def energy_figure(landscape: dict[str, list[dict[str, Any]]], energies: Sequence[str]) -> Figure:
+def energy_figure(landscape: Mapping[str, Sequence[Point]], energies: Sequence[str]) -> Figure:
     """For each goal and energy a panel: energy against the loss above the original's, with rank correlations."""
-    keys = {f"remove {goal}, {name}": (goal, name) for goal in landscape for name in energies}
-    figure, panels = _panels(keys, 4.6, 4.2, len(energies))
-    for (title, (goal, name)), axes in zip(keys.items(), panels, strict=True):
-        whole = next(p["loss"] for p in landscape[goal] if "original" in p["drawn"])
-        points = {
-            label: [(p["energies"][name], p["loss"] - whole) for p in landscape[goal] if drawn in p["drawn"]]
-            for label, drawn in (("its lowest states", name), ("random removals", "random"))
-        }
-        for (label, chosen), colour, marker in zip(points.items(), (BLUE, ORANGE), "o^", strict=True):
-            if chosen:
-                x, y = zip(*chosen, strict=True)
-                axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{label}, ρ = {spearman(x, y):.2f}")
-        x, y = zip(*(point for chosen in points.values() for point in chosen), strict=True)
-        _logarithmic(axes, x, y)
-        axes.set(xlabel="energy", ylabel="loss above the original's (nats)")
-        axes.set_title(f"{title}: ρ = {spearman(x, y):.2f} in all", fontsize=10)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
-        axes.grid(alpha=0.3)
+    figure, panels = _panels(len(landscape) * len(energies), 4.6, 4.2, len(energies))
+    free = iter(panels)
+    for goal, points in landscape.items():
+        for name in energies:
+            _draw_landscape(next(free), points, name, f"remove {goal}, {name}")
     return figure
+
+
+def _draw_landscape(axes: Axes, points: Sequence[Point], energy: str, title: str) -> None:
+    """The low states of an energy and the random removals, each with its own rank correlation."""
+    whole = next(point.loss for point in points if ORIGINAL in point.drawn)
+    all_x: list[float] = []
+    all_y: list[float] = []
+    groups = (("its lowest states", energy, BLUE, "o"), ("random removals", RANDOM, ORANGE, "^"))
+    for label, drawn, colour, marker in groups:
+        group = [point for point in points if drawn in point.drawn]
+        if not group:
+            continue
+        x = [point.energies[energy] for point in group]
+        y = [point.loss - whole for point in group]
+        axes.scatter(x, y, s=18, color=colour, marker=marker, label=f"{label}, ρ = {spearman(x, y):.2f}")
+        all_x += x
+        all_y += y
+
+    _logarithmic(axes, all_x, all_y)
+    axes.set(xlabel="energy", ylabel="loss above the original's (nats)")
+    axes.set_title(f"{title}: ρ = {spearman(all_x, all_y):.2f} in all", fontsize=10)
+    _legend_below(axes)
+    axes.grid(alpha=0.3)
 
 
 def _logarithmic(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
-    """Logarithmic axes where they can be; where a removal lowers the loss, below 0.01 nats it is linear."""
+    """Logarithmic axes where they can be; where a removal lowers the loss, near zero it is linear."""
     if 0 < 3 * min(x) < max(x):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _label_one_two_five(axes.xaxis)
     else:
         axes.ticklabel_format(axis="x", scilimits=(-2, 3))
+
     if min(y) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _label_one_two_five(axes.yaxis)
     else:
-        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
         axes.set_ylim(min(y) - 0.003, 2 * max(y))
 
 
-def spectrum_figure(spectra: dict[str, Spectrum], tabu: dict[str, Spectrum], together: int = 1) -> Figure:
+def spectrum_figure(spectra: Mapping[str, Spectrum], tabu: Mapping[str, Spectrum], together: int = 1) -> Figure:
     """For each spectrum a panel: energy by state, certified and by tabu search; so many stay together in a line."""
-    figure, panels = _panels(spectra, 4.6, 3.8, together)
+    figure, panels = _panels(len(spectra), 4.6, 3.8, together)
     for title, axes in zip(spectra, panels, strict=True):
         exact, found = spectra[title], tabu[title]
         proven = f"{exact.solver}, {exact.num_proven} of {len(exact.states)} proven"
-        axes.plot([s.energy for s in exact.states], color=BLACK, lw=1.5, label=proven)
-        axes.plot([s.energy for s in found.states], "o", color=ORANGE, ms=3, mfc="none", label="tabu search")
-        missed = len({s.removed for s in exact.states} - {s.removed for s in found.states})
+        axes.plot([state.energy for state in exact.states], color=BLACK, lw=1.5, label=proven)
+        axes.plot([state.energy for state in found.states], "o", color=ORANGE, ms=3, mfc="none", label="tabu search")
+
+        missed = {state.removed for state in exact.states} - {state.removed for state in found.states}
         axes.set(xlabel="state k", ylabel="energy")
-        axes.set_title(f"{title}: tabu misses {missed} of {len(exact.states)}", fontsize=9, loc="right")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"{title}: tabu misses {len(missed)} of {len(exact.states)}", fontsize=9, loc="right")
+        _count(axes.xaxis)
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
+        _legend_below(axes, columns=2)
         axes.grid(alpha=0.3)
     return figure
 
@@ -139,22 +163,25 @@ def loss_figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     axes = figure.add_subplot()
     shown = averaged(rows)
-    original = next(row for row in shown if row.method == "original")
-    names = [row.method for row in sorted(shown, key=lambda row: (-_gone(row, original), row.loss))]
-    for place, name in enumerate(dict.fromkeys(n for n in names if n != "original")):
-        points = sorted(
-            (_gone(row, original), max(row.loss - original.loss, 1e-4)) for row in shown if row.method == name
-        )
+    original = next(row for row in shown if row.method == ORIGINAL)
+
+    # In the order of the losses where most is gone, so that the legend reads as the lines end.
+    ranked = sorted(shown, key=lambda row: (-_percent_gone(row, original), row.loss))
+    names = list(dict.fromkeys(row.method for row in ranked if row.method != ORIGINAL))
+    for place, name in enumerate(names):
+        own = [row for row in shown if row.method == name]
+        points = sorted((_percent_gone(row, original), max(row.loss - original.loss, LEAST_LOSS)) for row in own)
         ours = name.startswith("CBO")
         axes.plot(
             *zip(*points, strict=True),
             label=name,
-            color=_COLOURS[place % len(_COLOURS)],
-            marker=_MARKERS[place % len(_MARKERS)],
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
             lw=2.4 if ours else 1.2,
             ls="-" if ours else "--",
             ms=6,
         )
+
     axes.set(yscale="log", xlabel="parameters removed (%)", ylabel="loss above the original's (nats, log scale)")
     axes.grid(alpha=0.3, which="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, title="lowest loss first")
@@ -163,42 +190,75 @@ def loss_figure(rows: Sequence[Row]) -> Figure:
 
 def blocks_figure(rows: Sequence[Row], depth: int) -> Figure:
     """For each goal a panel: the methods as rows, removed blocks filled; blocks that hold merged weights in green."""
-    shown = [row for row in averaged(rows) if row.removed]
-    goals = list(dict.fromkeys(row.goal for row in shown))
-    groups = {goal: [row for row in shown if row.goal == goal] for goal in goals}
+    groups: dict[str, list[Row]] = {}
+    for row in averaged(rows):
+        if row.removed:
+            groups.setdefault(row.goal, []).append(row)
+
     longest = max(len(group) for group in groups.values())
-    figure, panels = _panels(groups, 0.16 * min(depth, 60) + 2.8, 0.24 * longest + 1.2)
+    figure, panels = _panels(len(groups), _grid_width(depth) + 2.8, 0.24 * longest + 1.2)
     for (goal, group), axes in zip(groups.items(), panels, strict=True):
         grid = np.zeros((len(group), depth))
         for line, row in enumerate(group):
             grid[line, list(row.removed)] = 1
-            grid[line, [lo for lo, _ in row.windows]] = 2
-        _grid(axes, grid, [BLUE, GREEN])
+            grid[line, [lowest for lowest, _ in row.windows]] = 2
+        _draw_grid(axes, grid, [BLUE, GREEN])
         axes.set(xlabel="block", title=f"remove {goal}", yticks=range(len(group)))
         axes.set_yticklabels([f"{row.method}  {row.loss:.3f}" for row in group], fontsize=8)
+
     handles = [Patch(color=BLUE, label="removed"), Patch(color=GREEN, label="holds merged weights")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 
-def _gone(row: Row, original: Row) -> float:
+def _percent_gone(row: Row, original: Row) -> float:
+    """Parameters that a row lacks, in percent of the original's."""
     return 100 * (1 - row.num_parameters / original.num_parameters)
 
 
-def _panels(groups: dict[str, Any], width: float, height: float, multiple: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each group; in a line as many as fit on 15 inches, a multiple of `multiple`."""
-    fitting = max(1, min(int(15 / width), len(groups)))
+def _panels(number: int, width: float, height: float, multiple: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, in inches; in a line as many as fit on the page, a multiple of `multiple`."""
+    fitting = max(1, min(int(PAGE / width), number))
     columns = max(multiple, fitting - fitting % multiple)
-    lines = -(-len(groups) // columns)
+    lines = -(-number // columns)  # rounded up
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    return figure, [figure.add_subplot(lines, columns, k + 1) for k in range(len(groups))]
+    return figure, [figure.add_subplot(lines, columns, k + 1) for k in range(number)]
 
 
-def _grid(axes: Axes, grid: Any, colours: Sequence[str]) -> None:
-    """Cells with white lines between them: 0 is pale, k the k-th colour."""
-    rows, columns = (np.arange(size + 1) - 0.5 for size in grid.shape)
+def _grid_width(depth: int) -> float:
+    """The inches that a line of blocks takes."""
+    return CELL * min(depth, MOST_CELLS)
+
+
+def _draw_grid(axes: Axes, grid: NDArray[np.float64], colours: Sequence[str]) -> None:
+    """Cells with white lines between them: 0 is pale, k the k-th colour. grid: (lines, num_blocks)."""
+    lines, columns = grid.shape
     axes.pcolormesh(
-        columns, rows, grid, cmap=ListedColormap(["#EEEEEE", *colours]), vmin=0, vmax=len(colours), ec="white", lw=0.6
+        np.arange(columns + 1) - 0.5,
+        np.arange(lines + 1) - 0.5,
+        grid,
+        cmap=ListedColormap([PALE, *colours]),
+        vmin=0,
+        vmax=len(colours),
+        ec="white",
+        lw=0.6,
     )
     axes.invert_yaxis()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _count(axes.xaxis)
+
+
+def _count(axis: Axis) -> None:
+    """Ticks at whole numbers."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend_below(axes: Axes, columns: int = 1) -> None:
+    """The legend under the label of the x axis, where it hides no points."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize=8, frameon=False)
+
+
+def _label_one_two_five(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -1,179 +1,186 @@
-"""The methods of a comparison by name, what several of them share, and what they cost."""
+"""The methods of a comparison: what each of them is given, and what it removes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import baselines
 from ..config import CompressConfig
 from ..energies import Energies
-from ..model.blocks import find_stack
 from ..model.quality import shared_losses
-from ..model.residual import stream_of
-from ..model.tracing import trace_model
+from ..model.tracing import TracedModel
 from ..problem import RemovalProblem
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
 from ..stages import Samples
 from ..surgery.feasible import Removable
+from .cost import MethodCost, counted
+from .results import RANDOM
 
 RANDOM_DRAWS = 5
+STATES = 3  # states of the paper's energy that are methods of their own
 PAPER = "empirical-fisher"  # the energy of CBO:k; ours is that of the settings
 SELECTED = "CBO, selected"
 
-
-@dataclass
-class Cost:
-    """passes: forward passes over the calibration samples that would cost as much; a backward pass counts as one more
-    through the activations and one more through the weights."""
-
-    passes: float = 0.0
-    seconds: float = 0.0
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+Chosen = Candidate | Sequence[Candidate] | baselines.Merged  # one removal, several draws, or merged windows
 
 
-@contextmanager
-def counted(model: nn.Module, tokens: int) -> Iterator[Cost]:
-    """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens."""
-    cost, started = Cost(), time.perf_counter()
-    stack = find_stack(model).layers
+class Measure(Protocol[T_co]):
+    """What measures a statistic of the whole model."""
 
-    def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = stream_of(args, kwargs), output[0] if isinstance(output, tuple) else output
-        if after is not before:  # a bypassed block hands on the very tensor that it got
-            weights = any(p.requires_grad for p in layer.parameters())
-            runs = 1 + int(after.requires_grad) * (1 + int(weights))
-            cost.passes += runs * after.shape[0] * after.shape[1] / len(stack) / tokens
-
-    with ExitStack() as hooks:
-        for layer in stack:
-            hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-        yield cost
-    cost.seconds = time.perf_counter() - started
+    def __call__(self, model: nn.Module, samples: Sequence[Tensor], *, batch_size: int, progress: bool) -> T_co: ...
 
 
-@dataclass
-class Bench:
-    """What the methods are given. `shared` keeps what several of them need, computed when first asked for.
+class Search(Protocol):
+    """A baseline that searches by measuring shortened models."""
 
-    energies: by name. problems, spectra: by (name of the energy, goal).
+    def __call__(
+        self, model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int, progress: bool
+    ) -> Chosen: ...
+
+
+@dataclass(frozen=True)
+class Statistic(Generic[T]):
+    """Something of the whole model that several methods read, so that it is measured once.
+
+    name: under which its cost is kept. on_selection: measured on the selection samples, not the calibration samples.
     """
 
-    model: nn.Module
+    name: str
+    measure: Measure[T]
+    on_selection: bool = False
+
+
+ACTIVATIONS = Statistic("activations", baselines.measure_activations)
+LOSSES_WITHOUT_EACH = Statistic("losses without each", baselines.losses_without_each, on_selection=True)
+WEIGHT_IMPORTANCE = Statistic("weight importance", baselines.weight_importance)
+
+
+@dataclass
+class Setup:
+    """The model that the methods are compared on, and what they share.
+
+    energies: by name. costs: of the energies and of the statistics, by their names.
+    """
+
+    traced: TracedModel
     samples: Samples
     config: CompressConfig
     removable: Removable
-    costs: dict[str, Cost]
+    costs: dict[str, MethodCost]
     energies: dict[str, Energies] = field(default_factory=dict)
-    problems: dict[tuple[str, str], RemovalProblem] = field(default_factory=dict)
-    spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    _statistics: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.samples.calibration))
+    def counting(self) -> AbstractContextManager[MethodCost]:
+        """A context that counts what runs inside, in passes over the calibration samples."""
+        tokens = sum(len(sample) for sample in self.samples.calibration)
+        return counted(self.traced.model, tokens)
 
-    def shared(self, name: str, compute: Callable[..., Any], samples: Sequence[Tensor]) -> Any:
-        if name not in self.values:
-            with counted(self.model, self.tokens) as cost:
-                self.values[name] = compute(self.model, samples, batch_size=self.config.batch_size, progress=True)
-            self.costs[name] = cost
-        return self.values[name]
-
-    def activations(self) -> baselines.Activations:
-        value: baselines.Activations = self.shared(
-            "activations", baselines.measure_activations, self.samples.calibration
-        )
+    def read(self, statistic: Statistic[T]) -> T:
+        """A statistic, measured now if this is the first time that it is read."""
+        if statistic.name not in self._statistics:
+            samples = self.samples.selection if statistic.on_selection else self.samples.calibration
+            with self.counting() as cost:
+                self._statistics[statistic.name] = statistic.measure(
+                    self.traced.model, samples, batch_size=self.config.batch_size, progress=True
+                )
+            self.costs[statistic.name] = cost
+        value: T = self._statistics[statistic.name]
         return value
 
-    def losses_without_each(self) -> Any:
-        return self.shared("losses without each", baselines.losses_without_each, self.samples.selection)
 
-    def weight_importance(self) -> Any:
-        return self.shared("weight importance", baselines.weight_importance, self.samples.calibration)
+@dataclass(frozen=True)
+class Case:
+    """One goal of a comparison: what every method is given.
 
-    def losses_of_states(self, energy: str, goal: str) -> list[float]:
-        """Losses of the first states of a goal's spectrum on the selection samples."""
+    problems, spectra: by the name of the energy. costs: of estimating and solving it.
+    """
 
-        def compute(model: nn.Module, samples: Sequence[Tensor], **options: Any) -> list[float]:
-            states = self.spectra[energy, goal].states[: self.config.max_candidates]
-            return shared_losses(trace_model(model), [state.removed for state in states], samples, **options)
+    setup: Setup
+    goal: str
+    problems: Mapping[str, RemovalProblem]
+    spectra: Mapping[str, Spectrum]
+    costs: Mapping[str, MethodCost]
 
-        losses: list[float] = self.shared(f"states {energy} {goal}", compute, self.samples.selection)
-        return losses
-
-
-# name -> (the shared costs it depends on, "{goal}" filled in; what it chooses for a problem).
-Method = tuple[tuple[str, ...], Callable[[Bench, RemovalProblem, str], Candidate | baselines.Merged | list[Candidate]]]
-
-
-def methods(config: CompressConfig) -> dict[str, Method]:
-    """Every method by name, in the order in which they run: cheap ones first."""
-    count = config.max_candidates
-
-    def searching(search: Callable[..., Any], **options: Any) -> Callable[[Bench, RemovalProblem, str], Any]:
-        return lambda bench, problem, goal: search(
-            bench.model, bench.samples.selection, problem, batch_size=config.batch_size, progress=True, **options
-        )
-
-    paper = (f"energy {PAPER}", f"solve {PAPER} {{goal}}")
-    ours = (f"energy {config.energy}", f"solve {config.energy} {{goal}}")
-    return {
-        SELECTED: (ours, _selected),
-        **({f"CBO:0, {config.energy}": (ours, _state(config.energy, 0))} if config.energy != PAPER else {}),
-        **{f"CBO:{k}": (paper, _state(PAPER, k)) for k in range(min(3, config.states))},
-        f"CBO, best of {count}": ((*paper, f"states {PAPER} {{goal}}"), _best_state),
-        "last blocks": ((), lambda bench, problem, goal: baselines.last_blocks(problem)),
-        "random": (
-            (),
-            lambda bench, problem, goal: [random_candidate(problem, config.seed + k) for k in range(RANDOM_DRAWS)],
-        ),
-        "block influence": (
-            ("activations",),
-            lambda bench, problem, goal: baselines.block_influence(problem, bench.activations()),
-        ),
-        "norm ratio": (
-            ("activations",),
-            lambda bench, problem, goal: baselines.norm_ratio(problem, bench.activations()),
-        ),
-        "angular distance": (
-            ("activations",),
-            lambda bench, problem, goal: baselines.angular_distance(problem, bench.activations()),
-        ),
-        "iterative block influence": (
-            (),
-            lambda bench, problem, goal: baselines.iterative_block_influence(
-                bench.model, bench.samples.calibration, problem, batch_size=config.batch_size, progress=True
-            ),
-        ),
-        **{
-            f"Shortened LLaMA {name}{'+' * plus}": ((need,), _shortened(need, plus))
-            for name, need in (("PPL", "losses without each"), ("Taylor", "weight importance"))
-            for plus in (False, True)
-        },
-        "sliding-window merging": ((), searching(baselines.sliding_window_merging)),
-        "SLEB": ((), searching(baselines.sleb)),
-        "EvoPress": ((), searching(baselines.evopress, budget=config.budget)),
-    }
+    @property
+    def problem(self) -> RemovalProblem:
+        """The problem as the paper poses it: what may go, and how much."""
+        return self.problems[PAPER]
 
 
-def _selected(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
+@dataclass(frozen=True)
+class Method:
+    """One way to choose what goes.
+
+    energy: the one whose spectrum it reads; statistic: what it reads besides. Both are part of its cost, as if no
+    other method shared them.
+    """
+
+    name: str
+    choose: Callable[[Case], Chosen]
+    energy: str | None = None
+    statistic: Statistic[Any] | None = None
+
+    def shared_cost(self, case: Case) -> MethodCost:
+        """The cost of what it reads; a statistic that no method has read is measured now."""
+        cost = MethodCost()
+        if self.energy is not None:
+            cost += case.costs[self.energy]
+        if self.statistic is not None:
+            case.setup.read(self.statistic)
+            cost += case.setup.costs[self.statistic.name]
+        return cost
+
+
+def methods(config: CompressConfig) -> list[Method]:
+    """Every method, in the order in which they run: cheap ones first."""
+    found = [Method(SELECTED, selected, energy=config.energy)]
+    if config.energy != PAPER:
+        found.append(Method(f"CBO:0, {config.energy}", state(config.energy, 0), energy=config.energy))
+    for k in range(min(STATES, config.states)):
+        found.append(Method(f"CBO:{k}", state(PAPER, k), energy=PAPER))
+
+    found += [
+        Method(f"CBO, best of {config.max_candidates}", best_state, energy=PAPER),
+        Method("last blocks", lambda case: baselines.last_blocks(case.problem)),
+        Method(RANDOM, random_draws),
+        by_activations("block influence", baselines.block_influence),
+        by_activations("norm ratio", baselines.norm_ratio),
+        by_activations("angular distance", baselines.angular_distance),
+        Method("iterative block influence", iterative_block_influence),
+        shortened_llama("Shortened LLaMA PPL", LOSSES_WITHOUT_EACH),
+        shortened_llama("Shortened LLaMA PPL+", LOSSES_WITHOUT_EACH, plus=True),
+        shortened_llama("Shortened LLaMA Taylor", WEIGHT_IMPORTANCE),
+        shortened_llama("Shortened LLaMA Taylor+", WEIGHT_IMPORTANCE, plus=True),
+        by_search("sliding-window merging", baselines.sliding_window_merging),
+        by_search("SLEB", baselines.sleb),
+        by_search("EvoPress", partial(baselines.evopress, budget=config.budget)),
+    ]
+    return found
+
+
+def selected(case: Case) -> Candidate:
     """`blockspin select`: the race of a pool and the polish of its winner."""
-    config = bench.config
+    setup, config = case.setup, case.setup.config
     selection, _ = select_with_energies(
-        bench.model,
-        bench.energies[config.energy],
-        bench.problems[config.energy, goal],
-        bench.spectra[config.energy, goal],
-        bench.samples.selection,
-        bench.samples.calibration[:ACTIVATION_SAMPLES],
-        bench.removable,
+        setup.traced.model,
+        setup.energies[config.energy],
+        case.problems[config.energy],
+        case.spectra[config.energy],
+        setup.samples.selection,
+        setup.samples.calibration[:ACTIVATION_SAMPLES],
+        setup.removable,
         seed=config.seed,
         max_candidates=config.max_candidates,
         batch_size=config.batch_size,
@@ -183,16 +190,11 @@ def _selected(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
     return selection.chosen
 
 
-def _best_state(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
-    """What the paper does by hand: the best of the first states."""
-    losses = bench.losses_of_states(PAPER, goal)
-    k = losses.index(min(losses))
-    return replace(states_as_candidates(bench.spectra[PAPER, goal])[k], loss=losses[k])
+def state(energy: str, k: int) -> Callable[[Case], Candidate]:
+    """State k of the spectrum of an energy."""
 
-
-def _state(energy: str, k: int) -> Callable[[Bench, RemovalProblem, str], Candidate]:
-    def choose(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
-        states = states_as_candidates(bench.spectra[energy, goal])
+    def choose(case: Case) -> Candidate:
+        states = states_as_candidates(case.spectra[energy])
         if k >= len(states):
             raise ValueError(f"there are only {len(states)} states")
         return states[k]
@@ -200,9 +202,60 @@ def _state(energy: str, k: int) -> Callable[[Bench, RemovalProblem, str], Candid
     return choose
 
 
-def _shortened(need: str, plus: bool) -> Callable[[Bench, RemovalProblem, str], Candidate]:
-    def choose(bench: Bench, problem: RemovalProblem, goal: str) -> Candidate:
-        scores = bench.losses_without_each() if need == "losses without each" else bench.weight_importance()
-        return baselines.shortened_llama(problem, scores, "Shortened LLaMA", plus=plus)
+def best_state(case: Case) -> Candidate:
+    """What the paper does by hand: the best of the first states, by their losses on the selection samples."""
+    setup, config = case.setup, case.setup.config
+    states = states_as_candidates(case.spectra[PAPER])[: config.max_candidates]
+    losses = shared_losses(
+        setup.traced,
+        [candidate.removed for candidate in states],
+        setup.samples.selection,
+        batch_size=config.batch_size,
+        progress=True,
+    )
+    k = losses.index(min(losses))
+    return replace(states[k], loss=losses[k])
 
-    return choose
+
+def random_draws(case: Case) -> list[Candidate]:
+    """Several, of which the tables show the mean."""
+    seed = case.setup.config.seed
+    return [random_candidate(case.problem, seed + k) for k in range(RANDOM_DRAWS)]
+
+
+def iterative_block_influence(case: Case) -> Candidate:
+    """The one search that only reads activations: on the calibration samples."""
+    setup = case.setup
+    return baselines.iterative_block_influence(
+        setup.traced.model,
+        setup.samples.calibration,
+        case.problem,
+        batch_size=setup.config.batch_size,
+        progress=True,
+    )
+
+
+def by_search(name: str, search: Search) -> Method:
+    """A baseline that measures shortened models on the selection samples."""
+
+    def choose(case: Case) -> Chosen:
+        setup = case.setup
+        return search(
+            setup.traced.model, setup.samples.selection, case.problem, batch_size=setup.config.batch_size, progress=True
+        )
+
+    return Method(name, choose)
+
+
+def by_activations(name: str, baseline: Callable[[RemovalProblem, baselines.Activations], Candidate]) -> Method:
+    """A baseline that scores the blocks by their activations."""
+    return Method(name, lambda case: baseline(case.problem, case.setup.read(ACTIVATIONS)), statistic=ACTIVATIONS)
+
+
+def shortened_llama(name: str, statistic: Statistic[NDArray[np.float64]], plus: bool = False) -> Method:
+    """Shortened LLaMA by one of its scores; plus: its variant that protects the first and the last blocks."""
+
+    def choose(case: Case) -> Candidate:
+        return baselines.shortened_llama(case.problem, case.setup.read(statistic), "Shortened LLaMA", plus=plus)
+
+    return Method(name, choose, statistic=statistic)

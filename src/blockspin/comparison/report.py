@@ -15,7 +15,7 @@ from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, write_csv
 from .figures import blocks_figure, energy_figure, hessian_figure, loss_figure, spectrum_figure, states_figure
 from .methods import PAPER
-from .run import Comparison, Row, averaged
+from .results import ORIGINAL, RANDOM, Comparison, Row, averaged
 
 _HEADINGS = (
     "goal",
@@ -90,7 +90,7 @@ def energy_names(comparison: Comparison) -> list[str]:
 
 def cells(row: Row, original: Row) -> list[str]:
     """A row as text, in the order of the headings; speed relative to the original of the same goal."""
-    several = row.method == "random" and not row.removed
+    several = row.method == RANDOM and not row.removed
     blocks = "several draws" if several else ranges(row.removed)
     merged = " merged " + " ".join(f"{lo}-{hi}" for lo, hi in row.windows) if row.windows else ""
     return [
@@ -118,7 +118,7 @@ def headings(rows: Sequence[Row]) -> list[str]:
 def text_rows(rows: Sequence[Row]) -> list[list[str]]:
     """The averaged rows as text; the original once for each goal."""
     shown = averaged(rows)
-    originals = {row.goal: row for row in shown if row.method == "original"}
+    originals = {row.goal: row for row in shown if row.method == ORIGINAL}
     return [cells(row, originals[row.goal]) for row in shown]
 
 

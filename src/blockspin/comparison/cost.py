@@ -1,0 +1,53 @@
+"""What finding a removal costs, in forward passes and seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..model.blocks import find_stack
+from ..model.residual import stream_of
+
+
+@dataclass
+class MethodCost:
+    """passes: forward passes of the whole model over the calibration samples that would cost as much; a backward pass
+    counts as one more through the activations and one more through the weights."""
+
+    passes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: MethodCost) -> MethodCost:
+        return MethodCost(self.passes + other.passes, self.seconds + other.seconds)
+
+
+@contextmanager
+def counted(model: nn.Module, tokens: int) -> Iterator[MethodCost]:
+    """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens."""
+    cost, started = MethodCost(), time.perf_counter()
+    layers = find_stack(model).layers
+
+    def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = stream_of(args, kwargs)  # (batch, length, width)
+        after = output[0] if isinstance(output, tuple) else output
+        if after is before:  # a bypassed block hands on the very tensor that it got
+            return
+
+        runs = 1
+        if after.requires_grad:
+            trains = any(parameter.requires_grad for parameter in layer.parameters())
+            runs += 2 if trains else 1
+        batch_tokens = after.shape[0] * after.shape[1]
+        cost.passes += runs * batch_tokens / len(layers) / tokens
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            handle = layer.register_forward_hook(count, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield cost
+    cost.seconds = time.perf_counter() - started

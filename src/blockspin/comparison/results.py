@@ -1,0 +1,148 @@
+"""What a comparison finds: choices, their measures, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.scores import Score, mean_scores
+from ..files import write_json
+from ..problem import Removal
+from .cost import MethodCost
+
+ORIGINAL = "original"  # the method that removes nothing
+RANDOM = "random"  # the method with several draws
+AVERAGED = ("loss", "kl", "agreement", "num_parameters", "num_bytes", "tokens_per_second", "passes", "seconds")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method removes for a goal ("8", "moe=2", "25%"), and what finding it cost.
+
+    windows: of sliding-window merging, the (lowest, highest) blocks that were merged into one.
+    """
+
+    method: str
+    goal: str
+    removed: Removal
+    energy: float | None
+    windows: tuple[tuple[int, int], ...]
+    passes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row(Choice):
+    """A choice with its measures on the evaluation samples; see `quality.Quality` and `perplexity.Evaluation`."""
+
+    loss: float
+    kl: float
+    agreement: float
+    num_parameters: int
+    num_bytes: int
+    tokens_per_second: float
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A removal of the landscape: both energies of it, and what it does on the selection samples.
+
+    drawn: the names of the energies whose low state it is, "random", or "original" for the whole model.
+    """
+
+    removed: Removal
+    energies: dict[str, float]
+    loss: float
+    kl: float
+    drawn: tuple[str, ...]
+
+
+@dataclass
+class Comparison:
+    """Everything `comparison.json` holds.
+
+    settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
+    landscape: by goal. left_out: "method, goal" -> why it has no result.
+    """
+
+    settings: dict[str, Any]
+    costs: dict[str, MethodCost] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    landscape: dict[str, list[Point]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def choices_for(self, goal: str) -> list[Choice]:
+        return [choice for choice in self.choices if choice.goal == goal]
+
+    def save(self, path: Path) -> None:
+        """Write the file whole."""
+        values = asdict(self)
+        for row, written in zip(self.rows, values["rows"], strict=True):
+            written["perplexity"] = row.perplexity
+        write_json(path, values)
+
+    @staticmethod
+    def load(path: Path) -> Comparison:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: the file is no comparison.
+        """
+        try:
+            values = json.loads(path.read_text())
+            landscape = {goal: [_point(v) for v in points] for goal, points in values["landscape"].items()}
+            return Comparison(
+                settings=values["settings"],
+                costs={name: MethodCost(**cost) for name, cost in values["costs"].items()},
+                choices=[Choice(**_typed(choice)) for choice in values["choices"]],
+                rows=[_row(row) for row in values["rows"]],
+                landscape=landscape,
+                left_out=values["left_out"],
+            )
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a comparison of blockspin ({error})") from error
+
+
+def averaged(rows: Sequence[Row]) -> list[Row]:
+    """One row for each method and goal: several draws become their mean, with no blocks; best loss first in a goal."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.goal, row.method), []).append(row)
+
+    means = []
+    for draws in groups.values():
+        if len(draws) == 1:
+            means += draws
+            continue
+        numbers = {name: sum(getattr(row, name) for row in draws) / len(draws) for name in AVERAGED}
+        scores = mean_scores([row.scores for row in draws])
+        means.append(replace(draws[0], **numbers, removed=(), energy=None, scores=scores))
+
+    goals = list(dict.fromkeys(row.goal for row in rows))
+    return sorted(means, key=lambda row: (goals.index(row.goal), row.method != ORIGINAL, row.loss))
+
+
+def _row(values: dict[str, Any]) -> Row:
+    known = {name: value for name, value in values.items() if name != "perplexity"}
+    scores = tuple(Score.from_json(score) for score in values["scores"])
+    return Row(**_typed({**known, "scores": scores}))
+
+
+def _point(values: dict[str, Any]) -> Point:
+    return Point(**{**values, "removed": tuple(values["removed"]), "drawn": tuple(values["drawn"])})
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists of a file as the tuples of a choice."""
+    windows = tuple((lo, hi) for lo, hi in values["windows"])
+    return {**values, "removed": tuple(values["removed"]), "windows": windows}
