@@ -1,4 +1,4 @@
-"""Progress bars with the time left, and messages; both on standard error, so that tables can be piped."""
+"""Progress bars with the time left, and messages: both on standard error, so that tables can be piped."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def bar(show: bool = True) -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int, done: int = 0, show: bool = True) -> Iterable[T]:
-    """Yield the items under a bar of `total` steps, of which `done` were made by an earlier run."""
+    """Yield the items under a progress bar of `total` steps, of which an earlier run made `done`."""
     if not show:
         yield from items
         return
+
     with bar() as progress:
         task = progress.add_task(description, total=total, completed=done)
         for item in items:

@@ -14,7 +14,7 @@ from conftest import Command, tiny_model
 from tiny import tiny_config, tiny_random_model
 
 from blockspin import prune_checkpoint, remove_blocks, text_perplexity
-from blockspin.evaluation.cost import costs_table, measure_costs
+from blockspin.evaluation.cost import Workload, costs_table, measure_costs
 from blockspin.evaluation.perplexity import TextPerplexity
 
 TEXT = "some words über and more words, in a row.\n" * 30
@@ -87,7 +87,7 @@ def test_cost_of_a_shortened_model() -> None:
     model = tiny_model("llama")
     shortened = remove_blocks(model, [1, 2])
     whole, short = measure_costs(
-        {"whole": model, "short": shortened}, [100, 60], length=16, new_tokens=4, rounds=1, progress=False
+        {"whole": model, "short": shortened}, [100, 60], Workload(length=16, new_tokens=4), rounds=1, progress=False
     )
     assert (whole.cache_bytes, short.cache_bytes) == (4 * 2 * 2 * 8 * 4, 2 * 2 * 2 * 8 * 4)
     assert whole.num_parameters - short.num_parameters == sum(
@@ -112,14 +112,14 @@ def test_only_attention_has_a_cache_that_grows() -> None:
     kinds = ["linear_attention", "moe", "full_attention", "linear_attention", "full_attention", "mlp"]
     model = tiny_random_model(tiny_config("nemotron_h", layers_block_type=kinds)).eval()
     models = {"whole": model, "less mamba": remove_blocks(model, [0]), "less attention": remove_blocks(model, [2])}
-    costs = measure_costs(models, [1, 1, 1], length=16, new_tokens=2, rounds=1, progress=False)
+    costs = measure_costs(models, [1, 1, 1], Workload(length=16, new_tokens=2), rounds=1, progress=False)
     whole, less_mamba, less_attention = (cost.cache_bytes for cost in costs)
     assert whole == less_mamba == 2 * less_attention > 0
 
 
 def test_prompts_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"holds 64 tokens.*--length"):
-        measure_costs({"m": tiny_model("llama")}, [1], length=64, new_tokens=1, progress=False)
+        measure_costs({"m": tiny_model("llama")}, [1], Workload(length=64, new_tokens=1), progress=False)
     with pytest.raises(ValueError, match="--rounds"):
         measure_costs({"m": tiny_model("llama")}, [1], rounds=0, progress=False)
 

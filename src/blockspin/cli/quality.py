@@ -48,6 +48,7 @@ def evaluate(
 
     Example: blockspin evaluate MODEL MODEL-without-8-blocks --tasks mmlu,gsm8k --text wikitext2 --cost
     """
+    from ..evaluation.cost import Workload
     from ..evaluation.nemo_skills import commands
     from ..evaluation.side_by_side import evaluate_side_by_side
 
@@ -57,7 +58,7 @@ def evaluate(
         return
 
     named = "tasks" in settings.values or "rollouts" in settings.values
-    batch = {} if config.batch_size == "auto" else {"batch_size": int(config.batch_size)}
+    batch_size = 1 if config.batch_size == "auto" else int(config.batch_size)
     result = evaluate_side_by_side(
         models,
         config,
@@ -65,7 +66,7 @@ def evaluate(
         samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
         texts=text or (),
         window=window,
-        cost={"length": length, "new_tokens": new_tokens, **batch} if cost else None,
+        cost=Workload(batch_size, length, new_tokens) if cost else None,
         show=show,
     )
     if out is not None:

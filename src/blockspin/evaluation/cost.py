@@ -1,11 +1,12 @@
-"""What a shortened model saves: size, key-value cache, prefill and decode speed, peak memory; each with its due."""
+"""What a shortened model saves: size on disk, key-value cache, prefill and decode speed, peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,22 @@ from ..model.loading import context_length
 from ..progress import track
 from ..tables import Column, Table, short
 
+FEW, MORE = 1, 3  # generated tokens of the two runs whose difference is the operations of decoding
+SHORTEST_SECONDS = 1e-9  # a decode that the clock does not see does not divide by zero
+_QUANTITIES = (
+    "parameters",
+    "on disk, bytes",
+    "cache, bytes a token",
+    "peak memory, bytes",
+    "prefill, tokens/s",
+    "  to be expected",
+    "decode, tokens/s",
+    "  to be expected",
+)
+
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Floating-point operations of attention for tensors of these shapes."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
@@ -30,13 +45,24 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 
 
 @dataclass(frozen=True)
-class ModelCost:
-    """What a model costs at a batch of `batch_size` prompts of `length` tokens and `new_tokens` generated ones.
+class Workload:
+    """What a model is timed on: `batch_size` prompts of `length` tokens, `new_tokens` more generated for each."""
 
-    num_bytes: of the weights on disk. cache_bytes: that one more token of one text adds to the key-value cache.
-    prefill, decode: tokens per second; compare them only within one run. prefill_flops, decode_flops: floating-point
-    operations in matrix products and attention for one token. peak_bytes: weights and what the run needed above them,
-    at most; on a CPU by resident memory, None where the system does not tell.
+    batch_size: int = 1
+    length: int = 512
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs on a workload.
+
+    num_bytes: size of the weights on disk.
+    cache_bytes: what one more token of one text adds to the key-value cache.
+    prefill, decode: tokens per second; compare them only within one run.
+    prefill_flops, decode_flops: floating-point operations in matrix products and attention for one token.
+    peak_bytes: the weights and the most that the run needed above them; on a CPU it is measured as resident memory, and
+    None where the system does not report that.
     """
 
     name: str
@@ -61,71 +87,102 @@ class ModelCost:
 def measure_costs(
     models: Mapping[str, PreTrainedModel],
     num_bytes: Sequence[int],
+    workload: Workload | None = None,
     *,
-    batch_size: int = 1,
-    length: int = 512,
-    new_tokens: int = 64,
     rounds: int = 5,
     progress: bool = True,
 ) -> list[ModelCost]:
-    """Cost of each named model; speeds are medians over rounds in which the models take turns.
+    """The cost of each named model; speeds are medians over rounds in which the models take turns.
 
-    A machine that slows down or speeds up does so for all of them. The first round warms up and is not counted.
-    num_bytes: of each model's weights on disk.
+    So a machine that slows down or speeds up does so for all of them.
+
+    num_bytes: size of each model's weights on disk.
 
     Raises:
         ValueError: a number is not positive, or prompt and answer exceed a model's context.
     """
-    for name, value in {"length": length, "new_tokens": new_tokens, "rounds": rounds, "batch_size": batch_size}.items():
+    workload = workload or Workload()
+    _check(models, workload, rounds)
+    batch_size, length, new_tokens = workload.batch_size, workload.length, workload.new_tokens
+    prompts = {name: _prompt(model, batch_size, length) for name, model in models.items()}
+    seconds = _seconds(models, prompts, new_tokens, rounds, progress)
+
+    costs = []
+    for (name, model), size in zip(models.items(), num_bytes, strict=True):
+        prompt = prompts[name]
+        prefill, decode = seconds[name]
+        prefill_flops = _flops(model, prompt, FEW)
+        decode_flops = (_flops(model, prompt, MORE) - prefill_flops) / (MORE - FEW)
+        cost = ModelCost(
+            name=name,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_bytes=size,
+            cache_bytes=_cache_bytes(model, prompt),
+            prefill=batch_size * length / prefill,
+            decode=batch_size * new_tokens / max(decode, SHORTEST_SECONDS),
+            prefill_flops=prefill_flops / (batch_size * length),
+            decode_flops=decode_flops / batch_size,
+            peak_bytes=_peak_bytes(model, prompt, 1 + new_tokens),
+            batch_size=batch_size,
+            length=length,
+            new_tokens=new_tokens,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+        )
+        costs.append(cost)
+    return costs
+
+
+def _check(models: Mapping[str, PreTrainedModel], workload: Workload, rounds: int) -> None:
+    """Refuse numbers that are not positive, and texts that a model cannot hold."""
+    for name, value in {**asdict(workload), "rounds": rounds}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value} (--{name.replace('_', '-')})")
+
+    # The prefill gives one token more than `new_tokens`.
+    length, new_tokens = workload.length, workload.new_tokens
     for name, model in models.items():
         longest = context_length(model.config)
         if longest is not None and length + new_tokens + 1 > longest:
             raise ValueError(
                 f"{name} holds {longest} tokens, not {length} and {new_tokens} new ones; give less with --length"
             )
-    prompts = {name: _prompt(model, batch_size, length) for name, model in models.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+
+
+def _seconds(
+    models: Mapping[str, PreTrainedModel],
+    prompts: Mapping[str, Tensor],
+    new_tokens: int,
+    rounds: int,
+    progress: bool,
+) -> dict[str, tuple[float, float]]:
+    """Seconds of each model's prefill, and of decoding `new_tokens` tokens: medians over the rounds."""
+    prefill, decode = defaultdict(list), defaultdict(list)
     for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
         for name, model in models.items():
-            seconds[name].append((_timed(model, prompts[name], 1), _timed(model, prompts[name], 1 + new_tokens)))
-    costs = []
-    for (name, model), size in zip(models.items(), num_bytes, strict=True):
-        prefill = statistics.median(first for first, _ in seconds[name][1:])
-        decode = statistics.median(both - first for first, both in seconds[name][1:])
-        first, more = (_flops(model, prompts[name], n) for n in (1, 3))
-        costs.append(
-            ModelCost(
-                name=name,
-                num_parameters=sum(p.numel() for p in model.parameters()),
-                num_bytes=size,
-                cache_bytes=_cache_bytes(model, prompts[name]),
-                prefill=batch_size * length / prefill,
-                decode=batch_size * new_tokens / max(decode, 1e-9),
-                prefill_flops=first / (batch_size * length),
-                decode_flops=(more - first) / (2 * batch_size),
-                peak_bytes=_peak_bytes(model, prompts[name], 1 + new_tokens),
-                batch_size=batch_size,
-                length=length,
-                new_tokens=new_tokens,
-                dtype=str(model.dtype).removeprefix("torch."),
-                device=model.device.type,
-            )
-        )
-    return costs
+            first = _timed(model, prompts[name], 1)  # the prefill gives the first token
+            whole = _timed(model, prompts[name], 1 + new_tokens)
+            prefill[name].append(first)
+            decode[name].append(whole - first)
+
+    # The first round warms up and is not counted.
+    medians = {}
+    for name in models:
+        medians[name] = statistics.median(prefill[name][1:]), statistics.median(decode[name][1:])
+    return medians
 
 
 def _prompt(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
-    size = model.config.get_text_config(decoder=True).vocab_size
+    """(batch_size, length) token ids, drawn at random: what they say does not change the cost."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(size, (batch_size, length), generator=generator).to(input_device(model))
+    return torch.randint(vocabulary, (batch_size, length), generator=generator).to(input_device(model))
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
-    """Greedy, and never stopping early."""
+    """Generate greedily, without stopping early."""
     with frozen(model), torch.no_grad():
-        model.generate(
+        tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
@@ -133,57 +190,72 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
             eos_token_id=None,
             pad_token_id=0,
             use_cache=True,
-        )[0, -1].item()  # waits for the device
+        )
+    tokens[0, -1].item()  # waits for the device
 
 
 def _timed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
+    """Seconds of a generation."""
     started = time.perf_counter()
     _generate(model, prompt, new_tokens)
     return time.perf_counter() - started
 
 
 def _flops(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int:
+    """Floating-point operations of a generation."""
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         _generate(model, prompt, new_tokens)
     return int(counter.get_total_flops())
 
 
 def _cache_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
-    """Growth of the cache with one more token, as it is; states of constant size do not count."""
-    ids, sizes = prompt[:1], []
-    for length in (max(1, ids.shape[1] // 2), max(2, ids.shape[1])):
-        tokens = ids.repeat(1, 2)[:, :length]
+    """How much the cache grows with one more token, measured; states of constant size do not grow."""
+    long = max(2, prompt.shape[1])
+    short = max(1, prompt.shape[1] // 2)
+    tokens = prompt[:1].repeat(1, 2)[:, :long]  # (1, long), also where the prompt is a single token
+
+    sizes = []
+    for length in (short, long):
         with frozen(model), torch.no_grad():
-            cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
-        sizes.append((length, sum(_tensors(cache, {}).values())))
-    (short, small), (long, large) = sizes
-    return round((large - small) / (long - short))
+            cache = model(input_ids=tokens[:, :length], use_cache=True).get("past_key_values")
+        sizes.append(sum(_tensor_bytes(cache).values()))
+    return round((sizes[1] - sizes[0]) / (long - short))
 
 
-def _tensors(value: Any, found: dict[int, int]) -> dict[int, int]:
-    """Bytes of every tensor in an object, each counted once."""
+def _tensor_bytes(value: Any) -> dict[int, int]:
+    """The bytes of every tensor inside an object, by the tensor's identity, so that each counts once."""
     if isinstance(value, Tensor):
-        found[id(value)] = value.numel() * value.element_size()
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _tensors(part, found)
+        return {id(value): value.numel() * value.element_size()}
+
+    parts: Iterable[Any] = ()
+    if isinstance(value, (list, tuple)):
+        parts = value
     elif isinstance(value, dict):
-        _tensors(list(value.values()), found)
+        parts = value.values()
     elif hasattr(value, "__dict__") and type(value).__module__.startswith("transformers"):
-        _tensors(list(vars(value).values()), found)
+        parts = vars(value).values()
+
+    found: dict[int, int] = {}
+    for part in parts:
+        found |= _tensor_bytes(part)
     return found
 
 
 def _peak_bytes(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int | None:
+    """The weights and the most that a generation needs above them; None where the system does not report that."""
     weights: int = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         _generate(model, prompt, new_tokens)
         return weights + int(torch.cuda.max_memory_allocated()) - before
+
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the run is served from memory that was freed, but not given back
+        # Memory that was freed, but not returned to the system, would serve the run unseen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again from here (Linux)
+
         before = _resident("VmRSS")
         _generate(model, prompt, new_tokens)
         return weights + max(0, _resident("VmHWM") - before)
@@ -192,35 +264,47 @@ def _peak_bytes(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int 
 
 
 def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    """A field of /proc/self/status in bytes; there it is in KiB, as in "VmRSS:   1234 kB"."""
+    status = Path("/proc/self/status").read_text()
+    _, _, rest = status.partition(f"{field}:")
+    return int(rest.split()[0]) * 1024
 
 
 def costs_table(costs: Sequence[ModelCost]) -> Table:
-    """Quantities down, models across; ratios to the first model, and those that the operations per token let expect."""
+    """Quantities down, models across, each relative to the first model.
+
+    Below a speed stands the ratio to be expected if speed depended on the number of operations alone.
+    """
     first = costs[0]
-    columns = [Column("", words=True), *(Column(cost.name) for cost in costs)]
+    columns = [Column("", words=True)]
+    cells = [_QUANTITIES]  # by column
+    for cost in costs:
+        columns.append(Column(cost.name))
+        cells.append(
+            (
+                _size(cost.num_parameters, first.num_parameters),
+                _size(cost.num_bytes, first.num_bytes),
+                _size(cost.cache_bytes, first.cache_bytes),
+                _size(cost.peak_bytes, first.peak_bytes),
+                _speed(cost.prefill, first.prefill),
+                f"{first.prefill_flops / cost.prefill_flops:.2f}x",
+                _speed(cost.decode, first.decode),
+                f"{first.decode_flops / cost.decode_flops:.2f}x",
+            )
+        )
+
     caption = f"batch {first.batch_size}, {first.length} tokens in, {first.new_tokens} out, "
     caption += f"{first.dtype} on {first.device}"
+    return Table(columns, list(zip(*cells, strict=True)), caption=caption)
 
-    def sizes(heading: str, numbers: Sequence[int | None]) -> list[str]:
-        cells = [
-            "unknown" if number is None else short(number) + (f" {number / numbers[0]:.0%}" if numbers[0] else "")
-            for number in numbers
-        ]
-        return [heading, *cells]
 
-    def speeds(heading: str, numbers: Sequence[float]) -> list[str]:
-        return [heading, *(f"{number:,.4g} {number / numbers[0]:.2f}x" for number in numbers)]
+def _size(number: int | None, first: int | None) -> str:
+    """A number, and what share of the first model's it is."""
+    if number is None:
+        return "unknown"
+    return f"{short(number)} {number / first:.0%}" if first else short(number)
 
-    rows = [
-        sizes("parameters", [cost.num_parameters for cost in costs]),
-        sizes("on disk, bytes", [cost.num_bytes for cost in costs]),
-        sizes("cache, bytes a token", [cost.cache_bytes for cost in costs]),
-        sizes("peak memory, bytes", [cost.peak_bytes for cost in costs]),
-        speeds("prefill, tokens/s", [cost.prefill for cost in costs]),
-        ["  to be expected", *(f"{first.prefill_flops / cost.prefill_flops:.2f}x" for cost in costs)],
-        speeds("decode, tokens/s", [cost.decode for cost in costs]),
-        ["  to be expected", *(f"{first.decode_flops / cost.decode_flops:.2f}x" for cost in costs)],
-    ]
-    return Table(columns, rows, caption=caption)
+
+def _speed(number: float, first: float) -> str:
+    """A speed, and how many times the first model's it is."""
+    return f"{number:,.4g} {number / first:.2f}x"

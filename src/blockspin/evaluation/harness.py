@@ -41,7 +41,7 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> dict[str, dict
 
 
 def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Any:
-    """The model as the harness wants it: an `lm_eval.api.model.LM`.
+    """The model as the harness takes it: an `lm_eval.api.model.LM`.
 
     Raises:
         ValueError: the model cannot be opened, or the backend is not installed or wants a model on disk.
@@ -49,12 +49,15 @@ def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokeniz
     _prepare()
     if config.backend == "vllm":
         return _open_with_vllm(model, config)
+
     from lm_eval.models.huggingface import HFLM
 
     if not isinstance(model, PreTrainedModel):
         model = load_model(
             model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=config.trust_remote_code
         )
+
+    # On a GPU the harness finds out what fits into the memory.
     batch_size = config.batch_size
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = CPU_BATCH_SIZE
@@ -62,7 +65,7 @@ def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokeniz
 
 
 def run(lm: Any, loaded: Mapping[str, Any], config: EvaluateConfig, rollouts: int = 0) -> dict[str, Any]:
-    """Run one entry of `find_tasks`; what `lm_eval.evaluate` returns, samples included.
+    """Run one entry of `find_tasks`; returns what `lm_eval.evaluate` returns, samples included.
 
     rollouts: answers sampled for each question with the settings' temperature and top-p; 0 is one greedy answer.
 
@@ -74,6 +77,7 @@ def run(lm: Any, loaded: Mapping[str, Any], config: EvaluateConfig, rollouts: in
     for name, task in loaded["tasks"].items():
         _set_up(task, config, rollouts)
         _check_generation(lm, name, task, rollouts)
+
     torch.manual_seed(config.seed)
     with _explained_memory(config.batch_size), redirect_stdout(sys.stderr):
         results: dict[str, Any] = evaluate(
@@ -107,13 +111,14 @@ def version() -> str:
 
 
 def _prepare() -> None:
-    """Check that the harness is there, and leave only its errors and progress bars on the screen."""
+    """Check that the harness is installed, and keep everything but its errors and progress bars off the screen."""
     version()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """The user's own tasks alone where they are enough: indexing all of the harness's takes more than ten seconds."""
+    """The harness's index of tasks: of the user's own alone where they are enough, because indexing all takes more than
+    ten seconds."""
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise ValueError(f"--include-path {include_path} is not a folder of task files")
@@ -131,6 +136,7 @@ def _indexed(include_path: str | None, include_defaults: bool) -> Any:
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
+    """A task with its data."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
@@ -139,21 +145,21 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"task {name} needs a package that is not installed: {first_line(error)}") from error
     except (DatasetNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        gated = isinstance(error, GatedRepoError) or "gated" in str(error).lower()
-        remedy = (
-            "accept its terms on its page and log in with `hf auth login`"
-            if gated
-            else "download it where there is a network, or give local task files with --include-path"
-        )
+        if isinstance(error, GatedRepoError) or "gated" in str(error).lower():
+            remedy = "accept its terms on its page and log in with `hf auth login`"
+        else:
+            remedy = "download it where there is a network, or give local task files with --include-path"
         raise ValueError(f"the data of task {name} cannot be loaded ({first_line(error)}); {remedy}") from error
     return loaded
 
 
 def _open_with_vllm(model: PreTrainedModel | str | Path, config: EvaluateConfig) -> Any:
+    """The harness's own wrapper of vLLM."""
     from lm_eval.api.registry import get_model
 
     if isinstance(model, PreTrainedModel):
         raise ValueError("--backend vllm opens models from disk; save this one first, or use --backend hf")
+
     arguments = {
         "pretrained": str(ordinary_source(model)),
         "dtype": config.dtype,
@@ -168,24 +174,31 @@ def _open_with_vllm(model: PreTrainedModel | str | Path, config: EvaluateConfig)
 
 
 def _set_up(task: Any, config: EvaluateConfig, rollouts: int) -> None:
-    """Settings into a task, by the rules of the harness's command line: a task without examples keeps none."""
-    generation: dict[str, Any] = {} if config.max_gen_tokens is None else {"max_gen_toks": config.max_gen_tokens}
+    """Put the settings into a task, as the harness's command line does."""
+    generation: dict[str, Any] = {}
+    if config.max_gen_tokens is not None:
+        generation["max_gen_toks"] = config.max_gen_tokens
     if rollouts:
         generation |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
         task.set_config("repeats", rollouts)
     if generation and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", generation, update=True)
+
+    # A task that is made to have no examples keeps none.
     own = task.get_config("num_fewshot")
     if own != 0:
-        task.set_config("num_fewshot", own or 0 if config.num_fewshot is None else config.num_fewshot)
+        asked = config.num_fewshot
+        task.set_config("num_fewshot", (own or 0) if asked is None else asked)
     task.set_fewshot_seed(FEWSHOT_SEED)
 
 
 def _check_generation(lm: Any, name: str, task: Any, rollouts: int) -> None:
+    """Refuse rollouts of a task that generates nothing, and answers that are longer than the model's context."""
     if task.OUTPUT_TYPE != "generate_until":
         if rollouts:
             raise ValueError(f"--rollouts needs tasks that generate text; {name} is {task.OUTPUT_TYPE}")
         return
+
     longest = task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks)
     if longest >= lm.max_length:
         raise ValueError(
@@ -196,12 +209,14 @@ def _check_generation(lm: Any, name: str, task: Any, rollouts: int) -> None:
 
 @contextmanager
 def _explained_memory(batch_size: int | str) -> Iterator[None]:
+    """Turn an error for want of memory into a ValueError with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
         if not known:
             raise
+
         smaller = 1 if batch_size == "auto" else int(batch_size) // 2
         remedy = f"try --batch-size {smaller}" if smaller else "spread the model with --device-map auto"
         raise ValueError(f"out of memory with --batch-size {batch_size}; {remedy}") from error

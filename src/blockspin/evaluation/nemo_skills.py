@@ -23,7 +23,7 @@ BENCHMARKS = {
 
 
 def commands(models: Sequence[str], config: EvaluateConfig) -> str:
-    """Shell commands that prepare the data, evaluate each model with as many rollouts, and summarise.
+    """Shell commands that prepare the data, evaluate each model with the same numbers of rollouts, and summarise.
 
     Raises:
         ValueError: NeMo-Skills has none of the tasks.
@@ -32,10 +32,18 @@ def commands(models: Sequence[str], config: EvaluateConfig) -> str:
     names = {task: BENCHMARKS[task] for task in config.tasks if task in BENCHMARKS}
     if not names:
         raise ValueError(f"NeMo-Skills has none of {', '.join(config.tasks)}; it has {', '.join(BENCHMARKS)} (--tasks)")
+
+    lines = []
     absent = [task for task in config.tasks if task not in names]
-    lines = [f"# not in NeMo-Skills: {', '.join(absent)}"] if absent else []
+    if absent:
+        lines.append(f"# not in NeMo-Skills: {', '.join(absent)}")
     lines.append(f"ns prepare_data {' '.join(dict.fromkeys(names.values()))}")
-    asked = ",".join(name + (f":{rollouts[task]}" if task in rollouts else "") for task, name in names.items())
+
+    # "gsm8k" is one greedy answer, "aime25:10" ten rollouts.
+    benchmarks = []
+    for task, name in names.items():
+        benchmarks.append(f"{name}:{rollouts[task]}" if task in rollouts else name)
+
     for model in models:
         out = f"nemo-skills-{Path(model).name}"
         options = [
@@ -43,12 +51,14 @@ def commands(models: Sequence[str], config: EvaluateConfig) -> str:
             "--server_type=vllm",
             "--server_gpus=1",
             f"--model={shlex.quote(model)}",
-            f"--benchmarks={asked}",
+            f"--benchmarks={','.join(benchmarks)}",
             f"--output_dir={shlex.quote(out)}",
         ]
         if rollouts:
             options += [f"++inference.temperature={config.temperature}", f"++inference.top_p={config.top_p}"]
         if config.max_gen_tokens is not None:
             options.append(f"++inference.tokens_to_generate={config.max_gen_tokens}")
-        lines += [" \\\n    ".join(["ns eval", *options]), f"ns summarize_results --cluster=local {shlex.quote(out)}"]
+
+        lines.append(" \\\n    ".join(["ns eval", *options]))
+        lines.append(f"ns summarize_results --cluster=local {shlex.quote(out)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a model is worth and what it costs: perplexity of samples and of texts, parameters, bytes, speed."""
+"""Perplexity of samples and of whole texts; a model's loss, size and speed as one row of a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Evaluation:
     loss: token-mean cross-entropy in nats, on the samples of the evaluation; perplexity is its exponential.
     num_bytes: size of the weights on disk.
     tokens_per_second: prefill throughput; compare it only within one run.
-    removed, energy: of the candidate, where the model is one. scores: on benchmark tasks, where some were asked for.
+    removed, energy: the blocks that are gone and their energy, where the model is a candidate.
+    scores: on benchmark tasks, where some were asked for.
     """
 
     name: str
@@ -55,16 +56,19 @@ class Evaluation:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Evaluation:
-        known = {name: value for name, value in values.items() if name != "perplexity"}
-        scores = tuple(Score.from_json(score) for score in values.get("scores", ()))
-        return Evaluation(**{**known, "removed": tuple(values["removed"]), "scores": scores})
+        known = dict(values)
+        known.pop("perplexity", None)  # computed from the loss
+        known["removed"] = tuple(values["removed"])
+        known["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
+        return Evaluation(**known)
 
 
 @dataclass(frozen=True)
 class TextPerplexity:
     """Perplexity of a text, cut into windows of `window` tokens that share none.
 
-    loss: nats per predicted token; the first token of a window is not predicted. num_tokens, num_bytes: of the text.
+    loss: nats per predicted token; the first token of a window is not predicted.
+    num_tokens, num_bytes: of the whole text.
     """
 
     text: str
@@ -106,17 +110,21 @@ def text_perplexity(
     window = min(window, context_length(model.config) or window)
     if window < 2:
         raise ValueError(f"a window has at least 2 tokens, not {window} (--window)")
+
     content = _read_text(text)
-    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-    whole = len(ids) // window
-    windows = list(ids[: whole * window].view(whole, window)) if whole else [ids]
+    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]  # (tokens,)
     if len(ids) < 2:
         raise ValueError(f"{text} has fewer than two tokens; give a longer text (--text)")
+
+    # A text that is shorter than a window is one window.
+    window_count = len(ids) // window
+    windows = list(ids[: window_count * window].view(window_count, window)) if window_count else [ids]
     loss = mean_loss(model, windows, batch_size)
     return TextPerplexity(str(text), loss, len(ids), len(content.encode()), window)
 
 
 def _read_text(text: str | Path) -> str:
+    """The content of a text file, or the test split of WikiText-2."""
     try:
         if str(text) != WIKITEXT2:
             return Path(text).read_text()
@@ -149,8 +157,9 @@ def tokens_per_second(
 
     The models take turns within each round, so that a machine that slows down or speeds up does so for all of them.
     """
-    batch = max(make_batches(samples, batch_size), key=lambda b: int(b.lengths.sum()))
+    batch = max(make_batches(samples, batch_size), key=lambda batch: int(batch.lengths.sum()))
     seconds: list[list[float]] = [[] for _ in models]
+
     with torch.no_grad():
         for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
             for model, times in zip(models, seconds, strict=True):
@@ -158,7 +167,10 @@ def tokens_per_second(
                     started = time.perf_counter()
                     batch.forward(model)[0, 0, 0].item()  # waits for the device
                     times.append(time.perf_counter() - started)
-    return [int(batch.lengths.sum()) / statistics.median(times[1:]) for times in seconds]
+
+    # The first round warms up and is not counted.
+    num_tokens = int(batch.lengths.sum())
+    return [num_tokens / statistics.median(times[1:]) for times in seconds]
 
 
 def evaluate_models(
@@ -176,13 +188,14 @@ def evaluate_models(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    losses = [
-        mean_loss(model, samples, batch_size)
-        for model in track(models.values(), "Evaluating", len(models), show=progress)
-    ]
+    losses = []
+    for model in track(models.values(), "Evaluating", len(models), show=progress):
+        losses.append(mean_loss(model, samples, batch_size))
     speeds = tokens_per_second(list(models.values()), samples, batch_size=batch_size, progress=progress)
-    return [
-        Evaluation(
+
+    rows = []
+    for (name, model), loss, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True):
+        row = Evaluation(
             name=name,
             num_blocks=len(find_blocks(model)),
             loss=loss,
@@ -190,8 +203,8 @@ def evaluate_models(
             num_bytes=size,
             tokens_per_second=speed,
         )
-        for (name, model), loss, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True)
-    ]
+        rows.append(row)
+    return rows
 
 
 def results_table(rows: Sequence[Evaluation]) -> Table:

@@ -1,12 +1,14 @@
-"""Scores on benchmark tasks: out of what the harness returns, their chance level, over rollouts, and as tables."""
+"""Scores on benchmark tasks: read from the harness's results, compared with guessing, averaged over rollouts."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ..tables import Column, Table
@@ -29,9 +31,10 @@ class Score:
     """The score of one model on one task.
 
     metric: as the harness names it, "acc_norm" or "exact_match (strict-match)".
-    value, stderr: of the metric; accuracies are between 0 and 1. chance: what guessing gets; None where that has no
-    meaning. num_samples: questions. rollouts: with repeated sampling the score of each rollout; `value` is their mean
-    and `stderr` its standard error.
+    value, stderr: of the metric; accuracies are between 0 and 1.
+    chance: what guessing gets; None where that has no meaning.
+    num_samples: number of questions.
+    rollouts: with repeated sampling the score of each rollout; `value` is their mean and `stderr` its standard error.
     """
 
     task: str
@@ -62,98 +65,121 @@ class Score:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Score:
-        known = {name: value for name, value in values.items() if name != "at_chance"}
-        return Score(**{**known, "rollouts": tuple(values["rollouts"])})
+        known = dict(values)
+        known.pop("at_chance", None)  # computed from the others
+        known["rollouts"] = tuple(values["rollouts"])
+        return Score(**known)
 
 
 def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
     """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member."""
+    # A group that the harness does not aggregate has no metrics of its own: its members are scored.
     outer = next((name for name in (task, *loaded["groups"]) if name in results["results"]), "")
-    names = [outer] if _metrics(results["results"].get(outer, {})) else list(loaded["tasks"])
+    aggregated = _metrics(results["results"].get(outer, {}))
+    names = [outer] if aggregated else list(loaded["tasks"])
+
     scores = []
     for name in names:
         group = loaded["groups"].get(name)
         members = [member.task_name for member in group.get_all_tasks()] if group else [name]
-        found = results["results"][name]
-        metrics = _metrics(found)
-        wanted = METRICS.get(name) or next((key for key in metrics if key.startswith("acc_norm,")), next(iter(metrics)))
-        metric, chosen = wanted.split(",")
-        stderr = found.get(f"{metric}_stderr,{chosen}")
-        scores.append(
-            Score(
-                task=name,
-                metric=metric if chosen == "none" else f"{metric} ({chosen})",
-                value=float(found[wanted]),
-                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                chance=_chance(results, members, group, metric, chosen),
-                num_samples=sum(results["n-samples"][member]["effective"] for member in members),
-                num_fewshot=int(results["n-shot"].get(name, results["n-shot"][members[0]])),
-            )
+        values = results["results"][name]
+        key = _chosen_metric(name, _metrics(values))
+        metric, chosen = key.split(",")  # the metric and the harness's filter, "none" for no filter
+        stderr = values.get(f"{metric}_stderr,{chosen}")
+
+        score = Score(
+            task=name,
+            metric=metric if chosen == "none" else f"{metric} ({chosen})",
+            value=float(values[key]),
+            stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+            chance=_chance(results, members, group, metric, chosen),
+            num_samples=sum(results["n-samples"][member]["effective"] for member in members),
+            num_fewshot=int(results["n-shot"].get(name, results["n-shot"][members[0]])),
         )
+        scores.append(score)
     return scores
 
 
-def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in found.items()
-        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
-    }
+def _metrics(values: Mapping[str, Any]) -> list[str]:
+    """The keys of the metrics among the harness's results of a task: "acc,none", without their standard errors."""
+    numbers = [key for key, value in values.items() if isinstance(value, (int, float))]
+    return [key for key in numbers if "," in key and "_stderr," not in key]
+
+
+def _chosen_metric(task: str, metrics: Sequence[str]) -> str:
+    """What a task is scored by: its entry in METRICS, else acc_norm, else the first metric it reports."""
+    if task in METRICS:
+        return METRICS[task]
+    normalised = [key for key in metrics if key.startswith("acc_norm,")]
+    return normalised[0] if normalised else metrics[0]
 
 
 def _chance(results: Mapping[str, Any], members: Sequence[str], group: Any, metric: str, chosen: str) -> float | None:
     """What guessing gets, from the questions themselves; in a group weighted as the scores are."""
     if metric not in ("acc", "acc_norm", "exact_match"):
         return None
-    levels = []
+
+    levels = []  # for each member those of its questions
     for member in members:
         kind = results["configs"][member]["output_type"]
         levels.append([_guess(s, kind) for s in results["samples"][member] if s["filter"] == chosen])
+
     if group is None or group.aggregate_metric_list[0].weight_by_size:
-        return statistics.fmean(level for member in levels for level in member)
-    return statistics.fmean(statistics.fmean(member) for member in levels)
+        return statistics.fmean(chain.from_iterable(levels))
+    return statistics.fmean(map(statistics.fmean, levels))
 
 
 def _guess(sample: Mapping[str, Any], output_type: str) -> float:
     """1 / number of choices; 0 for a question with a free answer."""
     if output_type == "multiple_choice":
         return 1 / len(sample["arguments"])
-    doc = sample["doc"]
-    listed = doc.get("choices")
-    numbered = sum(f"choice{i}" in doc for i in range(1, 20))  # GPQA
+
+    # A question whose answer is written freely may list its choices, or number them as GPQA does.
+    question = sample["doc"]
+    listed = question.get("choices")
+    numbered = sum(re.fullmatch(r"choice\d+", key) is not None for key in question)
     choices = len(listed) if isinstance(listed, list) else numbered
     return 1 / choices if choices else 0.0
 
 
 def over_rollouts(score: Score, loaded: Mapping[str, Any], rollouts: int) -> Score:
-    """The score of each rollout alone, then their mean and its standard error.
+    """The score of each rollout, their mean and its standard error.
 
-    The harness keeps every answer but scores the first; here its filters and metric see one rollout after the other.
+    The harness keeps every answer but scores only the first; here its filters and its metric are applied to one rollout
+    after the other.
     """
     metric, _, chosen = score.metric.rstrip(")").partition(" (")
     tasks = [loaded["tasks"][score.task]] if score.task in loaded["tasks"] else list(loaded["tasks"].values())
-    answers = {id(instance): list(instance.resps) for task in tasks for instance in task.instances}
+    answers: dict[int, list[str]] = {}  # of each request, in the order of rollouts
+    for task in tasks:
+        answers |= {id(instance): list(instance.resps) for instance in task.instances}
+
     values = []
     for k in range(rollouts):
-        hits = [hit for task in tasks for hit in _values(task, answers, k, metric, chosen or "none")]
+        hits: list[float] = []
+        for task in tasks:
+            hits += _question_values(task, answers, k, metric, chosen or "none")
         values.append(statistics.fmean(hits))
+
     if rollouts == 1:
         return replace(score, rollouts=tuple(values))
     stderr = statistics.stdev(values) / math.sqrt(rollouts)
     return replace(score, value=statistics.fmean(values), stderr=stderr, rollouts=tuple(values))
 
 
-def _values(task: Any, answers: Mapping[int, list[str]], k: int, metric: str, chosen: str) -> list[float]:
+def _question_values(task: Any, answers: Mapping[int, list[str]], k: int, metric: str, chosen: str) -> list[float]:
     """The metric of each question of a task for the k-th answers."""
     questions = defaultdict(list)
     for instance in task.instances:
         instance.resps = [answers[id(instance)][k]]
         questions[instance.doc_id].append(instance)
     task.apply_filters()
-    return [
-        float(task.process_results(group[0].doc, [instance.filtered_resps[chosen] for instance in group])[metric])
-        for group in questions.values()
-    ]
+
+    values = []
+    for requests in questions.values():
+        filtered = [request.filtered_resps[chosen] for request in requests]
+        values.append(float(task.process_results(requests[0].doc, filtered)[metric]))
+    return values
 
 
 def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
@@ -161,6 +187,7 @@ def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
     columns = [Column("task", words=True), Column("metric", words=True), Column("questions"), Column("guessing")]
     columns += [Column(name) for name in scores]
 
+    # Tasks down: the i-th score of every model is on the same task.
     rows = []
     first = next(iter(scores.values()))
     for i, score in enumerate(first):
@@ -175,11 +202,10 @@ def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
 
 
 def mean_scores(drawn: Sequence[tuple[Score, ...]]) -> tuple[Score, ...]:
-    """The mean of several models' scores, task by task; the standard errors as of independent measurements."""
-
-    def mean(scores: tuple[Score, ...]) -> Score:
+    """The mean of several models' scores, task by task; their standard errors count as independent."""
+    means = []
+    for scores in zip(*drawn, strict=True):
         errors = [score.stderr for score in scores if score.stderr is not None]
         stderr = math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None
-        return replace(scores[0], value=statistics.fmean(score.value for score in scores), stderr=stderr)
-
-    return tuple(mean(scores) for scores in zip(*drawn, strict=True))
+        means.append(replace(scores[0], value=statistics.fmean(score.value for score in scores), stderr=stderr))
+    return tuple(means)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..files import replacing, write_json
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..surgery.checkpoint import checkpoint_bytes
 from ..tables import Table
-from .cost import ModelCost, costs_table, measure_costs
+from .cost import ModelCost, Workload, costs_table, measure_costs
 from .perplexity import (
     Evaluation,
     TextPerplexity,
@@ -27,12 +27,14 @@ from .perplexity import (
 from .scores import Score, scores_table
 from .tasks import check_tasks, evaluate_tasks, result_files
 
+BATCH_SIZE = 8  # samples that are run together, where the settings leave it open
+
 
 @dataclass
 class SideBySide:
     """What was measured; empty where it was not asked for.
 
-    models: short name -> hub id or folder; everything else is by the short names.
+    models: short name -> hub id or folder. Texts and scores are by the short names, the lists in the order of models.
     """
 
     models: dict[str, str]
@@ -43,23 +45,24 @@ class SideBySide:
 
     def as_json(self) -> list[dict[str, Any]]:
         """One entry for each model."""
-        rows = []
+        entries = []
         for i, (name, source) in enumerate(self.models.items()):
-            row: dict[str, Any] = {"name": name, "model": source}
+            entry: dict[str, Any] = {"name": name, "model": source}
             if self.evaluations:
-                row |= self.evaluations[i].as_json()
+                entry |= self.evaluations[i].as_json()
             if self.texts:
-                row["texts"] = [text.as_json() for text in self.texts[name]]
+                entry["texts"] = [text.as_json() for text in self.texts[name]]
             if self.costs:
-                row["cost"] = self.costs[i].as_json()
+                entry["cost"] = self.costs[i].as_json()
             if self.scores:
-                row["scores"] = [score.as_json() for score in self.scores[name]]
-            rows.append(row)
-        return rows
+                entry["scores"] = [score.as_json() for score in self.scores[name]]
+            entries.append(entry)
+        return entries
 
     def save(self, path: Path) -> None:
-        """The JSON at `path`, and what is not samples as Markdown beside it."""
+        """Write everything as JSON to `path`; texts, costs and scores also as Markdown beside it."""
         write_json(path, self.as_json())
+
         tables = []
         if self.texts:
             tables.append(texts_table(self.texts))
@@ -67,6 +70,7 @@ class SideBySide:
             tables.append(costs_table(self.costs))
         if self.scores:
             tables.append(scores_table(self.scores))
+
         if tables:
             with replacing(path.with_suffix(".md")) as temporary:
                 temporary.write_text("\n".join(table.markdown() for table in tables))
@@ -80,47 +84,43 @@ def evaluate_side_by_side(
     samples: Sequence[Tensor] = (),
     texts: Sequence[str] = (),
     window: int = 2048,
-    cost: dict[str, Any] | None = None,
+    cost: Workload | None = None,
     show: Callable[[Table], None] = lambda table: None,
 ) -> SideBySide:
     """Measure what is asked for; the first model is the one to compare with.
 
-    tasks: score on the tasks of the settings. samples: for perplexity and speed as in a run's report. texts, window: as
-    in `text_perplexity`. cost: arguments of `measure_costs`, None for no costs. show: is given each table as soon as it
-    is there, so that it is seen even if something later fails.
     Samples and costs hold all models in memory, since they take turns; texts and tasks one at a time.
 
+    tasks: score the models on the tasks of the settings.
+    samples: token samples for perplexity and speed, as in a run's report.
+    texts, window: as in `text_perplexity`.
+    cost: what to measure the costs on; None for no costs.
+    show: is given each table as soon as it is measured, so that it is seen even if something later fails.
+
     Raises:
-        ValueError: a model, a text or a task cannot be had, or does not go with the settings.
+        ValueError: a model, a text or a task cannot be loaded, or does not go with the settings.
     """
     remote = config.trust_remote_code
     result = SideBySide(short_names(models))
-    for source in result.models.values():
-        load_config(source, trust_remote_code=remote)
-    tokenizers = {name: load_tokenizer(source, trust_remote_code=remote) for name, source in result.models.items()}
-    if tasks:
-        _check(result.models, tokenizers, config)
-    batch_size = 8 if config.batch_size == "auto" else int(config.batch_size)
 
-    def load(source: str) -> Any:
-        return load_model(source, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    # Whatever can be refused is refused before anything is measured.
+    tokenizers = {}
+    for name, source in result.models.items():
+        load_config(source, trust_remote_code=remote)
+        tokenizers[name] = load_tokenizer(source, trust_remote_code=remote)
+    if tasks:
+        _check_tasks(result.models, tokenizers, config)
 
     if samples or cost is not None:
-        sizes = [checkpoint_bytes(source, trust_remote_code=remote) for source in result.models.values()]
-        loaded = {name: load(source) for name, source in result.models.items()}
-        if samples:
-            result.evaluations = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
-            show(results_table(result.evaluations))
-        if cost is not None:
-            result.costs = measure_costs(loaded, sizes, **cost)
-            show(costs_table(result.costs))
-        del loaded
+        _measure_together(result, config, samples, cost, show)
+
     if texts:
         for name, source in result.models.items():
-            model = load(source)
+            model = _load(source, config)
             result.texts[name] = [text_perplexity(model, tokenizers[name], text, window=window) for text in texts]
-            del model
+            del model  # before the next one is loaded
         show(texts_table(result.texts))
+
     if tasks:
         for name, source in result.models.items():
             result.scores[name] = evaluate_tasks(source, config, tokenizers[name])
@@ -128,16 +128,47 @@ def evaluate_side_by_side(
     return result
 
 
+def _measure_together(
+    result: SideBySide,
+    config: EvaluateConfig,
+    samples: Sequence[Tensor],
+    cost: Workload | None,
+    show: Callable[[Table], None],
+) -> None:
+    """What is measured in turns, with all models in memory."""
+    remote = config.trust_remote_code
+    sizes = [checkpoint_bytes(source, trust_remote_code=remote) for source in result.models.values()]
+    loaded = {name: _load(source, config) for name, source in result.models.items()}
+
+    if samples:
+        batch_size = BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size)
+        result.evaluations = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
+        show(results_table(result.evaluations))
+    if cost is not None:
+        result.costs = measure_costs(loaded, sizes, cost)
+        show(costs_table(result.costs))
+
+
+def _load(source: str, config: EvaluateConfig) -> PreTrainedModel:
+    return load_model(
+        source, dtype=config.dtype, device_map=config.device_map, trust_remote_code=config.trust_remote_code
+    )
+
+
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """The last part of each path or hub id -> the whole; the whole where two would be called the same."""
-    last = [Path(model).name for model in models]
-    return {name if last.count(name) == 1 else model: model for name, model in zip(last, models, strict=True)}
+    """A name for each path or hub id: its last part, or the whole where two would have the same name."""
+    last_parts = [Path(model).name for model in models]
+    named = {}
+    for model, last in zip(models, last_parts, strict=True):
+        name = last if last_parts.count(last) == 1 else model
+        named[name] = model
+    return named
 
 
-def _check(
+def _check_tasks(
     models: Mapping[str, str], tokenizers: Mapping[str, PreTrainedTokenizerBase], config: EvaluateConfig
 ) -> None:
-    """Refuse what some model could not be scored on before any is; results kept on disk need no check."""
+    """Refuse tasks that some model cannot be scored on. Tasks whose results are kept on disk need no check."""
     for name, source in models.items():
         files = result_files(source, tokenizers[name], config)
         missing = [task for task in config.tasks if task not in files or not files[task].is_file()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import harness
 from .scores import Score, extract_scores, over_rollouts
 
 _DECIDING = ("limit", "num_fewshot", "apply_chat_template", "backend", "max_gen_tokens", "dtype")
+_KEPT = ("results", "versions", "n-shot", "n-samples", "configs")  # of what the harness returns
 
 
 def evaluate(
@@ -47,23 +49,26 @@ def evaluate(
 def evaluate_tasks(
     model: PreTrainedModel | str | Path, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Score]:
-    """`evaluate` with settings in one piece."""
+    """As `evaluate`, with the settings as one value."""
     if tokenizer is None:
         source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+
+    # Only the tasks whose results are not kept on disk need the model.
     files = result_files(model, tokenizer, config)
     known = {task: _read(file) for task, file in files.items() if file.is_file()}
     missing = [task for task in config.tasks if task not in known]
     if missing:
         loaded = check_tasks(missing, config, tokenizer)
         lm = harness.open_model(model, tokenizer, config)
+
     for number, task in enumerate(missing, 1):
         known[task], results = _score(lm, loaded.pop(task), task, config)
         for score in known[task]:
             console.print(f"{score.task} {score.as_text()}, task {number} of {len(missing)}", highlight=False)
         if task in files:
             write_json(files[task], {"scores": [score.as_json() for score in known[task]], "results": results})
-    return [score for task in config.tasks for score in known[task]]
+    return list(chain.from_iterable(known[task] for task in config.tasks))
 
 
 def check_tasks(
@@ -82,13 +87,14 @@ def check_tasks(
 def scorer(
     config: CompressConfig, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Callable[[PreTrainedModel], tuple[Score, ...]]:
-    """A function that scores models on the tasks of a run, checked now; without tasks it returns nothing.
+    """A function that scores models on the tasks of a run; the tasks are checked now. Without tasks it returns nothing.
 
     Raises:
         ValueError: as `check_tasks`.
     """
     if not config.tasks:
         return lambda model: ()
+
     shared = {f.name: getattr(config, f.name) for f in fields(TaskSettings)}
     settings = EvaluateConfig(**shared, cache=str(cache), trust_remote_code=config.trust_remote_code)
     check_tasks(settings.tasks, settings, tokenizer)
@@ -98,9 +104,13 @@ def scorer(
 def result_files(
     model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
 ) -> dict[str, Path]:
-    """Where the result of each task is kept: under its name and a digest of all that decides it; {} without a cache."""
+    """Task -> the file of its result, named by the task and a digest of everything that decides the result.
+
+    Empty where the settings keep no results.
+    """
     if config.cache is None:
         return {}
+
     shared = {
         "model": fingerprint.of_model(model, trust_remote_code=config.trust_remote_code),
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
@@ -109,6 +119,7 @@ def result_files(
         "gpu": torch.cuda.is_available(),
         **{name: getattr(config, name) for name in _DECIDING},
     }
+
     files = {}
     for task in config.tasks:
         rollouts = dict(config.rollouts).get(task, 0)
@@ -119,6 +130,7 @@ def result_files(
 
 
 def _read(file: Path) -> list[Score]:
+    """The scores in the file of a result."""
     try:
         return [Score.from_json(values) for values in json.loads(file.read_text())["scores"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -128,11 +140,13 @@ def _read(file: Path) -> list[Score]:
 
 
 def _score(lm: Any, loaded: dict[str, Any], task: str, config: EvaluateConfig) -> tuple[list[Score], dict[str, Any]]:
-    """The scores, and the numbers of the harness that they come from."""
+    """The scores, and the harness's own results that they come from."""
     rollouts = dict(config.rollouts).get(task, 0)
     results = harness.run(lm, loaded, config, rollouts)
     scores = extract_scores(results, loaded, task)
     if rollouts:
         scores = [over_rollouts(score, loaded, rollouts) for score in scores]
-    kept = ("results", "versions", "n-shot", "n-samples", "configs")
-    return scores, json.loads(json.dumps({name: results[name] for name in kept}, default=str))
+
+    # As they will be read back: what JSON does not know becomes text.
+    kept = {name: results[name] for name in _KEPT}
+    return scores, json.loads(json.dumps(kept, default=str))
