@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_IGNORED = -100  # the label that `cross_entropy` leaves out
+_SEED_STRIDE = 1_000_003  # apart by a prime, so that the seeds of samples and of runs do not meet
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -27,7 +30,7 @@ class Batch:
         """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster."""
         device = input_device(model)
         positions = torch.arange(self.token_ids.shape[1])
-        mask = (positions < self.lengths[:, None]).long()
+        mask = (positions < self.lengths[:, None]).long()  # (batch, length)
         padded = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
         logits: Tensor = model(input_ids=self.token_ids.to(device), use_cache=False, **padded).logits
         return logits
@@ -54,13 +57,14 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
     for i, sample in enumerate(samples):
         if sample.ndim != 1 or len(sample) < 2:
             raise ValueError(f"sample {i} has shape {tuple(sample.shape)}; a sample is 1-D with at least two tokens")
+
     order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
     batches = []
     for start in range(0, len(order), batch_size):
         indices = tuple(order[start : start + batch_size])
         rows = [samples[i] for i in indices]
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        batches.append(Batch(indices, token_ids, torch.tensor([len(row) for row in rows])))
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (batch, length)
+        batches.append(Batch(indices, token_ids, torch.tensor(list(map(len, rows)))))
     return batches
 
 
@@ -72,6 +76,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     model.eval()
     for p in trainable:
         p.requires_grad_(False)
+
     try:
         yield
     finally:
@@ -86,12 +91,14 @@ def sample_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) ->
 
     labels: (batch, length) other labels, the one at position t for the token after t.
     """
-    lengths = batch.lengths.to(logits.device)
     if labels is None:
         labels = nn.functional.pad(batch.token_ids[:, 1:], (0, 1))  # the label of a token is its successor
-    last = lengths[:, None] - 1
-    labels = labels.to(logits.device)
-    labels = labels.masked_fill(torch.arange(labels.shape[1], device=logits.device) >= last, -100)
+
+    # The last token of a sample and the padding after it predict nothing.
+    lengths = batch.lengths.to(logits.device)
+    positions = torch.arange(labels.shape[1], device=logits.device)
+    labels = labels.to(logits.device).masked_fill(positions >= lengths[:, None] - 1, _IGNORED)  # (batch, length)
+
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="none")
     return losses.view_as(labels).sum(dim=1) / (lengths - 1)
@@ -101,10 +108,12 @@ def drawn_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
     """(batch, length) tokens drawn from the model's own predictions; those of a sample depend on nothing but it."""
     rows = []
     for row, index in zip(logits.detach(), batch.indices, strict=True):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + index)
-        uniform = torch.rand(row.shape[0], 1, generator=generator).to(row.device)
-        cumulated = row.softmax(-1, dtype=torch.float32).cumsum(-1)
-        drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
+        generator = torch.Generator().manual_seed(_SEED_STRIDE * seed + index)
+        uniform = torch.rand(row.shape[0], 1, generator=generator).to(row.device)  # (length, 1)
+
+        # By inversion of the distribution function, whose last value is 1 only to rounding.
+        cumulated = row.softmax(-1, dtype=torch.float32).cumsum(-1)  # (length, vocabulary)
+        drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])  # (length, 1)
         rows.append(drawn[:, 0].clamp(max=row.shape[-1] - 1))
     return torch.stack(rows)
 
@@ -128,7 +137,7 @@ def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) 
     total, tokens = 0.0, 0
     with frozen(model), torch.no_grad():
         for batch in make_batches(samples, batch_size):
-            losses = sample_losses(batch.forward(model), batch).double().cpu()
+            losses = sample_losses(batch.forward(model), batch).double().cpu()  # (batch,)
             check_finite(losses, batch)
             total += float((losses * (batch.lengths - 1)).sum())
             tokens += int((batch.lengths - 1).sum())

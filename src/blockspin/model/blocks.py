@@ -15,6 +15,9 @@ from ..problem import Block, Removal
 # Settings that hold the number of layers.
 DEPTH = re.compile(r"^(num|n)_(hidden_|decoder_)?(layers?|blocks)$|^decoder_layers$")
 
+_ENCODER_DEPTH = re.compile(r"^(num_)?encoder_layers$")
+_IMAGE_FEATURES = "deepstack"  # in the names of the settings and arguments for image features between blocks
+
 # What a module is, in the order of the parts of a kind: by its own name and class (the family's name left out), or by
 # the names of what is inside it.
 _MIXERS = (
@@ -50,39 +53,48 @@ def find_stack(model: nn.Module) -> Stack:
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    both = config.is_encoder_decoder or text.is_encoder_decoder
-    if both or any(re.search(r"^(num_)?encoder_layers$", name) for name in vars(text)):
+    has_encoder = any(_ENCODER_DEPTH.search(setting) for setting in vars(text))
+    if config.is_encoder_decoder or text.is_encoder_decoder or has_encoder:
         raise ValueError(
             f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
         )
-    depths = {value for name, value in vars(text).items() if DEPTH.search(name)}
-    depths.add(getattr(text, "num_hidden_layers", None))
-    foreign = tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if name
-        and isinstance(getattr(module, "config", None), PretrainedConfig)
-        and type(module.config) not in (type(config), type(text))
-    )
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) in depths and not name.startswith(foreign)
-    ]
+
+    depths = {getattr(text, "num_hidden_layers", None)}
+    for setting, value in vars(text).items():
+        if DEPTH.search(setting):
+            depths.add(value)
+
+    # An image encoder may be as deep as the decoder; it is known by a configuration of another class.
+    stacks: dict[str, nn.ModuleList] = {}
+    foreign: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        own_config = getattr(module, "config", None)
+        if name and isinstance(own_config, PretrainedConfig) and type(own_config) not in (type(config), type(text)):
+            foreign += (f"{name}.",)
+
+        if isinstance(module, nn.ModuleList) and len(module) in depths and not name.startswith(foreign):
+            stacks[name] = module
+
     if not stacks:
         raise ValueError(
             f"no removable blocks found in {type(model).__name__}: it has no list of as many layers as its "
             "configuration says; blockspin shortens decoder-only transformers"
         )
-    name, stack = max(stacks, key=lambda stack: _num_parameters([stack[1]]))
-    parent = name.rpartition(".")[0]
-    others = [other for other, module in stacks if other.rpartition(".")[0] == parent and len(module) == len(stack)]
-    if any(_num_parameters([model.get_submodule(other)]) for other in others if other != name):
+
+    # Of the lists that are left the stack holds the most; a list beside it may hold the other parts of its layers.
+    name = max(stacks, key=lambda name: _num_parameters(stacks[name]))
+    parts = []
+    for other, module in stacks.items():
+        beside = _parent(other) == _parent(name) and len(module) == len(stacks[name])
+        if beside and _num_parameters(module):
+            parts.append(other)
+
+    if len(parts) > 1:
         raise ValueError(
-            f"the layers of {type(model).__name__} are spread over the lists {', '.join(others)}; "
+            f"the layers of {type(model).__name__} are spread over the lists {', '.join(parts)}; "
             "blockspin removes blocks that are modules of their own"
         )
-    return Stack(name, stack)
+    return Stack(name, stacks[name])
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -92,15 +104,19 @@ def find_blocks(model: nn.Module) -> list[Block]:
         ValueError: no stack of layers was found.
     """
     layers = find_stack(model).layers
-    return [Block(i, _kind(layer), _num_parameters([layer])) for i, layer in enumerate(layers)]
+    return [Block(i, _kind(layer), _num_parameters(layer)) for i, layer in enumerate(layers)]
 
 
 def other_lists(model: nn.Module) -> list[str]:
     """Names of the lists of layers outside the stack that are called like it, such as those of an image encoder."""
     stack = find_stack(model).name
-    last = stack.rpartition(".")[2]
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return [name for name in lists if name.rpartition(".")[2] == last and not f"{name}.".startswith(f"{stack}.")]
+    found = []
+    for name, module in model.named_modules():
+        called_alike = name.rpartition(".")[2] == stack.rpartition(".")[2]
+        inside = f"{name}.".startswith(f"{stack}.")
+        if isinstance(module, nn.ModuleList) and called_alike and not inside:
+            found.append(name)
+    return found
 
 
 def looks_at_images(block: Block) -> bool:
@@ -117,22 +133,31 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
         ValueError: without the removed blocks this would not hold, or it cannot be told where features are added.
     """
     looking = [block.index for block in find_blocks(model) if looks_at_images(block)]
-    if seeing := sorted({*looking} & {*removed}):
+    seeing = sorted({*looking} & {*removed})
+    if seeing:
         raise ValueError(
             f"the blocks {seeing} of {type(model).__name__} attend to images; what they do shows on no text, so "
             f"blockspin does not remove them; protect {looking} (--protect)"
         )
-    parent = model.get_submodule(find_stack(model).name.rpartition(".")[0])
-    config: Any = model.config
-    if not any("deepstack" in name for name in inspect.signature(parent.forward).parameters):
+
+    # Models of this kind (DeepStack, arXiv 2406.04334) take the features as an argument of the decoder.
+    decoder = model.get_submodule(_parent(find_stack(model).name))
+    if not any(_IMAGE_FEATURES in name for name in inspect.signature(decoder.forward).parameters):
         return
-    places = [value for name, value in _named_values(config.to_dict()) if "deepstack" in name and value]
-    if not all(isinstance(value, list | tuple) and all(type(i) is int for i in value) for value in places):
-        raise ValueError(
-            f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
-            "blockspin cannot move them to others"
-        )
-    first = max(map(len, places), default=0)  # as many features, one after each of the first blocks
+
+    # As many features, one after each of the first blocks.
+    first = 0
+    config: Any = model.config
+    for setting, value in _settings(config.to_dict()):
+        if _IMAGE_FEATURES not in setting or not value:
+            continue
+        if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+            raise ValueError(
+                f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
+                "blockspin cannot move them to others"
+            )
+        first = max(first, len(value))
+
     moved = [i for i in removed if i < first]
     if moved:
         raise ValueError(
@@ -141,12 +166,12 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
         )
 
 
-def _named_values(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a configuration and of those inside it."""
-    for name, value in values.items():
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a configuration and of those inside it."""
+    for name, value in config.items():
         yield str(name), value
         if isinstance(value, dict):
-            yield from _named_values(value)
+            yield from _settings(value)
 
 
 def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
@@ -155,7 +180,7 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
     Raises:
         ValueError: an index is out of range or repeated, or no block would be left.
     """
-    indices = sorted(int(i) for i in removed)
+    indices = sorted(map(int, removed))
     if len(set(indices)) != len(indices):
         raise ValueError(f"blocks are named twice in the removal {indices}")
     if indices and not 0 <= indices[0] <= indices[-1] < num_blocks:
@@ -167,10 +192,19 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
 
 def _kind(layer: nn.Module) -> str:
     """The mixers inside the block, e.g. "attention+mlp"; "block" where none is recognised."""
-    file = type(layer).__module__
-    classes = sorted({type(module).__name__ for module in layer.modules() if type(module).__module__ == file})
-    alike = [a == b for a, b in zip(classes[0], classes[-1], strict=False)]
-    family = classes[0][: [*alike, False].index(False)] if len(classes) > 1 else ""
+    classes = set()
+    for module in layer.modules():
+        if type(module).__module__ == type(layer).__module__:
+            classes.add(type(module).__name__)
+
+    # What the names of all its classes begin with is the name of the family ("Qwen3") and says nothing of one of them.
+    family = ""
+    if len(classes) > 1:
+        for first, last in zip(min(classes), max(classes), strict=False):
+            if first != last:
+                break
+            family += first
+
     found = set(_mixers(layer, family))
     return "+".join(kind for kind in _ORDER if kind in found) or "block"
 
@@ -179,16 +213,28 @@ def _mixers(module: nn.Module, family: str) -> Iterator[str]:
     """What the children of a module are; children that are not recognised are looked into."""
     for name, child in module.named_children():
         own = f"{name} {type(child).__name__.removeprefix(family)}"
-        if _num_parameters([child]) == 0 or _NO_MIXER.search(own):
+        if _num_parameters(child) == 0 or _NO_MIXER.search(own):
             continue
-        inside = " ".join(part for part, _ in [*child.named_parameters(), *child.named_modules()])
-        kinds = [
-            kind
-            for kind, own_pattern, inside_pattern in _MIXERS
-            if re.search(own_pattern, own, re.IGNORECASE) or (inside_pattern and re.search(inside_pattern, inside))
-        ]
-        yield from kinds[:1] if kinds and not _LAYER.search(own) else _mixers(child, family)
+        kind = _mixer(own, child)
+        if kind is not None and not _LAYER.search(own):
+            yield kind
+        else:
+            yield from _mixers(child, family)
 
 
-def _num_parameters(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+def _mixer(own: str, module: nn.Module) -> str | None:
+    """What a module is, by its own name and class (`own`) or by the names of what is inside it."""
+    inside = " ".join([*dict(module.named_parameters()), *dict(module.named_modules())])
+    for kind, own_pattern, inside_pattern in _MIXERS:
+        if re.search(own_pattern, own, re.IGNORECASE) or (inside_pattern and re.search(inside_pattern, inside)):
+            return kind
+    return None
+
+
+def _parent(name: str) -> str:
+    """The name of the module that holds the one of this name."""
+    return name.rpartition(".")[0]
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

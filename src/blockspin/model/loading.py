@@ -59,10 +59,12 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
+
+    # Encoders alone (BERT) can be opened as causal models too; what they were trained as tells them apart.
     architectures = getattr(config, "architectures", None) or []
     known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
-    encoder = any(part.is_encoder_decoder for part in (config, config.get_text_config(decoder=True)))
-    if not known or encoder or any("MaskedLM" in name for name in architectures):
+    encoder = config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
+    if not known or encoder or "MaskedLM" in " ".join(architectures):
         described = ", ".join(architectures) or config.model_type
         raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
     return config
@@ -92,6 +94,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
+
     source = ordinary_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
@@ -99,6 +102,7 @@ def load_model(
     arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
     if quantization is not None:
         arguments["quantization_config"] = quantization
+
     try:
         model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
             source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
