@@ -53,25 +53,26 @@ def sliding_window_merging(
         raise ValueError("sliding-window merging takes a number of blocks in all, no kinds and no share of parameters")
     goal = problem.remove
     traced = trace_model(model)
-    stack = traced.layers
     batches = make_batches(samples, batch_size)
     originals = [last_hidden_states(model, batch) for batch in batches]
-    joinable = [_can_join(stack, i, problem.protect) for i in range(len(stack) - 1)]
     known: dict[Windows, float] = {}
 
     def similarity(windows: Windows) -> float:
-        if windows not in known:
-            with merged(traced, windows):
-                pairs = zip(batches, originals, strict=True)
-                total = sum(_cosines(last_hidden_states(model, batch), original, batch) for batch, original in pairs)
-            known[windows] = total / len(samples)
+        if windows in known:
+            return known[windows]
+        total = 0.0
+        with merged(traced, windows):
+            for batch, original in zip(batches, originals, strict=True):
+                total += _cosines(last_hidden_states(model, batch), original, batch)
+        known[windows] = total / len(samples)
         return known[windows]
 
     def windows_at(threshold: float) -> Windows:
+        """What merges at a threshold: blocks lo to hi are the window that grows, `done` those before it."""
         done: Windows = ()
-        hi = lo = len(stack) - 2
+        hi = lo = traced.depth - 2
         for block in range(hi - 1, -1, -1):
-            wanted = joinable[block] and _num_merged((*done, (lo, hi))) < goal
+            wanted = _can_join(traced, block, problem.protect) and _num_merged((*done, (lo, hi))) < goal
             if wanted and similarity((*done, (block, hi))) >= threshold:
                 lo = block
             else:
@@ -79,6 +80,7 @@ def sliding_window_merging(
                 hi = lo = block
         return (*done, (lo, hi)) if lo < hi else done
 
+    # At the lowest threshold everything merges that can; between it and 1 lies the highest at which M blocks go.
     low, high, windows = -1.0, 1.0, windows_at(-1.0)
     if _num_merged(windows) < goal:
         raise ValueError(f"sliding-window merging can merge away {_num_merged(windows)} blocks, not {goal}")
@@ -89,7 +91,8 @@ def sliding_window_merging(
             low, windows = middle, found
         else:
             high = middle
-    removed = tuple(sorted(gone_from(windows)))
+
+    removed = tuple(gone_from(windows))
     return Merged(Candidate(removed, "sliding-window merging"), tuple(sorted(windows)), low)
 
 
@@ -102,8 +105,9 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
     gone = gone_from(windows)
     smaller: nn.Module = remove_blocks(model, gone)
     before, after = find_stack(model).layers, find_stack(smaller).layers
+    kept = sorted({*range(len(before))} - {*gone})
     for lo, hi in windows:
-        position = lo - sum(i < lo for i in gone)
+        position = kept.index(lo)
         layer = copy.deepcopy(after[position])
         for parameter, weight in zip(layer.parameters(), merged_weights(before, lo, hi), strict=True):
             parameter.data = weight
@@ -126,13 +130,14 @@ def merged(traced: TracedModel, windows: Windows) -> Iterator[None]:
 
 def merged_weights(stack: nn.ModuleList, lo: int, hi: int) -> list[Tensor]:
     """theta_lo + sum over k = lo+1..hi of (theta_k - theta_lo), parameter by parameter, summed in float32 or wider."""
+    others = [list(stack[k].parameters()) for k in range(lo + 1, hi + 1)]
     weights = []
-    for tensors in zip(*(stack[k].parameters() for k in range(lo, hi + 1)), strict=True):
-        first, *others = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    for place, parameter in enumerate(stack[lo].parameters()):
+        first = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         total = first.clone()
-        for other in others:
-            total += other.to(first.device) - first
-        weights.append(total.to(tensors[0].dtype))
+        for parameters in others:
+            total += parameters[place].detach().to(first) - first
+        weights.append(total.to(parameter.dtype))
     return weights
 
 
@@ -154,17 +159,25 @@ def last_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 def gone_from(windows: Windows) -> list[int]:
     """The blocks that disappear: all of each window but its lowest."""
-    return sorted(k for lo, hi in windows for k in range(lo + 1, hi + 1))
+    gone: list[int] = []
+    for lo, hi in windows:
+        gone += range(lo + 1, hi + 1)
+    return sorted(gone)
 
 
 def _num_merged(windows: Windows) -> int:
-    return sum(hi - lo for lo, hi in windows)
+    return len(gone_from(windows))
 
 
-def _can_join(stack: nn.ModuleList, i: int, protect: Sequence[int]) -> bool:
-    """Whether blocks i and i + 1 may be in one window."""
-    shapes = [[(name, p.shape) for name, p in stack[k].named_parameters()] for k in (i, i + 1)]
-    return shapes[0] == shapes[1] and not {i, i + 1} & set(protect)
+def _can_join(traced: TracedModel, i: int, protect: Sequence[int]) -> bool:
+    """Whether blocks i and i + 1 may be in one window: both may go, and their weights are of the same shapes."""
+    if i in protect or i + 1 in protect:
+        return False
+    return _shapes(traced.layers[i]) == _shapes(traced.layers[i + 1])
+
+
+def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, weight.shape) for name, weight in layer.named_parameters()]
 
 
 def _cosines(hidden: Tensor, original: Tensor, batch: Batch) -> float:

@@ -56,19 +56,24 @@ def _activations(
     traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: int, progress: bool
 ) -> Activations:
     depth = traced.depth
-    cosine, ratio, angle = (torch.zeros(*shape, dtype=torch.float64) for shape in [(depth,)] * 2 + [(depth + 1,) * 2])
-    mask = lengths = torch.empty(0)
+    cosine = torch.zeros(depth, dtype=torch.float64)  # sums over the tokens, in the end their means
+    ratio = torch.zeros(depth, dtype=torch.float64)
+    angle = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
+    mask = lengths = torch.empty(0)  # of the batch that runs: (batch, length) True where there is a token, and (batch,)
     last: dict[int, Tensor] = {}  # the hidden states that enter block i, at the last token of each sample
 
     def watching(i: int) -> Callable[..., None]:
+        batch_dim = traced.traces[i].batch_dim
+
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stream = stream_in(output)
-            before = _by_token(stream_of(args, kwargs), traced.traces[i].batch_dim, mask.shape[1])
-            after = _by_token(stream, traced.traces[i].batch_dim, mask.shape[1]).to(before.device)
+            before = _by_token(stream_of(args, kwargs), batch_dim, mask.shape[1])  # (batch, length, width)
+            after = _by_token(stream_in(output), batch_dim, mask.shape[1]).to(before.device)
             real = mask.to(before.device)
-            norms = before.norm(dim=-1), after.norm(dim=-1)
-            cosine[i] += _total((before * after).sum(-1) / (norms[0] * norms[1]), real)
-            ratio[i] += _total(norms[1] / norms[0], real)
+
+            norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
+            cosine[i] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
+            ratio[i] += _total(norm_after / norm_before, real)
+
             rows = torch.arange(len(lengths))
             last.setdefault(i, before[rows, lengths - 1].cpu())
             last[i + 1] = after[rows, lengths - 1].cpu()
@@ -81,19 +86,26 @@ def _activations(
         hooks.enter_context(frozen(traced.model))
         for i, layer in enumerate(traced.layers):
             hooks.callback(layer.register_forward_hook(watching(i), with_kwargs=True).remove)
+
         for batch in track(batches, "Activations", len(batches), show=progress):
             lengths = batch.lengths
             mask = torch.arange(batch.token_ids.shape[1]) < lengths[:, None]
             last.clear()
             batch.forward(traced.model)
+
+            # The hooks of blocks that rest were not called: they leave the hidden states as they are.
             for i, trace in enumerate(traced.traces):
                 if trace.rests:
                     last[i + 1] = last[i]
-                    cosine[i], ratio[i] = cosine[i] + lengths.sum(), ratio[i] + lengths.sum()
-            states = torch.stack([last[i] for i in range(depth + 1)], dim=1)
-            directions = nn.functional.normalize(states.double(), dim=-1)  # (batch, N+1, width)
-            angle += torch.arccos((directions @ directions.mT).clamp(-1, 1)).sum(dim=0) / np.pi
-    tokens = sum(len(sample) for sample in samples)
+                    cosine[i] += lengths.sum()
+                    ratio[i] += lengths.sum()
+
+            states = torch.stack([last[i] for i in range(depth + 1)], dim=1)  # (batch, N+1, width)
+            directions = nn.functional.normalize(states.double(), dim=-1)
+            angles = torch.arccos((directions @ directions.mT).clamp(-1, 1)) / np.pi  # (batch, N+1, N+1)
+            angle += angles.sum(dim=0)
+
+    tokens = sum(map(len, samples))
     return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
 
 
@@ -127,9 +139,11 @@ def iterative_block_influence(
     removed = problem.reduced.always
     steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
     for _ in track(range(steps), "Iterative block influence", steps, show=progress):
-        if free := open_blocks(problem, removed):
+        free = open_blocks(problem, removed)
+        if free:
             cosine = _activations(traced, samples, removed, batch_size, progress=False).cosine
             removed = (*removed, max(free, key=lambda i: cosine[i]))
+
     removed = tuple(sorted(removed))
     return Candidate(removed, "iterative block influence", problem.energy(removed))
 
@@ -149,12 +163,12 @@ def angular_distance(problem: RemovalProblem, activations: Activations) -> Candi
         ValueError: no run of consecutive blocks meets the problem (protected blocks or kinds lie between).
     """
     n = problem.num_blocks
-    runs = []
+    runs = []  # (angle, first block, block after the last)
     for first in range(n):
-        ends = range(first + 1, n + 1)
-        end = next((end for end in ends if problem.allows(range(first, end))), None)
-        if end is not None:
-            runs.append((activations.angle[first, end], first, end))
+        for end in range(first + 1, n + 1):
+            if problem.allows(range(first, end)):
+                runs.append((activations.angle[first, end], first, end))
+                break
     if not runs:
         raise ValueError("angular distance removes consecutive blocks, and no such run is what is to be removed")
     _, first, end = min(runs)
@@ -165,7 +179,8 @@ def angular_distance(problem: RemovalProblem, activations: Activations) -> Candi
 def _by_token(hidden: Tensor, batch_dim: int, length: int) -> Tensor:
     """Hidden states as (batch, length, width) in float32 or wider; where a model keeps several, all are one vector."""
     hidden = hidden.movedim(batch_dim, 0)
-    hidden = hidden.movedim(hidden.shape.index(length, 1), 1).flatten(2)
+    token_dim = hidden.shape.index(length, 1)
+    hidden = hidden.movedim(token_dim, 1).flatten(2)
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 

@@ -8,12 +8,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..model.passes import num_passes
-from ..model.quality import shared_losses, shared_qualities
+from ..model.quality import kl, measured, shared_losses, token_mean
 from ..model.tracing import trace_model
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem
 from ..progress import bar, track
 from ..solvers.candidates import Candidate, fill, open_blocks
 
+MOST_SWAPS = 3  # blocks that a mutation exchanges
 IDLE = 20  # after so many generations of nothing but the parent there are no other removals
 
 
@@ -29,11 +30,16 @@ def sleb(
     """
     traced = trace_model(model)
     removed, loss = problem.reduced.always, None
+
+    # A goal counted in blocks takes as many steps; one in parameters ends when nothing more needs to go.
     steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
     for _ in track(range(steps), "SLEB", steps, show=progress):
-        if free := open_blocks(problem, removed):
+        free = open_blocks(problem, removed)
+        if free:
             losses = shared_losses(traced, [(*removed, i) for i in free], samples, batch_size=batch_size)
-            removed, loss = (*removed, free[int(np.argmin(losses))]), min(losses)
+            best = int(np.argmin(losses))
+            removed, loss = (*removed, free[best]), losses[best]
+
     removed = tuple(sorted(removed))
     return Candidate(removed, "SLEB", problem.energy(removed), loss)
 
@@ -55,8 +61,8 @@ def evopress(
     A generation makes `offspring` mutants of the parent; they are measured on an eighth of the samples, drawn anew each
     time, the best `survivors` of them on all, and the best of those replaces the parent if its KL is lower. The first
     parent is the best of a generation of random removals. A mutation puts back s removed blocks and removes others at
-    random, s the smaller of two draws from 1 to 3. It ends after about `budget` forward passes over all samples, the
-    same unit as that of our own selection; the paper spends far more.
+    random, s the smaller of two draws from 1 to `MOST_SWAPS`. It ends after about `budget` forward passes over all
+    samples, the same unit as that of our own selection; the paper spends far more.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
@@ -66,37 +72,42 @@ def evopress(
     few = max(1, len(samples) // 8)
     spent = 0.0
 
-    def fitness(removals: Sequence[tuple[int, ...]], on: Sequence[Tensor]) -> list[float]:
+    def divergences(removals: Sequence[Removal], on: Sequence[Tensor]) -> list[float]:
         nonlocal spent
         spent += num_passes(traced, [(), *removals]) * len(on) / len(samples)
-        return [quality.kl for quality in shared_qualities(traced, removals, on, batch_size=batch_size)]
+        values = measured(traced, removals, on, kl, batch_size=batch_size)[..., 0]
+        means: list[float] = token_mean(values, on).tolist()
+        return means
 
-    pool = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
-    parent, best, idle = pool[0], float("inf"), 0
+    first = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
+    pool, parent, best, idle = set(first), first[0], float("inf"), 0
     with bar(progress) as display:
         task = display.add_task("EvoPress", total=budget)
         while spent < budget and idle < IDLE:
-            pool = sorted(set(pool) - {parent} if best < float("inf") else set(pool))
             idle = 0 if pool else idle + 1
             if pool:
+                # All on a few samples, the survivors on all.
+                mutants = sorted(pool)
                 subset = [samples[i] for i in generator.choice(len(samples), few, replace=False)]
-                first = fitness(pool, subset)
-                chosen = [pool[i] for i in np.argsort(first, kind="stable")[:survivors]]
-                kl, removed = min(zip(fitness(chosen, samples), chosen, strict=True))
-                if kl < best:
-                    parent, best = removed, kl
+                ranking = np.argsort(divergences(mutants, subset), kind="stable")
+                chosen = [mutants[i] for i in ranking[:survivors]]
+                lowest, removed = min(zip(divergences(chosen, samples), chosen, strict=True))
+                if lowest < best:
+                    parent, best = removed, lowest
             display.update(task, completed=spent)
-            pool = [mutated(problem, parent, generator) for _ in range(offspring)]
+            pool = {mutated(problem, parent, generator) for _ in range(offspring)} - {parent}
     return Candidate(parent, "EvoPress", problem.energy(parent))
 
 
-def mutated(problem: RemovalProblem, removed: Sequence[int], generator: np.random.Generator) -> tuple[int, ...]:
+def mutated(problem: RemovalProblem, removed: Removal, generator: np.random.Generator) -> Removal:
     """A removal that keeps most of `removed`: a few blocks are put back and others go in their place.
 
     Where nothing else can go in its place, a block that was put back goes again.
     """
     shuffled = generator.permutation(removed).tolist()
-    swaps = int(generator.integers(1, 4, size=2).min())
+    swaps = int(generator.integers(1, MOST_SWAPS + 1, size=2).min())
     back, stay = shuffled[:swaps], shuffled[swaps:]
+
+    # Blocks in a random order go in place of those put back, as far as the problem allows.
     others = [i for i in generator.permutation(problem.num_blocks).tolist() if i not in removed]
     return fill(problem, [*stay, *others, *back])

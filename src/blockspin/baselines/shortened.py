@@ -18,6 +18,8 @@ from ..progress import track
 from ..solvers.candidates import Candidate
 from .scores import from_scores
 
+FIRST, LAST = 4, 2  # blocks at the ends that the "+" variant keeps
+
 
 def losses_without_each(
     model: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8, progress: bool = False
@@ -43,25 +45,32 @@ def weight_importance(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    weights = [list(layer.parameters()) for layer in find_stack(model).layers]
-    flat = [w for layer in weights for w in layer]
-    sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in flat]
+    layers = find_stack(model).layers
+    weights = list(layers.parameters())
+    sums = []
+    for w in weights:
+        sums.append(torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)))
+
     batches = make_batches(samples, batch_size)
     with frozen(model), torch.enable_grad():
-        for w in flat:
+        for w in weights:
             w.requires_grad_(True)
         try:
             for batch in track(batches, "Weight gradients", len(batches), show=progress):
-                losses = sample_losses(batch.forward(model), batch)
+                losses = sample_losses(batch.forward(model), batch)  # (batch,)
                 check_finite(losses.detach(), batch)
-                gradients = torch.autograd.grad(losses.sum(), flat, materialize_grads=True)
+                gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
                 for total, gradient in zip(sums, gradients, strict=True):
                     total += gradient
         finally:
-            for w in flat:
+            for w in weights:
                 w.requires_grad_(False)  # `frozen` turns on again what was on before
-    products = iter((w.detach() * total).abs().sum().item() / len(samples) for w, total in zip(flat, sums, strict=True))
-    return np.array([sum(next(products) for _ in layer) for layer in weights])
+
+    # Blocks that share a weight have it counted in each.
+    importance = {}
+    for w, total in zip(weights, sums, strict=True):
+        importance[w] = float((w.detach() * total).abs().sum()) / len(samples)
+    return np.array([sum(map(importance.__getitem__, layer.parameters())) for layer in layers])
 
 
 def shortened_llama(problem: RemovalProblem, scores: NDArray[np.float64], source: str, plus: bool = False) -> Candidate:
@@ -74,22 +83,6 @@ def shortened_llama(problem: RemovalProblem, scores: NDArray[np.float64], source
     """
     if plus:
         n = problem.num_blocks
-        problem = protecting(problem, [*range(min(4, n)), *range(max(0, n - 2), n)])
+        ends = {*range(min(FIRST, n)), *range(max(0, n - LAST), n)}
+        problem = problem.with_protected({*problem.protect, *ends})
     return from_scores(problem, scores, source)
-
-
-def protecting(problem: RemovalProblem, blocks: Sequence[int]) -> RemovalProblem:
-    """The same problem with more protected blocks.
-
-    Raises:
-        ValueError: no removal is left.
-    """
-    return RemovalProblem(
-        problem.hessian,
-        problem.remove,
-        blocks=problem.blocks,
-        protect=sorted({*problem.protect, *blocks}),
-        beta=problem.beta,
-        gradient=problem.gradient,
-        remove_parameters=problem.remove_parameters,
-    )

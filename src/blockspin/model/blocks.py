@@ -53,16 +53,17 @@ def find_stack(model: nn.Module) -> Stack:
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    has_encoder = any(_ENCODER_DEPTH.search(setting) for setting in vars(text))
-    if config.is_encoder_decoder or text.is_encoder_decoder or has_encoder:
-        raise ValueError(
-            f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
-        )
-
     depths = {getattr(text, "num_hidden_layers", None)}
+    has_encoder = config.is_encoder_decoder or text.is_encoder_decoder
     for setting, value in vars(text).items():
         if DEPTH.search(setting):
             depths.add(value)
+        if _ENCODER_DEPTH.search(setting):
+            has_encoder = True
+    if has_encoder:
+        raise ValueError(
+            f"{type(model).__name__} is part of an encoder-decoder model; blockspin shortens decoder-only models"
+        )
 
     # An image encoder may be as deep as the decoder; it is known by a configuration of another class.
     stacks: dict[str, nn.ModuleList] = {}
@@ -142,7 +143,7 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
 
     # Models of this kind (DeepStack, arXiv 2406.04334) take the features as an argument of the decoder.
     decoder = model.get_submodule(_parent(find_stack(model).name))
-    if not any(_IMAGE_FEATURES in name for name in inspect.signature(decoder.forward).parameters):
+    if _IMAGE_FEATURES not in " ".join(inspect.signature(decoder.forward).parameters):
         return
 
     # As many features, one after each of the first blocks.
@@ -151,7 +152,7 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
     for setting, value in _settings(config.to_dict()):
         if _IMAGE_FEATURES not in setting or not value:
             continue
-        if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        if not isinstance(value, list | tuple) or {*map(type, value)} != {int}:
             raise ValueError(
                 f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
                 "blockspin cannot move them to others"
@@ -206,7 +207,7 @@ def _kind(layer: nn.Module) -> str:
             family += first
 
     found = set(_mixers(layer, family))
-    return "+".join(kind for kind in _ORDER if kind in found) or "block"
+    return "+".join(sorted(found, key=_ORDER.index)) or "block"
 
 
 def _mixers(module: nn.Module, family: str) -> Iterator[str]:

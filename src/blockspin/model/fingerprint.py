@@ -53,7 +53,7 @@ def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) 
         return digest([str(model), getattr(config, "_commit_hash", None)])
 
     contents, stamps = [], []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         size = path.stat().st_size
         if path.suffix in _WEIGHT_FILES:
             stamps.append((path.name, size, path.stat().st_mtime_ns))
@@ -84,10 +84,14 @@ def _of_weights(model: nn.Module) -> str:
     """Of a model in memory: its configuration and all its weights and buffers, those without values by their shapes."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
-    found = hashlib.sha256(digest({name: settings[name] for name in settings if name not in _ORIGIN}).encode())
+    for name in _ORIGIN:
+        settings.pop(name, None)
+
+    found = hashlib.sha256(digest(settings).encode())
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
+
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":
             found.update(_checksum(tensor))

@@ -58,13 +58,14 @@ def shared_logits(
     the hidden states at the blocks where later removals branch off, and starts from the deepest that it can use. Where
     the states exceed `memory_limit` bytes, the shallowest are dropped and computed again. Call it on a `frozen` model.
     """
-    order = _walk(removals, traced.depth)
-    branchings = _branchings([removals[k] for k in order], traced.depth)
+    order, branchings = _walk(removals, traced.depth)
     states: dict[int, Tensor] = {}  # block -> hidden states that enter it (batch, length, width), ascending
     for place, k in enumerate(order):
         # States deeper than the common prefix with the removal before are of no use to this one.
         shared = branchings[place - 1] if place else 0
-        states = {block: state for block, state in states.items() if block <= shared}
+        for block in sorted(states):
+            if block > shared:
+                del states[block]
         start = max(states, default=0)
 
         # The passes after this one branch off from it until one shares less with it than is kept already.
@@ -87,31 +88,28 @@ def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:
     """What `removal_passes` costs for these removals, in passes of the whole model over the same samples."""
     if traced.shares_passes:
         return passes_of_walk(removals, traced.depth)
-    return sum(share_that_runs(traced, removed) for removed in removals)
+    return sum(share_that_runs(traced, removed) for removed in removals)  # each is a pass of its own
 
 
 def share_that_runs(traced: TracedModel, removed: Removal) -> float:
-    """The share of the blocks that run in a pass without the removed ones; those that others need run too."""
-    needed = traced.needed if removed else frozenset()
-    return 1 - len(set(removed) - needed) / traced.depth
+    """The share of the blocks that run in a pass without the removed ones: all where those cannot be bypassed."""
+    return 1 - len(removed) / traced.depth if traced.can_bypass(removed) else 1.0
 
 
 def passes_of_walk(removals: Sequence[Removal], depth: int) -> float:
     """What `shared_logits` costs for these removals of a model of `depth` blocks, in passes of the whole model."""
-    ordered = [removals[k] for k in _walk(removals, depth)]
-    starts = [0, *_branchings(ordered, depth)]
+    order, branchings = _walk(removals, depth)
     blocks = 0
-    for start, removed in zip(starts, ordered, strict=False):
-        blocks += depth - start - sum(i >= start for i in removed)
+    for start, k in zip([0, *branchings], order, strict=False):
+        blocks += len({*range(start, depth)} - {*removals[k]})
     return blocks / depth
 
 
-def _walk(removals: Sequence[Removal], depth: int) -> list[int]:
-    """The places of the removals in the order of a walk: nothing removed first, common first blocks side by side."""
-    return sorted(range(len(removals)), key=lambda k: [i in removals[k] for i in range(depth)])
-
-
-def _branchings(ordered: Sequence[Removal], depth: int) -> list[int]:
-    """For each removal and the next one the first block that one of them takes and the other does not; `depth` where
-    they are equal."""
-    return [min(set(a) ^ set(b), default=depth) for a, b in pairwise(ordered)]
+def _walk(removals: Sequence[Removal], depth: int) -> tuple[list[int], list[int]]:
+    """The order of the removals, nothing removed first and common first blocks side by side, and for each but the last
+    of them the first block that either it or the next one takes; `depth` where they are equal."""
+    order = sorted(range(len(removals)), key=lambda k: [i in removals[k] for i in range(depth)])
+    branchings = []
+    for a, b in pairwise(order):
+        branchings.append(min(set(removals[a]) ^ set(removals[b]), default=depth))
+    return order, branchings

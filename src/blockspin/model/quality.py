@@ -52,20 +52,20 @@ def measured(
     passes = removal_passes(
         traced, with_whole, samples, batch_size=batch_size, memory_limit=memory_limit, progress=progress
     )
-    rows: list[list[list[float]]] = [[[]] * len(samples) for _ in removals]
+    result: list[list[list[float]]] = [[[]] * len(samples) for _ in removals]
     for batch, outputs in passes:
         _, whole = next(outputs)  # nothing removed comes first
         for k, logits in outputs:
             values = measure(logits, whole, batch)  # (batch, number of measures)
             for sample, row in zip(batch.indices, values.tolist(), strict=True):
-                rows[k - 1][sample] = row
-    return np.array(rows, dtype=np.float64)
+                result[k - 1][sample] = row
+    return np.array(result, dtype=np.float64)
 
 
 def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
     """Means over all predicted tokens, (..., ), of the token means of each sample, (..., number of samples)."""
-    weights = np.array([len(sample) - 1 for sample in samples], dtype=np.float64)
-    return np.asarray(values @ (weights / weights.sum()))
+    tokens = np.array(list(map(len, samples)), dtype=np.float64) - 1  # (number of samples,) predicted ones
+    return np.asarray(values @ (tokens / tokens.sum()))
 
 
 def shared_losses(
@@ -112,10 +112,10 @@ def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor],
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    values = np.zeros((3, len(samples)))
+    values = np.zeros((3, len(samples)))  # loss, divergence, agreement
     with frozen(model), frozen(original), torch.no_grad():
         for batch in make_batches(samples, batch_size):
-            rows = quality(batch.forward(model), batch.forward(original), batch)
+            rows = quality(batch.forward(model), batch.forward(original), batch)  # (batch, 3)
             values[:, list(batch.indices)] = rows.T.numpy()
     return Quality(*token_mean(values, samples).tolist())
 
@@ -135,12 +135,14 @@ def kl(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
     Raises:
         ValueError: a divergence is NaN or infinite.
     """
+    wide = torch.promote_types(logits.dtype, torch.float32)
     rows = []
     for row, reference, length in zip(logits, whole, batch.lengths.tolist(), strict=True):
-        wide = torch.promote_types(row.dtype, torch.float32)
+        # Log-probabilities at the positions that predict a token, (length - 1, vocabulary).
         ours = nn.functional.log_softmax(row[: length - 1].to(wide), -1)
         theirs = nn.functional.log_softmax(reference[: length - 1].to(row.device, wide), -1)
         rows.append(nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True) / (length - 1))
+
     divergences = torch.stack(rows).double().cpu()
     check_finite(divergences, batch)
     return divergences[:, None]
@@ -152,7 +154,7 @@ def quality(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
     Raises:
         ValueError: a loss is NaN or infinite.
     """
-    same = (logits.argmax(-1) == whole.argmax(-1).to(logits.device)).double().cpu()
-    predicting = torch.arange(same.shape[1]) < batch.lengths[:, None] - 1
-    agreement = (same * predicting).sum(1, keepdim=True) / predicting.sum(1, keepdim=True)
+    same = (logits.argmax(-1) == whole.argmax(-1).to(logits.device)).double().cpu()  # (batch, length)
+    predicting = torch.arange(same.shape[1]) < batch.lengths[:, None] - 1  # (batch, length)
+    agreement = (same * predicting).sum(1, keepdim=True) / predicting.sum(1, keepdim=True)  # (batch, 1)
     return torch.cat([loss(logits, whole, batch), kl(logits, whole, batch), agreement], dim=1)

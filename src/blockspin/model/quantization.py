@@ -60,11 +60,11 @@ def packs_for_cpu() -> bool:
 
 def layers_that_cannot_be_packed(model: nn.Module) -> list[str]:
     """Names of the linear layers whose widths do not fit the packed form."""
-    return [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and (layer.in_features % BLOCK_SIZE or layer.out_features % PACKED_OUTPUTS)
-    ]
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and (layer.in_features % BLOCK_SIZE or layer.out_features % PACKED_OUTPUTS):
+            found.append(name)
+    return found
 
 
 def _summary(names: list[str]) -> str:

@@ -28,9 +28,13 @@ class ResidualBranches(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _ADDITIONS and len(args) == 2 and any(a is self.stream for a in args):
-            args = tuple(a if a is self.stream else self.gate(a) for a in args)
-            self.stream = func(*args, **(kwargs or {}))
+        if name in _ADDITIONS and len(args) == 2 and (args[0] is self.stream or args[1] is self.stream):
+            left, right = args
+            if left is not self.stream:
+                left = self.gate(left)
+            if right is not self.stream:
+                right = self.gate(right)
+            self.stream = func(left, right, **(kwargs or {}))
             self.number += 1
             return self.stream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problem import Block
+from ..problem import Block, Removal
 from .batches import Batch, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_stream
@@ -46,12 +46,14 @@ class TracedModel:
     """A model, its stack of blocks, and how they run. Made by `trace_model`; valid as long as the model is unchanged.
 
     layers: the modules of the blocks. blocks: what they are. traces: what each did when it ran.
+    tried: the removals that were tried (`can_bypass`), and whether the model runs without them.
     """
 
     model: nn.Module
     layers: nn.ModuleList
     blocks: tuple[Block, ...]
     traces: tuple[BlockTrace, ...]
+    tried: dict[Removal, bool] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
@@ -59,21 +61,28 @@ class TracedModel:
         return len(self.blocks)
 
     @cached_property
-    def needed(self) -> frozenset[int]:
-        """The blocks that must run even where they are removed, as others take more from them than the hidden states.
+    def has_independent_blocks(self) -> bool:
+        """Whether no block needs another one to run: all that it takes from those before are the hidden states.
 
         Found by passes of four tokens without some of the blocks. Two blocks differ in at least one binary digit of
         their indices, so that leaving out those with a digit of 0, then those with 1, for every digit, leaves each
-        block out while each other one runs: 2 log2(N) passes of half the model. Only where one fails are the blocks
-        tried one by one.
+        block out while each other one runs: 2 log2(N) passes of half the model.
         """
-        halves = []
         for digit in range((self.depth - 1).bit_length()):
             for value in (0, 1):
-                halves.append([i for i in range(self.depth) if i >> digit & 1 == value])
-        if all(_runs_without(self, half) for half in halves):
-            return frozenset()
-        return frozenset(i for i in range(self.depth) if not _runs_without(self, [i]))
+                half = [i for i in range(self.depth) if i >> digit & 1 == value]
+                if not _runs_without(self, half):
+                    return False
+        return True
+
+    def can_bypass(self, removed: Collection[int]) -> bool:
+        """Whether the model runs while these blocks do not. Where blocks need others, that is tried on four tokens."""
+        removal = tuple(sorted(removed))
+        if not removal or self.has_independent_blocks:
+            return True
+        if removal not in self.tried:
+            self.tried[removal] = _runs_without(self, removal)
+        return self.tried[removal]
 
     @cached_property
     def shares_passes(self) -> bool:
@@ -82,12 +91,13 @@ class TracedModel:
         It cannot where a block takes more from the blocks before it than their hidden states, or rests. Proven on four
         tokens: passes that start at the middle and at the last block give the logits of the whole pass.
         """
-        if self.needed or any(trace.rests for trace in self.traces):
+        if not self.has_independent_blocks or any(trace.rests for trace in self.traces):
             return False
+
         starts = (self.depth // 2, self.depth - 1)
         with frozen(self.model), torch.no_grad():
             with kept_streams(self, starts) as streams:
-                whole = _TRIAL.forward(self.model)
+                whole = _TRIAL.forward(self.model)  # (1, 4, vocabulary)
             for start in starts:
                 try:
                     with resumed(self, (), start, streams[start]):
@@ -110,12 +120,14 @@ def trace_model(model: nn.Module) -> TracedModel:
             or the model is not causal.
     """
     layers, blocks = find_stack(model).layers, find_blocks(model)
-    traces: list[list[BlockTrace]] = [[] for _ in layers]
-    streams: list[tuple[Tensor, Tensor]] = []  # what entered and what left each block, in the order in which they ran
-    further: list[Any] = []  # what else it returned
+    ran: list[int] = []  # the blocks in the order in which they ran; then what entered and what left each:
+    streams: list[tuple[Tensor, Tensor]] = []
+    further: tuple[Any, ...] = ()  # what the last block returned besides the stream
+    traces: dict[int, BlockTrace] = {}
 
     def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal further
             stream = stream_of(args, kwargs)
             branches = _proven_branches(run, args, kwargs)
             output = run(*args, **kwargs)
@@ -123,21 +135,21 @@ def trace_model(model: nn.Module) -> TracedModel:
             if not isinstance(left, Tensor) or left.shape != stream.shape:
                 raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
 
-            # What the block before returned besides the stream may come in as an argument of this one.
-            if further:
-                passed = tuple(next((key for key, v in kwargs.items() if v is x is not None), "") for x in further[-1])
-                traces[i - 1][:] = [replace(trace, passed=passed) for trace in traces[i - 1]]
+            if i - 1 in traces:
+                passed = tuple(_argument_that_is(value, kwargs) for value in further)
+                traces[i - 1] = replace(traces[i - 1], passed=passed)
 
-            outputs = 0 if left is output else len(output)
-            batch_dim = next((d for d, size in enumerate(stream.shape) if size == len(_TRACED_IDS)), 0)
-            further.append(output[1:] if outputs else ())
-            traces[i].append(BlockTrace(branches, outputs, batch_dim))
+            samples, shape = len(_TRACED_IDS), stream.shape
+            batch_dim = shape.index(samples) if samples in shape else 0
+            further = () if left is output else tuple(output[1:])
+            traces[i] = BlockTrace(branches, 0 if left is output else len(output), batch_dim)
+            ran.append(i)
             streams.append((stream, left))
             return output
 
         return forward
 
-    token_ids = torch.tensor(_TRACED_IDS, device=input_device(model))
+    token_ids = torch.tensor(_TRACED_IDS, device=input_device(model))  # (3, 4)
     with ExitStack() as patches, torch.no_grad():
         patches.enter_context(frozen(model))
         for i, layer in enumerate(layers):
@@ -145,16 +157,23 @@ def trace_model(model: nn.Module) -> TracedModel:
         logits = model(input_ids=token_ids, use_cache=False).logits  # (3, 4, vocabulary)
 
     _check_causal(model, logits)
-    for block, trace in zip(blocks, traces, strict=True):
-        if not trace and looks_at_images(block):
-            trace.append(BlockTrace(0, 0, rests=True))
-    for i, trace in enumerate(traces):
-        if len(trace) != 1:
-            raise ValueError(f"block {i} of {type(model).__name__} ran {len(trace)} times in one pass, not once")
+    for i, block in enumerate(blocks):
+        if i not in traces and looks_at_images(block):
+            traces[i] = BlockTrace(0, 0, rests=True)
+        elif ran.count(i) != 1:
+            raise ValueError(f"block {i} of {type(model).__name__} ran {ran.count(i)} times in one pass, not once")
     for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
         if not torch.equal(left.to(entered.device), entered):
             raise ValueError(f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}")
-    return TracedModel(model, layers, tuple(blocks), tuple(trace[0] for trace in traces))
+    return TracedModel(model, layers, tuple(blocks), tuple(traces[i] for i in range(len(blocks))))
+
+
+def _argument_that_is(value: Any, kwargs: dict[str, Any]) -> str:
+    """The name of the argument that has this very value; "" if there is none."""
+    for name, given in kwargs.items():
+        if given is value and value is not None:
+            return name
+    return ""
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
@@ -194,11 +213,11 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 def skipped(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
     """Inside, the removed blocks pass their input on at no cost: the shortened model without building it.
 
-    Those that others need run all the same and leave the stream as it was.
+    Where other blocks need them, they run all the same and leave the stream as it was.
     """
     removed = check_removal(removed, traced.depth)
-    needed = traced.needed.intersection(removed) if removed else ()
-    with closed(traced, needed), _bypassed(traced, [i for i in removed if i not in needed]):
+    leaving_out = _bypassed if traced.can_bypass(removed) else closed
+    with leaving_out(traced, removed):
         yield
 
 
@@ -209,8 +228,12 @@ def _bypassed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
     def passing(trace: BlockTrace) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = stream_of(args, kwargs)
-            further = [kwargs.get(name) for name in trace.passed] or [None] * (trace.outputs - 1)
-            return (stream, *further) if trace.outputs else stream
+            if not trace.outputs:
+                return stream
+
+            # What the block before has handed on goes on to the next; a first block has been given nothing.
+            further = list(map(kwargs.get, trace.passed)) or [None] * (trace.outputs - 1)
+            return (stream, *further)
 
         return forward
 
