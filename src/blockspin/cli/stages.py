@@ -1,7 +1,8 @@
-"""The commands for one stage of the method each: energies, solve, select, prune."""
+"""The commands for one stage of the method each, and what comes before: info, energies, solve, select, prune."""
 
 from __future__ import annotations
 
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,29 @@ from ..config import (
 )
 from ..progress import console, terminal_width
 from ..tables import ranges
-from .app import Calibration, Data, Model, Out, Remove, app, load_samples, open_model, refuse_existing
+from .app import Calibration, Data, Model, Out, Remove, app, load_samples, open_model, refuse_existing, show
 from .options import Options, with_settings
 
 EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `blockspin energies`.")]
+
+
+@app.command()
+@with_settings
+def info(
+    model: Model,
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map"))],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the blocks of a model, which of them can be removed, and what removing some would save; reads no weights."""
+    from ..overview import overview
+
+    found = overview(model, trust_remote_code=loading.trust_remote_code)
+    if json:
+        typer.echo(to_json(found.as_json(), indent=2))
+        return
+    typer.echo(found.summary() + "\n")
+    show(found.blocks_table())
+    show(found.savings_table())
 
 
 @app.command()

@@ -1,0 +1,150 @@
+"""What a model is made of and what removing blocks would save, from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .model.blocks import find_blocks
+from .model.loading import context_length, load_config, model_without_weights
+from .problem import Block
+from .surgery.feasible import Removable
+from .tables import Column, Table, ranges, short
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A model before anything is removed.
+
+    num_bytes: of all weights in `dtype`. context: tokens that the model holds; None where its configuration sets no
+    limit. cache_bytes: (num_blocks,) what one more token of a text adds to the key-value cache of each block, as long
+    as no attention window is full; None where it cannot be told without running the model.
+    removable: (num_blocks,) whether a configuration describes the model without this one block.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    num_parameters: int
+    num_bytes: int
+    context: int | None
+    blocks: tuple[Block, ...]
+    cache_bytes: tuple[int, ...] | None
+    removable: tuple[bool, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """What the model is, in one line."""
+        inside = sum(block.num_parameters for block in self.blocks)
+        context = "" if self.context is None else f"; a context of {self.context:,} tokens"
+        size = f"{short(self.num_parameters)} parameters ({short(self.num_bytes, 'B')} in {self.dtype})"
+        share = f"{inside / self.num_parameters:.0%} of them in {len(self.blocks)} blocks"
+        return f"{self.architecture}: {size}, {share}{context}"
+
+    def blocks_table(self) -> Table:
+        """A row for all blocks that are alike."""
+
+        def make(i: int) -> tuple[str, int, int | None, bool]:
+            cache = None if self.cache_bytes is None else self.cache_bytes[i]
+            return self.blocks[i].kind, self.blocks[i].num_parameters, cache, self.removable[i]
+
+        rows = []
+        indices = range(len(self.blocks))
+        for kind, parameters, cache, removable in dict.fromkeys(map(make, indices)):
+            alike = [i for i in indices if make(i) == (kind, parameters, cache, removable)]
+            known = "unknown" if cache is None else f"{cache:,} B"
+            can_go = "yes" if removable else "not alone"
+            rows.append([ranges(alike), str(len(alike)), kind, short(parameters), known, can_go])
+
+        headings = ("blocks", "number", "kind", "parameters each", "cache each, a token", "can go")
+        columns = [Column(heading, words=heading in ("blocks", "kind", "can go")) for heading in headings]
+        return Table(columns, rows)
+
+    def savings_table(self) -> Table:
+        """What is left after the removal of 1, 2, ... up to half of the blocks; a range where blocks differ."""
+        can_go = [i for i, removable in enumerate(self.removable) if removable]
+        parameters = [self.blocks[i].num_parameters for i in can_go]
+        cache = [self.cache_bytes[i] for i in can_go] if self.cache_bytes is not None else []
+        whole_cache = sum(self.cache_bytes or ())
+
+        rows = []
+        for removed in range(1, min(len(can_go), len(self.blocks) // 2) + 1):
+            row = [str(removed), _left(self.num_parameters, parameters, removed)]
+            row.append(_left(whole_cache, cache, removed) if whole_cache else "")
+            rows.append(row)
+
+        columns = [Column("removed"), Column("parameters left"), Column("cache left")]
+        return Table(columns, rows)
+
+
+def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview:
+    """Look at a model by its configuration; no weights are read.
+
+    Raises:
+        ValueError: there is no such model, or it is none whose blocks can be removed.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    model = model_without_weights(config, trust_remote_code=trust_remote_code)
+    blocks = tuple(find_blocks(model))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    can_be_saved = Removable(config, trust_remote_code=trust_remote_code)
+
+    return Overview(
+        model=str(source),
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=num_parameters,
+        num_bytes=num_parameters * dtype.itemsize,
+        context=context_length(config),
+        blocks=blocks,
+        cache_bytes=_cache_bytes(model, blocks, dtype),
+        removable=tuple(can_be_saved([block.index]) for block in blocks),
+    )
+
+
+def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.dtype) -> tuple[int, ...] | None:
+    """What a second token adds to the cache of each block; None where the model does not run without weights.
+
+    States of constant size do not grow.
+    """
+    if not any("attention" in block.kind for block in blocks):
+        return (0,) * len(blocks)
+
+    model = model.to(torch.bfloat16).eval()  # the one that all kernels take on the meta device
+    sizes = []
+    for length in (1, 2):
+        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+        try:
+            with torch.no_grad():
+                cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
+        except (RuntimeError, NotImplementedError):  # what depends on values of tensors
+            return None
+        layers = getattr(cache, "layers", None)
+        if layers is None or len(layers) > len(blocks):
+            return None
+        sizes.append([_num_elements(layer) for layer in layers])
+
+    # Layers at the end may share the cache of others, and have none.
+    growth = [(after - before) * dtype.itemsize for before, after in zip(*sizes, strict=True)]
+    return tuple(growth + [0] * (len(blocks) - len(growth)))
+
+
+def _num_elements(layer: Any) -> int:
+    """Of the tensors that one layer of a cache holds."""
+    return sum(value.numel() for value in vars(layer).values() if isinstance(value, Tensor))
+
+
+def _left(whole: int, parts: Sequence[int], number: int) -> str:
+    """The share that is left without `number` of the parts: of the largest, of the smallest."""
+    ordered = sorted(parts)
+    least, most = 1 - sum(ordered[-number:]) / whole, 1 - sum(ordered[:number]) / whole
+    return f"{least:.0%}" if f"{least:.0%}" == f"{most:.0%}" else f"{least:.0%} to {most:.0%}"

@@ -1,0 +1,150 @@
+"""Settings: what is refused, in one line that names the option; files and options that say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from blockspin.config import CompressConfig, DistillConfig, EvaluateConfig
+
+# name -> a value of the wrong type or out of range, as YAML has it, and what the message says besides the option.
+REFUSED: dict[str, tuple[str, str]] = {
+    "states": ("many", "a whole number"),
+    "protect": ("5", "a list"),
+    "seed": ("x", "a whole number"),
+    "trust_remote_code": ("'false'", "true or false"),
+    "gradient_checkpointing": ("1", "true or false"),
+    "batch_size": ("0", "at least 1"),
+    "max_length": ("1.5", "a whole number"),
+    "energy_samples": ("0", "at least 1"),
+    "budget": (".nan", "a number"),
+    "time_limit": ("-3", "positive"),
+    "energy": ("magic", "one of"),
+    "objective": ("speed", "one of"),
+    "dtype": ("int3", "one of"),
+    "split": ("3", "text"),
+    "tasks": ("[1]", "a list"),
+    "evaluation": ("[a.txt]", "text or null"),
+    "remove": ("0", "at least 1"),
+    "calibration": ("null", "text"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_setting_in_a_file_gives_one_line(command: Command, tmp_path: Path, name: str) -> None:
+    value, message = REFUSED[name]
+    lines = {"model": "m", "calibration": "c", "remove": "2", name: value}
+    (tmp_path / "settings.yaml").write_text("".join(f"{key}: {entry}\n" for key, entry in lines.items()))
+    code, printed = command("compress", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "run")
+    errors = [line for line in printed.splitlines() if line.startswith("Error:")]
+    assert (code, len(errors)) == (2, 1), printed
+    assert f"--{name.replace('_', '-')} " in errors[0]
+    assert message in errors[0]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n", "model: [\n", "distill: 3\n", "\0"])
+def test_files_that_hold_no_settings(command: Command, tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    code, printed = command("compress", "--config", tmp_path / "settings.yaml", "--distill")
+    assert (code, "Error:" in printed, "Traceback" in printed) == (2, True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["select", "m", "--energies", "e", "--remove", 2, "--data", "d", "--num-samples", 0], "--num-samples"),
+        (["select", "m", "--energies", "e", "--remove", 2, "--data", "d", "--budget", -1], "--budget"),
+        (["energies", "m", "--calibration", "c", "--energy-samples", 0], "--energy-samples"),
+        (["energies", "m", "--calibration", "c", "--seed", -1], "--seed"),
+        (["solve", "e", "--remove", 2, "--states", 0], "--states"),
+        (["solve", "e", "--remove", 2, "--states", "many"], "--states"),
+        (["solve", "e", "--remove", 2, "--protect", "a"], "--protect"),
+        (["solve", "e"], "--remove"),
+        (["solve", "e", "--remove", 2, "--no-such-option"], "--no-such-option"),
+        (["compress", "m", "--distill-max-steps", 0, "--remove", 2, "--calibration", "c"], "--distill-max-steps"),
+        (["compare", "m", "--remove", "1,0", "--calibration", "c"], "--remove"),
+        (["evaluate", "m", "--batch-size", 0], "--batch-size"),
+        (["evaluate", "m", "--data", "d", "--num-samples", 0], "--num-samples"),
+        (["evaluate", "m", "--rollouts", "a=0"], "--rollouts"),
+        (["evaluate", "m", "--top-p", 2], "--top-p"),
+    ],
+)
+def test_a_wrong_option_is_the_one_that_is_blamed(command: Command, arguments: list[Any], option: str) -> None:
+    code, printed = command(*arguments)
+    errors = [line for line in printed.splitlines() if line.startswith("Error:")]
+    assert (code, len(errors)) == (2, 1), printed
+    assert option in errors[0]
+
+
+def test_settings_survive_a_file(tmp_path: Path) -> None:
+    training = DistillConfig(max_steps=7, report_to=("wandb",))
+    for remove in (3, {"moe": 2}, 0.25):
+        config = CompressConfig("m", "c", remove, protect=(0, 3), tasks=("a",), limit=0.5, distill=training)
+        config.save(tmp_path / "run.yaml")
+        assert CompressConfig(**CompressConfig.read(tmp_path / "run.yaml")) == config
+
+
+def test_a_file_may_say_what_the_option_says(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "remove: 25%\nprotect: 0-2,5\ntasks: mmlu,gsm8k\nbudget: 1e1\ndistill: {learning_rate: 1e-4}\n"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "remove: 0.25\nprotect: [0, 1, 2, 5]\ntasks: [mmlu, gsm8k]\nbudget: 10\ndistill: {learning_rate: 0.0001}\n"
+    )
+    first, second = (CompressConfig("m", "c", **CompressConfig.read(tmp_path / name)) for name in ("a.yaml", "b.yaml"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("energy: fisher", 2048),
+        ("energy: secant", 64),
+        ("energy: fisher\nnum_samples: 5", 5),
+        ("energy: fisher\nnum_samples: 5\nenergy_samples: 6", 5),
+        ("energy: secant\nnum_samples: 5\nenergy_samples: 6", 6),
+        ("energy: secant\nenergy_samples: 6", 6),
+    ],
+)
+def test_the_number_of_samples_depends_on_the_energy(tmp_path: Path, text: str, expected: int) -> None:
+    """Files of older runs have two numbers, of which the energy takes one."""
+    (tmp_path / "settings.yaml").write_text(text)
+    config = CompressConfig("m", "c", 1, **CompressConfig.read(tmp_path / "settings.yaml"))
+    assert config.calibration_samples == expected
+
+
+def test_tasks_are_those_of_the_paper_unless_some_are_named() -> None:
+    assert len(EvaluateConfig().tasks) == 6
+    assert EvaluateConfig(rollouts={"aime25": 3}).tasks == ("aime25",)
+    assert EvaluateConfig(tasks=("a",), rollouts={"b": 3}, limit=7).tasks == ("a", "b")
+
+
+def test_a_switch_in_a_file_can_be_turned_off(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[CompressConfig] = []
+    monkeypatch.setattr("blockspin.cli.runs._compress", lambda config, out: seen.append(config))
+    (tmp_path / "settings.yaml").write_text("model: m\ncalibration: c\nremove: 2\ngradient_checkpointing: true\n")
+    command("compress", "--config", tmp_path / "settings.yaml")
+    command("compress", "--config", tmp_path / "settings.yaml", "--no-gradient-checkpointing")
+    assert [config.gradient_checkpointing for config in seen] == [True, False]
+
+
+def test_options_are_in_panels_and_required_ones_are_marked(command: Command) -> None:
+    _, printed = command("compress", "--help")
+    for panel in ("Run", "Data", "Model", "Energy", "Solver", "Choice", "Tasks", "Training"):
+        assert f"─ {panel} ─" in printed
+    assert "Required" in printed
+    _, printed = command("solve", "--help")
+    assert "[required]" in printed
+
+
+def test_the_version_is_the_package_s(command: Command) -> None:
+    from blockspin import __version__
+
+    assert command("--version") == (0, f"blockspin {__version__}\n")
