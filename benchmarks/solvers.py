@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from dwave_solvers import DWAVE
 from numpy.typing import NDArray
 
 import blockspin as bs
+from blockspin.solvers import SOLVERS
 
 Floats = NDArray[np.float64]
 SAMPLES = 2048
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    SOLVERS.update(DWAVE)
     warm = bs.RemovalProblem(flat(24, np.random.default_rng(1)), remove=10)
     measure(warm, [solver for solver in chosen.solvers if solver != "gurobi"], 5, None)
     print(f"{os.cpu_count()} cores, {platform.machine()}; {chosen.states} states; seed {chosen.seed}\n")

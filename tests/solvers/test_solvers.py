@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dwave_solvers import DWAVE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ import blockspin as bs
 from blockspin.solvers import SOLVERS
 from blockspin.solvers.exact import relaxed_below
 from blockspin.solvers.moves import terms_of
-from blockspin.solvers.tree import FREE, bound
+from blockspin.solvers.node import FREE, bound
 
 OWN = ["exact", "enumerate", "tabu", "anneal"]
 PROVING = ["exact", "enumerate", "gurobi"]
@@ -102,8 +103,10 @@ CONTRACT = {
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_keeps_the_contract(solver: str, name: str) -> None:
+@pytest.mark.parametrize("solver", [*SOLVERS, *DWAVE])
+def test_every_solver_keeps_the_contract(solver: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for outside, search in DWAVE.items():
+        monkeypatch.setitem(SOLVERS, outside, search)
     if solver in NEEDS:
         pytest.importorskip(NEEDS[solver])
     problem = CONTRACT[name]
@@ -320,7 +323,8 @@ def test_kernels_are_compiled_once_and_again_when_a_source_changes(tmp_path: Pat
 import numpy as np, blockspin as bs, importlib
 for solver in ("exact", "enumerate", "tabu", "anneal"):
     bs.solve(bs.RemovalProblem(np.eye(12), remove=4), solver=solver)
-modules = [importlib.import_module("blockspin.solvers." + m) for m in ("moves", "tree", "tabu", "enumerate", "anneal")]
+names = ("moves", "node", "tree", "tabu", "enumerate", "anneal")
+modules = [importlib.import_module("blockspin.solvers." + name) for name in names]
 kernels = {id(v): v for m in modules for v in vars(m).values() if hasattr(v, "stats")}.values()
 print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum(sum(k.stats.cache_hits.values()) for k in kernels))
 """

@@ -96,8 +96,7 @@ class Energies(ABC):
 
 def array_names(kind: type[Energies]) -> list[str]:
     """The fields of a kind of energies that are arrays."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return [name for name in names if name not in IN_HEADER]
+    return [field.name for field in fields(kind) if field.name not in IN_HEADER]  # type: ignore[arg-type]
 
 
 def finished_rows(journal: Journal) -> Iterator[tuple[int, NDArray[np.float32]]]:

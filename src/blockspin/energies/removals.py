@@ -24,12 +24,11 @@ from ..model.gates import gated
 from ..model.passes import num_passes, removal_passes
 from ..model.quality import kl, loss, measured
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, RemovalProblem
+from ..problem import Block, Floats, Removal, RemovalProblem
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
 
-Floats = NDArray[np.float64]
 Passes = Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]
 
 
@@ -56,8 +55,8 @@ class Interactions(Energies):
     def standard_errors(self) -> Floats:
         """(num_blocks, num_blocks): of every entry of `hessian`, from the scatter between samples; inf with one."""
         mean, weights = self._moments()
-        apart = np.nan_to_num(self.matrices.astype(np.float64) - mean)
-        number = (weights > 0).sum(axis=0)
+        apart = np.nan_to_num(self.matrices.astype(np.float64) - mean)  # (num_samples, N, N)
+        number = (weights > 0).sum(axis=0)  # (N, N) samples on which the pair was measured
         with np.errstate(divide="ignore", invalid="ignore"):
             errors: Floats = np.sqrt((weights**2 * apart**2).sum(axis=0) * number / (number - 1))
         errors[number < 2] = np.inf
@@ -66,7 +65,7 @@ class Interactions(Energies):
     def resampled(self, generator: np.random.Generator) -> Interactions:
         """As many samples, drawn with replacement: one bootstrap replicate; unmeasured pairs keep their mean."""
         rows = generator.integers(0, len(self.matrices), len(self.matrices))
-        matrices = self.matrices[rows]
+        matrices = self.matrices[rows]  # (num_samples, N, N)
         matrices = np.where(np.isnan(matrices).all(axis=0), self.hessian, matrices).astype(np.float32)
         return replace(self, matrices=matrices, tokens=self.tokens[rows])
 
@@ -102,45 +101,46 @@ def measure_pairs(
     """
     traced = trace_model(model)
     blocks, n = traced.blocks, traced.depth
-    tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)
-    matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
+    tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)  # (num_samples,) that are predicted
     journal = Journal(partial, fingerprint.of_results(model, samples, objective))
-    for index, row in finished_rows(journal):
-        matrices[index] = row.reshape(n, n)
+    matrices = _finished_forms(journal, len(samples), n)
 
     first = min(len(samples), max(4, len(samples) // 4))
     every = list(combinations(range(n), 2))
     if progress:
-        cost = num_passes(traced, [(), *((i,) for i in range(n)), *every])
+        cost = num_passes(traced, [*_at_most_one(n), *every])
         console.print(
             f"{len(every)} pairs of {n} blocks cost about {cost:.0f} passes of the model for each of the first {first} "
             f"samples, and fewer for the other {len(samples) - first}.",
             highlight=False,
             soft_wrap=True,
         )
+
     for chosen in (range(first), range(first, len(samples))):
         todo = [i for i in chosen if np.isnan(matrices[i, 0, 0])]
         if not todo:
             continue
+
+        # The samples of the first quarter tell which pairs are worth measuring on the rest.
         known = Interactions(matrices[:first], tokens[:first], blocks)
         pairs = every if chosen.start == 0 else pairs_in_low_states(known)
         for start in track(range(0, len(todo), batch_size), "Pairs", -(-len(todo) // batch_size), show=progress):
             part = todo[start : start + batch_size]
-            found = _pair_matrices(traced, [samples[i] for i in part], pairs, objective)
-            matrices[part] = found
-            keep_rows(journal, part, found)
+            matrices[part] = _pair_forms(traced, [samples[i] for i in part], pairs, objective)
+            keep_rows(journal, part, matrices[part])
 
     return Interactions(matrices, tokens, blocks, metadata or {})
 
 
-def _pair_matrices(
+def _pair_forms(
     traced: TracedModel, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str
 ) -> NDArray[np.float32]:
     """(number of samples, N, N): Q of each sample; NaN for other pairs."""
     measure, n = {"kl": kl, "loss": loss}[objective], traced.depth
-    removals = [(), *((i,) for i in range(n)), *pairs]
-    values = measured(traced, removals, samples, measure, batch_size=len(samples))[..., 0]
+    removals = [*_at_most_one(n), *pairs]
+    values = measured(traced, removals, samples, measure, batch_size=len(samples))[..., 0]  # (removals, samples)
     change = values - values[0]
+
     matrices = np.full((len(samples), n, n), np.nan)
     matrices[:, range(n), range(n)] = change[1 : n + 1].T
     for (i, j), both in zip(pairs, change[n + 1 :], strict=True):
@@ -150,13 +150,18 @@ def _pair_matrices(
 
 def pairs_in_low_states(interactions: Interactions, replicates: int = 4, states: int = 20) -> list[tuple[int, int]]:
     """The pairs of blocks in the lowest states of bootstrap replicates, for an eighth to a half of the blocks."""
-    n, generator, found = len(interactions.blocks), np.random.default_rng(0), set()
+    n, generator = len(interactions.blocks), np.random.default_rng(0)
+    depths = sorted({max(1, n * eighths // 8) for eighths in (1, 2, 3, 4)})
+
+    found: set[tuple[int, int]] = set()
     for _ in range(replicates):
         hessian = interactions.resampled(generator).hessian
-        for remove in sorted({max(1, n * eighths // 8) for eighths in (1, 2, 3, 4)}):
-            if remove < n:
-                spectrum = solve(RemovalProblem(hessian, remove=remove), states=states, solver="tabu")
-                found |= {pair for state in spectrum.states for pair in combinations(state.removed, 2)}
+        for remove in depths:
+            if remove == n:  # a model of one block
+                continue
+            spectrum = solve(RemovalProblem(hessian, remove=remove), states=states, solver="tabu")
+            for state in spectrum.states:
+                found.update(combinations(state.removed, 2))
     return sorted(found)
 
 
@@ -187,28 +192,39 @@ def gauss_newton(
     if not 0 < step <= 1:
         raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
     traced = trace_model(model)
-    blocks, n = traced.blocks, traced.depth
-    matrices = np.full((len(samples), n, n), np.nan, dtype=np.float32)
+    n = traced.depth
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions))
-    for index, row in finished_rows(journal):
-        matrices[index] = row.reshape(n, n)
+    matrices = _finished_forms(journal, len(samples), n)
 
     todo = [i for i in range(len(samples)) if np.isnan(matrices[i, 0, 0])]
     passes = _single_removals if step == 1 else _gates_moved
     batches = passes(traced, [samples[i] for i in todo], step, batch_size) if todo else ()
-    number = -(-len(samples) // batch_size)
-    for batch, outputs in track(batches, "Blocks", number, number - -(-len(todo) // batch_size), progress):
+    number, left = (-(-length // batch_size) for length in (len(samples), len(todo)))  # batches
+    for batch, outputs in track(batches, "Blocks", number, number - left, progress):
         part = [todo[i] for i in batch.indices]
         matrices[part] = _covariances(batch, outputs, n, step, positions)
         keep_rows(journal, part, matrices[part])
 
     tokens = np.array([min(len(sample) - 1, positions) for sample in samples], dtype=np.int64)
-    return Interactions(matrices, tokens, blocks, metadata or {})
+    return Interactions(matrices, tokens, traced.blocks, metadata or {})
+
+
+def _finished_forms(journal: Journal, num_samples: int, n: int) -> NDArray[np.float32]:
+    """(num_samples, N, N): the forms that a journal holds; NaN for the other samples."""
+    matrices = np.full((num_samples, n, n), np.nan, dtype=np.float32)
+    for index, row in finished_rows(journal):
+        matrices[index] = row.reshape(n, n)
+    return matrices
+
+
+def _at_most_one(n: int) -> list[Removal]:
+    """The whole model, then the removal of each block."""
+    return [(), *((i,) for i in range(n))]
 
 
 def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    removals = [(), *((i,) for i in range(traced.depth))]
-    return removal_passes(traced, removals, samples, batch_size=batch_size)
+    """Every batch with the logits of the whole model (0) and of those without block i (i + 1)."""
+    return removal_passes(traced, _at_most_one(traced.depth), samples, batch_size=batch_size)
 
 
 def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
@@ -218,7 +234,7 @@ def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, ba
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
         for k in range(traced.depth + 1):
             alphas = torch.ones(len(batch.indices), traced.depth, device=next(model.parameters()).device)
-            alphas[:, k - 1 : k] = 1 - step
+            alphas[:, k - 1 : k] = 1 - step  # none for k = 0
             with gated(traced, alphas):
                 yield k, batch.forward(model)
 
@@ -231,19 +247,23 @@ def _covariances(
     batch: Batch, outputs: Iterator[tuple[int, Tensor]], n: int, step: float, positions: int
 ) -> NDArray[np.float32]:
     """(batch, N, N): the Gauss-Newton form of each sample. The whole model's logits come first."""
+    # The positions that count, spread over each sample; only their logits are kept.
     used = [torch.linspace(0, length - 2, min(length - 1, positions)).long() for length in batch.lengths.tolist()]
     picked: dict[int, list[Tensor]] = {}
     for k, logits in outputs:
         check_finite(sample_losses(logits, batch), batch)
         picked[k] = [row[where.to(row.device)] for row, where in zip(logits, used, strict=True)]
+
     forms = []
     for r in range(len(used)):
-        whole = picked[0][r].float()
+        whole = picked[0][r].float()  # (positions, vocabulary)
         p = whole.softmax(-1)
+
+        # cov_p(z_i, z_j) is the inner product of sqrt(p) (z - mean of z): one row for each block.
         changes = []
         for k in range(1, n + 1):
-            z = (picked[k][r].to(whole.device).float() - whole) / step
+            z = (picked[k][r].to(whole.device).float() - whole) / step  # (positions, vocabulary)
             changes.append((p.sqrt() * (z - (p * z).sum(-1, keepdim=True))).flatten())
-        scores = torch.stack(changes)
-        forms.append((scores @ scores.T / (2 * len(used[r]))).cpu().numpy())
+        rows = torch.stack(changes)  # (N, positions * vocabulary)
+        forms.append((rows @ rows.T / (2 * len(used[r]))).cpu().numpy())
     return np.stack(forms).astype(np.float32)

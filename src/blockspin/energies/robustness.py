@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem
 from ..solvers import solve
 from .energies import Energies
+
+OFTEN_ENOUGH = 0.1  # a block that is in this share of the ground states, or stays out in it, is uncertain
+MOSTLY_SHARED = 0.75  # where less of the ground state remains, more samples are asked for
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,25 @@ class Robustness:
     same: float
     shared: float
     order: float
-    ground_states: tuple[tuple[int, ...], ...]
+    ground_states: tuple[Removal, ...]
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "frequency": self.frequency.tolist()}
 
     def summary(self) -> str:
         """One or two sentences, with a warning where more samples are needed."""
-        uncertain = [i for i in np.argsort(-self.frequency) if 0.1 < self.frequency[i] < 0.9]
         text = (
             f"Drawn anew, the samples give the same ground state in {self.same:.0%} of cases and keep "
             f"{self.shared:.0%} of its blocks; the order of the low states correlates by {self.order:.2f}."
         )
+
+        # Blocks that are sometimes in the ground state and sometimes not, the most frequent first.
+        order = np.argsort(-self.frequency)
+        uncertain = order[(self.frequency[order] > OFTEN_ENOUGH) & (self.frequency[order] < 1 - OFTEN_ENOUGH)]
         if len(uncertain):
             text += " Uncertain blocks: " + ", ".join(f"{i} ({self.frequency[i]:.0%})" for i in uncertain) + "."
-        if self.shared < 0.75:
+
+        if self.shared < MOSTLY_SHARED:
             text += " The energies are uncertain: use more samples."
         return text
 
@@ -56,22 +63,28 @@ def robustness(
     generator = np.random.default_rng(seed)
     lowest = [state.removed for state in solve(problem, states=states, solver="tabu", seed=seed).states]
     reference = _ranks(problem, lowest)
-    ground_states, orders = [], []
+
+    ground_states: list[Removal] = []
+    orders = []
     for _ in range(replicates):
         drawn = energies.resampled(generator)
-        again = problem.with_energy(drawn.hessian, drawn.mean_gradient if problem.beta else None)
+        again = problem.with_energy(drawn.hessian, drawn.mean_gradient)
         ground_states.append(solve(again, states=1, solver="tabu", seed=seed).states[0].removed)
         orders.append(np.corrcoef(_ranks(again, lowest), reference)[0, 1] if len(lowest) > 1 else 1.0)
-    kept = [len({*removed} & {*lowest[0]}) / max(1, len(lowest[0])) for removed in ground_states]
-    frequency = np.bincount([i for removed in ground_states for i in removed], minlength=problem.num_blocks)
+
+    picked = np.zeros((replicates, problem.num_blocks), dtype=bool)  # the ground state of each replicate
+    for row, removed in zip(picked, ground_states, strict=True):
+        row[list(removed)] = True
+    kept = picked[:, list(lowest[0])].sum(axis=1)  # (replicates,) blocks of the ground state of all samples
     return Robustness(
-        frequency=frequency / replicates,
-        same=float(np.mean([removed == lowest[0] for removed in ground_states])),
-        shared=float(np.mean(kept)),
+        frequency=picked.mean(axis=0),
+        same=ground_states.count(lowest[0]) / replicates,
+        shared=float(np.mean(kept / max(1, len(lowest[0])))),
         order=float(np.mean(orders)),
         ground_states=tuple(dict.fromkeys(ground_states)),
     )
 
 
-def _ranks(problem: RemovalProblem, removals: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
+def _ranks(problem: RemovalProblem, removals: Sequence[Removal]) -> NDArray[np.int64]:
+    """(number of removals,): the place of each in the order of the energies."""
     return np.argsort(np.argsort([problem.energy(removed) for removed in removals], kind="stable"))

@@ -122,7 +122,7 @@ def constraints_on_parameters(share: float, blocks: Sequence[Block] | None, prot
 
     # At least one block stays: the smallest, where none is protected.
     index = [i for i in range(len(blocks)) if i not in protect]
-    open_parameters = sum(sizes[i] for i in index)
+    open_parameters = sum(sizes) - sum(sizes[i] for i in protect)
     most = open_parameters - (0 if protect else min(sizes))
     need = math.ceil(share * sum(sizes))
     if need > most:
@@ -131,7 +131,7 @@ def constraints_on_parameters(share: float, blocks: Sequence[Block] | None, prot
 
     if need == open_parameters:
         return _constraints(len(blocks), [], index, [], np.zeros(0), [], equality=True)
-    weight = np.array([sizes[i] for i in index], dtype=np.float64)
+    weight = np.array(sizes, dtype=np.float64)[index]
     return _constraints(len(blocks), index, [], [0] * len(index), weight, [need], equality=False)
 
 

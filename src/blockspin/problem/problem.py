@@ -68,10 +68,9 @@ class RemovalProblem(Views):
 
     def __repr__(self) -> str:
         goal = f"remove={self.remove}" if self.remove is not None else f"remove_parameters={self.remove_parameters}"
-        extra = "".join(
-            f", {name}={value}" for name, value in (("protect", self.protect), ("beta", self.beta)) if value
-        )
-        return f"RemovalProblem({self.num_blocks} blocks, {goal}{extra})"
+        protect = f", protect={self.protect}" if self.protect else ""
+        beta = f", beta={self.beta}" if self.beta else ""
+        return f"RemovalProblem({self.num_blocks} blocks, {goal}{protect}{beta})"
 
     def energy(self, removed: Iterable[int]) -> float:
         """E of the removal of these blocks, correctly rounded, so that it depends on no order of summation."""

@@ -10,22 +10,19 @@ import numpy as np
 
 from ..problem import RemovalProblem
 from .anneal import anneal
-from .dwave import dwave_anneal, dwave_tabu
 from .enumerate import enumerate_all
 from .exact import exact
 from .gurobi import gurobi
-from .spectrum import Found, Spectrum, State, spectrum_of
+from .spectrum import SearchResult, Spectrum, State, spectrum_of
 from .tabu import tabu
 
 __all__ = ["SOLVERS", "Spectrum", "State", "solve"]
 
-SOLVERS: dict[str, Callable[[RemovalProblem, int, float | None, int], Found]] = {
+SOLVERS: dict[str, Callable[[RemovalProblem, int, float | None, int], SearchResult]] = {
     "exact": exact,
     "enumerate": enumerate_all,
     "tabu": tabu,
     "anneal": anneal,
-    "dwave-tabu": dwave_tabu,
-    "dwave-anneal": dwave_anneal,
     "gurobi": gurobi,
 }
 FEW = 10**6  # so many candidates are enumerated at once
@@ -47,12 +44,17 @@ def solve(
         raise ValueError(f"time_limit={time_limit}: must be a positive number of seconds, or None")
     if solver != "auto" and solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}: must be auto or one of {', '.join(SOLVERS)}")
-    name = solver if solver != "auto" else "enumerate" if problem.num_candidates <= FEW else "exact"
+
+    name = solver
+    if solver == "auto":
+        name = "enumerate" if problem.num_candidates <= FEW else "exact"
+
     started = time.perf_counter()
     if len(problem.reduced.block):
-        found = SOLVERS[name](problem, min(int(states), problem.num_candidates), time_limit, seed)
-    else:
-        found = Found(np.zeros((1, 0), dtype=bool), math.inf, {})
+        result = SOLVERS[name](problem, min(int(states), problem.num_candidates), time_limit, seed)
+    else:  # only one removal is allowed
+        result = SearchResult(np.zeros((1, 0), dtype=bool), math.inf, {})
+
     if solver == "auto":
-        found.statistics["chosen"] = f"{name}, for {problem.num_candidates:.3g} candidates"
-    return spectrum_of(problem, found, states, name, time.perf_counter() - started)
+        result.statistics["chosen"] = f"{name}, for {problem.num_candidates:.3g} candidates"
+    return spectrum_of(problem, result, states, name, time.perf_counter() - started)

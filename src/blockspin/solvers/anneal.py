@@ -21,7 +21,7 @@ from .moves import (
     terms_of,
     worst,
 )
-from .spectrum import Found, Statistics
+from .spectrum import SearchResult, Statistics
 from .stopping import Stop
 
 RUNS = 40
@@ -29,39 +29,48 @@ PROPOSALS_PER_VARIABLE = 2000
 COLDEST = 1e-3  # last temperature as a share of the first
 
 
-def anneal(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+def anneal(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
     """The lowest removals seen in a fixed number of seeded runs from random starts, or until the time limit."""
     n = len(problem.reduced.block)
     terms, pool = terms_of(problem.reduced, problem.resolution), empty_pool(states, n)
     rng = np.random.default_rng(seed)
+
     with Stop(time_limit) as stop:
         for run in range(RUNS):
             if run and stop.expired():
                 break
             chosen = greedy_start(problem.reduced, rng.normal(size=n))
             cool(terms, chosen, PROPOSALS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
+
     statistics: Statistics = {"proposals": RUNS * PROPOSALS_PER_VARIABLE * n}
-    return Found(pool_rows(pool, n), -np.inf, statistics | stop.reason())
+    return SearchResult(pool_rows(pool, n), -np.inf, statistics | stop.reason())
 
 
 @compiled
 def cool(terms: Terms, chosen: NDArray[np.uint8], proposals: int, seed: int, pool: Pool) -> None:
     """One run at geometrically falling temperature from a removal (n,), which it changes."""
     np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
+
     field, bits = np.empty(len(chosen)), np.empty(pool.bits.shape[1], np.uint64)
     energy = energy_and_field(terms, chosen, field, bits)
     keep_neighbour(pool, energy, bits, -1, -1, terms.resolution)
     total, count = np.sum(terms.weight * chosen), int(np.sum(chosen))
+
+    # From the spread of what single variables add, down to a share of it.
     temperature = np.max(field) - np.min(field)
     factor = COLDEST ** (1.0 / proposals)
+
     for _ in range(proposals):
         temperature *= factor
         out, into = propose(chosen, terms.equality)
         if (out < 0 and into < 0) or not move_allowed(terms, total, count, out, into):
             continue
+
+        # Every proposal is looked at for the pool, whether it is accepted or not.
         change = move_energy(terms.quadratic, field, out, into)
         if energy + change < worst(pool):
             keep_neighbour(pool, energy + change, bits, out, into, terms.resolution)
+
         if change > 0.0 and np.random.random() >= np.exp(-change / temperature):  # noqa: NPY002
             continue
         make_move(terms, chosen, field, bits, out, into)

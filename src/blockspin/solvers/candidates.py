@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem
 from . import Spectrum
 
 
@@ -22,7 +22,7 @@ class Candidate:
         token; None before it is measured.
     """
 
-    removed: tuple[int, ...]
+    removed: Removal
     source: str
     energy: float | None = None
     loss: float | None = None
@@ -39,16 +39,19 @@ def open_blocks(problem: RemovalProblem, removed: Iterable[int]) -> list[int]:
     `removed` holds the blocks that every allowed removal contains (`problem.reduced.always`).
     """
     r = problem.reduced
-    gone = np.isin(r.block, list(removed))
-    missing = r.need - np.bincount(r.group[gone], r.weight[gone], minlength=len(r.need))
+    gone = np.isin(r.block, list(removed))  # (n,)
+    missing = r.need - np.bincount(r.group[gone], r.weight[gone], minlength=len(r.need))  # (groups,)
     free = np.flatnonzero(~gone & (missing[r.group] > 0))
-    if r.max_removed < len(r.block) and not r.equality:  # one block stays: it must be small enough to reach the budget
+
+    # One block stays. With a budget one that is small enough to stay must be left, besides the one that goes now.
+    if r.max_removed < len(r.block) and not r.equality:
         spare = r.weight.sum() - r.need[0]
-        free = np.array([i for i in free if any(r.weight[j] <= spare for j in np.flatnonzero(~gone) if j != i)], int)
+        may_stay = ~gone & (r.weight <= spare)  # (n,)
+        free = free[may_stay.sum() - may_stay[free] > 0]
     return sorted(r.block[free].tolist())
 
 
-def fill(problem: RemovalProblem, order: Iterable[int]) -> tuple[int, ...]:
+def fill(problem: RemovalProblem, order: Iterable[int]) -> Removal:
     """The removal made by taking blocks in this order of preference, each where the problem still allows it.
 
     order: block indices, most dispensable first; every block of the problem once. With a number of blocks to remove
@@ -81,12 +84,13 @@ def distinct(candidates: Sequence[Candidate], apart: int = 2) -> list[Candidate]
     return kept
 
 
-def swaps(problem: RemovalProblem, removed: Iterable[int]) -> list[tuple[int, ...]]:
+def swaps(problem: RemovalProblem, removed: Iterable[int]) -> list[Removal]:
     """The allowed removals that put one block back and remove another in its place, lowest energy first."""
-    out = set(removed)
-    r = problem.reduced
-    free = r.block.tolist()
-    moves = [(i, j) for i in sorted(out & {*free}) for j in free if j not in out]
-    neighbours = [tuple(sorted(out - {i} | {j})) for i, j in moves]
-    allowed = [neighbour for neighbour in neighbours if problem.allows(neighbour)]
+    gone, open_ = set(removed), problem.reduced.block.tolist()
+    allowed = []
+    for back in sorted(gone & {*open_}):
+        for instead in open_:
+            neighbour = tuple(sorted(gone - {back} | {instead}))
+            if instead not in gone and problem.allows(neighbour):
+                allowed.append(neighbour)
     return sorted(allowed, key=lambda neighbour: (problem.energy(neighbour), neighbour))

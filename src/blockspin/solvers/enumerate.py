@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..problem import Floats, Ints, RemovalProblem
 from .compiled import compiled, compiled_for_scans
 from .moves import Pool, Terms, empty_pool, insert, merge, offer_removal, pool_rows, terms_of, toggle, worst
-from .spectrum import Found, Statistics
+from .spectrum import SearchResult, Statistics
 from .stopping import Stop
 from .tabu import search
 from .threads import in_threads
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     place: Ints  # (n,) where in table the run of each i begins
 
 
-def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
     """The lowest of all allowed removals; nothing is proven if a time limit or Ctrl-C stops it.
 
     Raises ValueError, naming the count and the time, where that would take longer than the time limit or ten minutes.
@@ -67,12 +67,15 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
             f"solver='enumerate' would look at {count:.3g} removals, for about {seconds:.3g} s; "
             "use solver='exact', or give it a longer time_limit"
         )
+
     n = len(problem.reduced.block)
-    pool, cut = empty_pool(states, n), np.array([np.inf])
+    pool, cut = empty_pool(states, n), np.array([np.inf])  # cut (1,): the energy to beat, shared between threads
     terms = terms_of(problem.reduced, problem.resolution)
     with Stop(time_limit) as stop:
+        # A tabu search first: the lower the energy to beat, the fewer removals are computed again in float64.
         start, _ = search(problem, states, seed, 12 if count > SMALL else 1, stop)
         cut[0] = worst(start) + problem.resolution
+
         if budget:
             in_threads(1, lambda task, own: every_subset(terms, own, stop.flag), pool, terms.resolution, stop)
         else:
@@ -85,24 +88,28 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
                 terms.resolution,
                 stop,
             )
+
     statistics: Statistics = {"candidates": count}
     if stop.reason():
         merge(pool, start, problem.resolution)
-        return Found(pool_rows(pool, n), -np.inf, statistics | stop.reason())
+        return SearchResult(pool_rows(pool, n), -np.inf, statistics | stop.reason())
     bound = pool.energy[-1] + problem.reduced.constant if pool.size[0] == states else np.inf
-    return Found(pool_rows(pool, n), bound, statistics)
+    return SearchResult(pool_rows(pool, n), bound, statistics)
 
 
 def make_plan(terms: Terms) -> Plan:
     """Renumber the variables, choose t, and make the tables."""
+    # The group with the most combinations comes last in the removal, where a step costs least.
     counts = np.bincount(terms.group)
-    combinations = [math.comb(int(n), int(m)) for n, m in zip(counts, terms.need, strict=True)]
-    last = int(np.argmax(combinations))
-    groups = [last, *(g for g in range(len(counts)) if g != last)]
+    combinations = list(map(math.comb, counts.tolist(), terms.need.astype(int).tolist()))
+    last = combinations.index(max(combinations))
+    groups = [last, *range(last), *range(last + 1, len(counts))]
     variable = np.concatenate([np.flatnonzero(terms.group == g) for g in groups])
     quadratic = (2.0 * terms.quadratic[np.ix_(variable, variable)]).astype(np.float32)
     size, picks = int(counts[last]), int(terms.need[last])
     t = _subset_size(size, picks)
+
+    # The levels of the prefix: first the other groups, then what the last one needs besides i and its t-subset.
     levels: list[tuple[int, int, bool]] = []
     offset = size
     for g in groups[1:]:
@@ -110,16 +117,18 @@ def make_plan(terms: Terms) -> Plan:
         offset += int(counts[g])
     own = picks - t - 1
     levels += _levels(0, size, own, t + 1)
+
     choose = np.array([[math.comb(n, k) for k in range(t + 1)] for n in range(size + 1)], dtype=np.int64)
     field = (terms.linear + np.diag(terms.quadratic))[variable].astype(np.float32)
     table, place = _table(quadratic, size, t)
+    start, end, follows = np.array(levels, dtype=np.int64).reshape(-1, 3).T.copy()  # (levels,) each
     return Plan(
         variable=variable,
         quadratic=quadratic,
-        start=np.array([level[0] for level in levels], dtype=np.int64),
-        end=np.array([level[1] for level in levels], dtype=np.int64),
-        follows=np.array([level[2] for level in levels], dtype=np.bool_),
-        after=np.array([min(own, len(levels) - 1 - k) for k in range(len(levels))], dtype=np.int64),
+        start=start,
+        end=end,
+        follows=follows.astype(np.bool_),
+        after=np.minimum(own, np.arange(len(levels))[::-1]),
         below=own > 0,
         size=size,
         t=t,
@@ -177,13 +186,13 @@ def _subset_energies(quadratic: Singles, field: Singles, t: int) -> Singles:
 
 def first_picks(plan: Plan) -> list[Ints]:
     """The tasks: all choices for the first two prefix levels, or as many as there are."""
-    depth, found = min(2, len(plan.start)), [np.zeros(0, np.int64)]
-    for level in range(depth):
-        found = [
-            np.append(picks, i)
-            for picks in found
-            for i in range(plan.start[level], picks[-1] if plan.follows[level] else plan.end[level])
-        ]
+    found = [np.zeros(0, np.int64)]
+    for level in range(min(2, len(plan.start))):
+        longer = []
+        for picks in found:
+            end = picks[-1] if plan.follows[level] else plan.end[level]
+            longer += [np.append(picks, i) for i in range(plan.start[level], end)]
+        found = longer
     return found
 
 
@@ -201,25 +210,26 @@ def walk(terms: Terms, plan: Plan, first: Ints, pool: Pool, cut: Floats, spare: 
     The innermost functions get single arrays: to hand them whole tuples would cost more than what they do.
     """
     levels, n = len(plan.start), len(plan.variable)
-    quadratic, table, place, run, after = (
-        plan.quadratic,
-        plan.table,
-        plan.place,
-        plan.choose[:, plan.t].copy(),
-        plan.after,
-    )
+    quadratic, table, place, after = plan.quadratic, plan.table, plan.place, plan.after
+    run = plan.choose[:, plan.t].copy()  # (size + 1,) how many t-subsets lie below each variable
+
+    # What each level of the prefix adds to: the state before its pick is in row `level`, that after it in the next.
     picks, energy = np.zeros(levels + 1, np.int64), np.zeros(levels + 1)
     field = np.zeros((levels + 1, n), np.float32)
+
     # No prefix that begins like this needs the sums beyond its first pick; whole rows would not stay in the cache.
     width = len(plan.sums)
     if levels:
         width = (run[min(first[0], plan.size) - after[0] - 1] + LANES - 1) // LANES * LANES
     sums = np.empty((levels + 1, width), np.float32)
     field[0], sums[0] = plan.field, plan.sums[:width]
+
     for level in range(len(first)):
         picks[level] = first[level]
         highest = min(first[level], plan.size) - after[level] - 1
         pick(quadratic, table, place, run, field, energy, sums, level, first[level], highest)
+
+    # Depth first from there, every level counting its pick down to its start.
     level, fixed = len(first), len(first)
     if level < levels:
         picks[level] = picks[level - 1] if plan.follows[level] else plan.end[level]
@@ -233,10 +243,12 @@ def walk(terms: Terms, plan: Plan, first: Ints, pool: Pool, cut: Floats, spare: 
                 i = next_hit(table, place, run, field[levels], sums[levels], i + 1, top, limit)
             level -= 1
             continue
+
         if picks[level] == plan.start[level]:
             level -= 1
             continue
         picks[level] -= 1
+
         # The later levels pick below this one, then comes i, and only then s.
         highest = min(picks[level], plan.size) - after[level] - 1
         pick(quadratic, table, place, run, field, energy, sums, level, picks[level], highest)
@@ -319,6 +331,8 @@ def offer(terms: Terms, plan: Plan, picks: Ints, i: int, s: int, pool: Pool) -> 
     removed = np.empty(len(plan.start) + 1 + plan.t, np.int64)
     removed[: len(plan.start)] = picks[: len(plan.start)]
     removed[len(plan.start)] = i
+
+    # The subset of rank s in colexicographic order: its largest variable is the largest j with C(j, t) <= s.
     j = plan.size
     for k in range(plan.t, 0, -1):
         while plan.choose[j, k] > s:
@@ -338,17 +352,22 @@ def every_subset(terms: Terms, pool: Pool, flag: Ints) -> None:
     left = np.append(np.cumsum(terms.weight[::-1])[::-1], 0.0)  # weight of the variables from i on
     bits, count = np.zeros(pool.bits.shape[1], np.uint64), 0
     tried = np.zeros(n + 1, np.int64)  # per depth: 0 nothing, 1 taken, 2 left out
+
     i = 0
     while i >= 0 and flag[0] == 0:
         if tried[i] == 1:
             toggle(bits, i)
             count -= 1
+
+        # Back one variable: all are decided, both ways were tried, or the budget is out of reach.
         if i == n or tried[i] == 2 or missing[i] > left[i]:
             if i == n and missing[n] <= 0.0 and count <= terms.max_removed:
                 insert(pool, energy[n], bits, terms.resolution)
             tried[i] = 0
             i -= 1
             continue
+
+        # On with the next way: first with this variable taken, then without.
         taken = tried[i] == 0
         tried[i] += 1
         missing[i + 1], energy[i + 1] = missing[i], energy[i]

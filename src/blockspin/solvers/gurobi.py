@@ -1,4 +1,4 @@
-"""Gurobi, for comparison: its mixed-integer quadratic solver, with the solution pool for the spectrum."""
+"""Gurobi, for those who have a licence: its mixed-integer quadratic solver, with the solution pool for the spectrum."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import RemovalProblem
-from .spectrum import Found, Statistics
+from .spectrum import SearchResult, Statistics
 
 
-def gurobi(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+def gurobi(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
     """The lowest removals, proven to Gurobi's own tolerances; needs the extra 'solvers' and a licence for the size."""
     try:
         import gurobipy as gp
     except ImportError:
         raise ValueError("solver='gurobi' needs gurobipy: pip install 'blockspin[solvers]'") from None
+
+    # Scaled to about 1, because Gurobi's tolerances are absolute.
     r = problem.reduced
     scale = max(float(np.abs(r.quadratic).max()), float(np.abs(r.linear).max())) or 1.0
     with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
         model.Params.Seed, model.Params.MIPGap, model.Params.MIPGapAbs = seed, 0.0, 1e-9
         model.Params.PoolSearchMode, model.Params.PoolSolutions = 2, states
         model.Params.TimeLimit = math.inf if time_limit is None else time_limit
+
         x = model.addMVar(len(r.block), vtype="B")
         model.setObjective(x @ (r.quadratic / scale) @ x + (r.linear / scale) @ x)
         for g, need in enumerate(r.need):
             total = (r.weight * (r.group == g) / r.weight.max()) @ x
             model.addConstr(total == need / r.weight.max() if r.equality else total >= need / r.weight.max())
         model.addConstr(x.sum() <= r.max_removed)
+
         model.optimize()
         rows = np.array([_solution(model, x, k) for k in range(model.SolCount)])
         least, done = float(model.ObjBound) * scale, model.Status == gp.GRB.OPTIMAL
         statistics: Statistics = {"nodes": float(model.NodeCount), "pool": int(model.SolCount)}
+
     if not len(rows):
         raise RuntimeError(f"Gurobi found no removal within {time_limit} s")
     if not done:
-        return Found(rows, least + r.constant, statistics | {"stopped": "time limit"})
+        return SearchResult(rows, least + r.constant, statistics | {"stopped": "time limit"})
+
     worst = max(problem.energy(removed) for removed in problem.blocks_of(rows))
-    return Found(rows, worst if len(rows) == states else np.inf, statistics)
+    return SearchResult(rows, worst if len(rows) == states else np.inf, statistics)
 
 
 def _solution(model: Any, x: Any, number: int) -> NDArray[np.bool_]:

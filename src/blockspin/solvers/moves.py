@@ -70,6 +70,8 @@ def pool_rows(pool: Pool, num_variables: int) -> NDArray[np.bool_]:
 def greedy_start(reduced: Reduced, score: Floats) -> NDArray[np.uint8]:
     """An allowed removal (n,) of variables with high scores (n,)."""
     chosen = _fill(reduced, np.argsort(-score, kind="stable"))
+
+    # Under a budget the wanted variables may be too light before the removal is full: the heaviest reach it.
     if np.any(np.bincount(reduced.group, reduced.weight * chosen, len(reduced.need)) < reduced.need):
         chosen = _fill(reduced, np.argsort(-reduced.weight, kind="stable"))
     return chosen
@@ -97,6 +99,8 @@ def insert(pool: Pool, energy: float, bits: Bits, resolution: float) -> bool:
     places, size = len(pool.energy), pool.size[0]
     if size == places and energy >= pool.energy[places - 1]:
         return False
+
+    # Known already? Then it is among those of nearly the same energy, on either side of its place.
     at = np.searchsorted(pool.energy[:size], energy, side="right")
     for step in (-1, 1):
         other = at - 1 if step < 0 else at
@@ -104,6 +108,8 @@ def insert(pool: Pool, energy: float, bits: Bits, resolution: float) -> bool:
             if np.all(pool.bits[other] == bits):
                 return False
             other += step
+
+    # Make room: the places from it on move up by one, the last falls out if all are taken.
     last = size if size < places else places - 1
     for place in range(last, at, -1):
         pool.energy[place] = pool.energy[place - 1]
@@ -140,6 +146,8 @@ def energy_and_field(terms: Terms, chosen: NDArray[np.uint8], field: Floats, bit
     bits[:] = 0
     for i in range(n):
         field[i] = terms.linear[i] + terms.quadratic[i, i]
+
+    # Removed one after the other, each for what the field says at that moment.
     for s in range(n):
         if chosen[s]:
             energy += field[s]
@@ -172,12 +180,14 @@ def move_allowed(terms: Terms, total: float, count: int, out: int, into: int) ->
     """Whether a move leads from an allowed removal, of this weight and count, to another."""
     if terms.equality:
         return out >= 0 and into >= 0 and terms.group[out] == terms.group[into]
+
     if out >= 0:
         total -= terms.weight[out]
         count -= 1
     if into >= 0:
         total += terms.weight[into]
         count += 1
+
     return total >= terms.need[0] and count <= terms.max_removed
 
 

@@ -29,11 +29,14 @@ def convex_shift(
     scale = max(float(np.abs(quadratic).max()), float(np.abs(linear).max()) / n)
     if scale == 0.0:
         return np.zeros(n), np.full(n, 0.5)
+
     q, c = quadratic / scale, linear / scale
     w = _null_space(group, need) if equality else np.eye(n + 1)
     budget = None if equality else (_weighing(weight / weight.sum()), float(need[0] / weight.sum()))
     u, s = _interior_point(_homogenised(q, c), w, budget)
-    x = np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)
+    x = np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)  # (n,)
+
+    # C holds Q / 4, so Diag(u) in spins is d = 4 u in binaries. Of two safe shifts take that of the higher bound at x.
     same = group if equality else None
     shifts = _made_safe(q, 4.0 * u[1:], same), _made_safe(q, np.zeros(n), same)
     return max(shifts, key=lambda d: float(d @ (x - x * x))) * scale, x
@@ -75,13 +78,18 @@ def _interior_point(
 
     A budget (B, least) adds the constraint <B, S> - surplus = least, surplus >= 0, with multiplier price >= 0.
     """
-    cost, p = w.T @ full @ w, w.shape[1]
+    cost, p = w.T @ full @ w, w.shape[1]  # (p, p)
     heavy, least = (np.zeros((p, p)), 0.0) if budget is None else (w.T @ budget[0] @ w, budget[1])
+
+    # A start well inside both cones: Z the identity, u so low that the slack is positive definite.
     price = surplus = 0.0 if budget is None else 1.0
     u = np.full(len(w), np.linalg.eigvalsh(cost - price * heavy)[0] - 1.0)
     z, slack = np.eye(p), cost - price * heavy - (w.T * u) @ w
     mu = float(np.sum(z * slack)) / p / 2.0
+
     for _ in range(rounds):
+        # Newton's equations for Z slack = mu, reduced to the multipliers: (W Z W^T) o (W slack^-1 W^T), elementwise
+        # because every constraint has rank one; a budget adds a row and a column.
         inverse = np.linalg.inv(slack)
         wz, wi = w @ z, w @ inverse
         system, right = (wz @ w.T) * (wi @ w.T), 1.0 - mu * np.einsum("ip,ip->i", wi, w)
@@ -90,14 +98,19 @@ def _interior_point(
             own = float(np.sum((heavy @ z @ heavy) * inverse)) + surplus / price
             system = np.block([[system, mixed[:, None]], [mixed[None, :], np.array([[own]])]])
             right = np.append(right, least - mu * float(np.sum(heavy * inverse)) + mu / price)
+
         try:
             solution = np.linalg.solve(system, right)
         except np.linalg.LinAlgError:
             break
+
+        # The directions of all unknowns; that of Z is made symmetric.
         du, dprice = solution[: len(u)], float(solution[len(u)]) if budget is not None else 0.0
         ds = -(w.T * du) @ w - dprice * heavy
         change = -z @ ds @ inverse
         dz = mu * inverse - z + (change + change.T) / 2.0
+
+        # As far as everything stays inside its cone.
         step_z, step_s = _largest_step(z, dz), _largest_step(slack, ds)
         if budget is not None:
             dsurplus = mu / price - surplus - surplus * dprice / price
@@ -105,10 +118,13 @@ def _interior_point(
             step_s = min(step_s, 0.95 * price / -dprice if dprice < 0.0 else 1.0)
             surplus, price = surplus + step_z * dsurplus, price + step_s * dprice
         z, u, slack = z + step_z * dz, u + step_s * du, slack + step_s * ds
+
+        # After long steps aim far down, after short ones stay near the centre.
         gap = float(np.sum(z * slack)) + surplus * price
         mu = gap / p * (0.1 if step_z + step_s > 1.6 else 0.5)
         if gap < accuracy * (1.0 + abs(float(u.sum()) + least * price)) and step_z > 0.9:
             break
+
     return u, w @ z @ w.T
 
 
@@ -129,10 +145,13 @@ def _made_safe(q: Floats, d: Floats, group: Ints | None) -> Floats:
     """Move d evenly, so that q - Diag(d) is just surely positive semidefinite where the group sums are constant."""
     shifted = q - np.diag(d)
     size = float(np.abs(shifted).sum(axis=1).max())
+
+    # Project each group's direction of constant sums out, so that it does not count.
     for g in range(0 if group is None else int(group[-1]) + 1):
         inside = (group == g) / np.sqrt(np.sum(group == g))
         shifted = shifted - np.outer(inside, inside @ shifted)
         shifted = shifted - np.outer(shifted @ inside, inside)
         shifted += 2.0 * size * np.outer(inside, inside)  # out of the way of the lowest eigenvalue
+
     lowest = float(np.linalg.eigvalsh((shifted + shifted.T) / 2.0)[0])
     return d + lowest - 1e-14 * len(d) * size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import RemovalProblem
+from ..files import replacing
+from ..problem import Removal, RemovalProblem
 from ..tables import Column, Table, ranges
 
 Statistics = dict[str, float | int | str]
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """A solver's raw outcome. Every allowed removal outside rows has at least energy bound (-inf: nothing proven)."""
 
     rows: NDArray[np.bool_]  # (K, n) over the reduced problem's variables, in any order, distinct
@@ -28,7 +28,9 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    removed: tuple[int, ...]
+    """A removal and its energy."""
+
+    removed: Removal
     energy: float
 
 
@@ -60,6 +62,7 @@ class Spectrum:
         took = f"{self.statistics.get('chosen', self.solver)} took {self.seconds:.2f} s"
         if "stopped" in self.statistics:
             took += f" (stopped early: {self.statistics['stopped']})"
+
         if self.num_proven == len(self.states):
             proven = f"all {self.num_proven} states are proven to be the lowest"
         elif self.num_proven:
@@ -89,14 +92,9 @@ class Spectrum:
         return f"{self.table(limit).text(width)}\n{self.summary()}"
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
+        """Write as JSON, whole or not at all. Raises ValueError if the file cannot be written."""
+        with replacing(path) as temporary:
             temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Spectrum:
@@ -124,13 +122,16 @@ class Spectrum:
             raise ValueError(f"not a spectrum file ({error})") from None
 
 
-def spectrum_of(problem: RemovalProblem, found: Found, states: int, solver: str, seconds: float) -> Spectrum:
+def spectrum_of(problem: RemovalProblem, result: SearchResult, states: int, solver: str, seconds: float) -> Spectrum:
     """The spectrum of a solver's outcome: energies recomputed, sorted, cut to so many states, proofs counted."""
-    removals = problem.blocks_of(found.rows)
+    removals = problem.blocks_of(result.rows)
     assert len(set(removals)) == len(removals), "a solver returned a removal twice"
+
     ranked = sorted((problem.energy(removed), removed) for removed in removals)
     kept = tuple(State(removed, energy) for energy, removed in ranked[:states])
-    bound = min(found.bound, ranked[states][0]) if len(ranked) > states else found.bound
+
+    # Proven is a state that nothing outside the list can lie below.
+    bound = min(result.bound, ranked[states][0]) if len(ranked) > states else result.bound
     proven = sum(1 for state in kept if state.energy <= bound + problem.resolution)
     return Spectrum(
         states=kept,
@@ -139,5 +140,5 @@ def spectrum_of(problem: RemovalProblem, found: Found, states: int, solver: str,
         solver=solver,
         seconds=seconds,
         resolution=problem.resolution,
-        statistics=found.statistics,
+        statistics=result.statistics,
     )

@@ -28,7 +28,7 @@ from .moves import (
     worst,
 )
 from .relaxation import convex_shift
-from .spectrum import Found, Statistics
+from .spectrum import SearchResult, Statistics
 from .stopping import Stop
 
 RESTARTS = 60
@@ -37,13 +37,15 @@ SPARE = 8  # so many times the states asked for are kept, since the way from one
 NOISE = (0.0, 0.15, 0.3, 1.0)  # added to the relaxed solution in turn; the last is almost a random start
 
 
-def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> Found:
+def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
     """The lowest removals seen in a fixed number of seeded restarts, or until the time limit."""
+    n = len(problem.reduced.block)
     with Stop(time_limit) as stop:
         pool, restarts = search(problem, SPARE * states, seed, RESTARTS, stop)
-        close(terms_of(problem.reduced, problem.resolution), pool, len(problem.reduced.block), stop)
-    statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * len(problem.reduced.block)}
-    return Found(pool_rows(pool, len(problem.reduced.block)), -np.inf, statistics | stop.reason())
+        add_neighbours(terms_of(problem.reduced, problem.resolution), pool, n, stop)
+
+    statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * n}
+    return SearchResult(pool_rows(pool, n), -np.inf, statistics | stop.reason())
 
 
 def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop: Stop) -> tuple[Pool, int]:
@@ -52,16 +54,18 @@ def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop:
     terms = terms_of(problem.reduced, problem.resolution)
     pool = empty_pool(states, n)
     rng = np.random.default_rng(seed)
-    relaxed = convex_shift(*terms[:6])[1]
+    _, relaxed = convex_shift(*terms[:6])  # (n,)
+
     for done in range(restarts):
         if done and stop.expired():
             return pool, done
         score = relaxed + NOISE[done % len(NOISE)] * rng.normal(size=n)
         walk(terms, greedy_start(problem.reduced, score), STEPS_PER_VARIABLE * n, int(rng.integers(2**31)), pool)
+
     return pool, restarts
 
 
-def close(terms: Terms, pool: Pool, num_variables: int, stop: Stop) -> None:
+def add_neighbours(terms: Terms, pool: Pool, num_variables: int, stop: Stop) -> None:
     """Offer the neighbours of every removal in the pool, those that enter it included, until none is left to do."""
     looked_at: set[bytes] = set()
     while rows := [row for row in pool_rows(pool, num_variables) if row.tobytes() not in looked_at]:
@@ -77,18 +81,23 @@ def walk(terms: Terms, chosen: NDArray[np.uint8], steps: int, seed: int, pool: P
     """One tabu search from a removal (n,), which it changes; offers every evaluated removal to the pool."""
     n = len(chosen)
     np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
+
     field, bits = np.empty(n), np.empty(pool.bits.shape[1], np.uint64)
     energy = energy_and_field(terms, chosen, field, bits)
     keep_neighbour(pool, energy, bits, -1, -1, terms.resolution)
     free_again = np.zeros(n + 1, np.int64)  # the step from which a variable may change; the last is that of "none"
     lowest = energy
+
     for step in range(steps):
         change, out, into = best_move(terms, chosen, field, bits, energy, free_again, step, lowest, pool)
         if out < 0 and into < 0:
             continue
+
         make_move(terms, chosen, field, bits, out, into)
         energy += change
         lowest = min(lowest, energy)
+
+        # What just left stays out longer than what just entered stays in; at random, so as not to run in circles.
         tenure = 3 + n // 16
         if out >= 0:
             free_again[out] = step + tenure + np.random.randint(0, tenure)  # noqa: NPY002
@@ -114,6 +123,7 @@ def best_move(
     count = int(np.sum(chosen))
     best, best_out, best_into = np.inf, -1, -1
     cut = worst(pool)
+
     for out in ins:
         for into in outs:
             change = move_energy(terms.quadratic, field, out, into) if out >= 0 or into >= 0 else np.inf
@@ -121,12 +131,16 @@ def best_move(
                 continue
             if not move_allowed(terms, total, count, out, into):
                 continue
+
             if energy + change < cut:
                 keep_neighbour(pool, energy + change, bits, out, into, terms.resolution)
                 cut = worst(pool)
+
+            # A tabu move is made all the same where it leads below everything seen in this search.
             free = free_again[out] <= step and free_again[into] <= step
             if change < best and (free or energy + change < lowest - terms.resolution):
                 best, best_out, best_into = change, out, into
+
     return best, best_out, best_into
 
 

@@ -26,10 +26,12 @@ def in_threads(num_tasks: int, kernel: Callable[[int, Pool], None], pool: Pool, 
 
     with ThreadPoolExecutor(num_workers()) as threads:
         while True:
+            # Two tasks a core: none waits while results are merged, and few run on when the search must stop.
             while len(running) < 2 * num_workers() and not stop.expired() and (task := next(tasks, None)) is not None:
                 running.add(threads.submit(run, task))
             if not running:
                 return
+
             done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
             for future in done:
                 merge(pool, future.result(), resolution)
