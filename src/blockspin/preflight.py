@@ -20,7 +20,7 @@ from .config import (
 )
 from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
 from .journal import check_settings
-from .model.blocks import find_blocks
+from .model.blocks import count_parameters, find_blocks
 from .model.loading import model_without_weights
 from .problem import Block, check_goal
 from .settings import Settings
@@ -94,7 +94,7 @@ def check_distillation(config: CompressConfig, model_config: PretrainedConfig, b
         gone = sum(sorted(block.num_parameters for block in blocks)[-number:])
 
     model = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
-    teacher = sum(p.numel() for p in model.parameters())
+    teacher = count_parameters(model)
     settings = replace(config.distill, teacher=config.model, max_length=max_length(config, model_config))
     settings = replace(settings, teacher_quantization=choose_quantization(settings))
     vocabulary = model_config.get_text_config(decoder=True).vocab_size

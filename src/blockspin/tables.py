@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 GAP = "  "  # between two columns of the terminal
-NARROWEST = 20  # characters that a column of words keeps, if it has as many
+NARROWEST = 14  # characters that a column of words keeps, if it has as many
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,21 @@ class Table:
         Words are wrapped at spaces and after commas. What is still too wide becomes several tables below one another,
         each with the first column. A line is longer than the terminal only where a single word is too long for it.
         """
-        parts = [self._part(part, widths) for part, widths in self._fitted(width or sys.maxsize)]
+        parts = []
+        for part, widths in self._fitted(width or sys.maxsize):
+            parts.append(self._part(part, widths))
+
         title = [self.title] if self.title else []
         caption = [self.caption] if self.caption else []
         return "\n".join([*title, "\n\n".join(parts), *caption])
 
     def markdown(self) -> str:
         """The table in Markdown, the caption below it; the title is left to the page."""
-        marks = ["---" if column.words else "---:" for column in self.columns]
         headings, *rows = self._cells()
-        lines = ["| " + " | ".join(cells) + " |" for cells in (headings, marks, *rows)]
+        marks = ["---" if column.words else "---:" for column in self.columns]
+        lines = []
+        for cells in (headings, marks, *rows):
+            lines.append("| " + " | ".join(cells) + " |")
 
         # An asterisk at the start of a caption would begin a list.
         caption = ["", self.caption.replace("*", r"\*")] if self.caption else []
@@ -70,12 +75,12 @@ class Table:
                 parts.append([0])
             parts[-1].append(c)
 
-        # The room that is left goes to the columns that would like to be wider.
+        # The room that is left goes first to the columns that lack the least, so that few are wrapped.
         fitted = []
         for part in parts:
             widths = list(least)
             room = width - sum(least[c] for c in part) - len(GAP) * (len(part) - 1)
-            for c in part:
+            for c in sorted(part, key=lambda c: widest[c] - least[c]):
                 more = max(0, min(room, widest[c] - least[c]))
                 widths[c] += more
                 room -= more
@@ -96,23 +101,27 @@ class Table:
         for cells in self._cells():
             wrapped = [_wrapped(cells[c], widths[c]) for c in part]
             for line in zip_longest(*wrapped, fillvalue=""):
-                padded = [
-                    piece.ljust(widths[c]) if self.columns[c].words else piece.rjust(widths[c])
-                    for c, piece in zip(part, line, strict=True)
-                ]
+                padded = []
+                for c, piece in zip(part, line, strict=True):
+                    words = self.columns[c].words
+                    padded.append(piece.ljust(widths[c]) if words else piece.rjust(widths[c]))
                 lines.append(GAP.join(padded).rstrip())
         return "\n".join(lines)
 
 
 def ranges(blocks: Iterable[int]) -> str:
     """Block indices as ascending ranges: (3, 4, 5, 6, 9, 15) is "3-6,9,15"."""
-    runs: list[list[int]] = []
+    runs: list[tuple[int, int]] = []  # first and last block
     for block in sorted(blocks):
         if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
+            runs[-1] = runs[-1][0], block
         else:
-            runs.append([block, block])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+            runs.append((block, block))
+
+    texts = []
+    for first, last in runs:
+        texts.append(str(first) if first == last else f"{first}-{last}")
+    return ",".join(texts)
 
 
 def short(number: float, unit: str = "") -> str:
@@ -141,6 +150,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters, but for pieces that are longer."""
     if len(text) <= width:
         return [text]
+
     lines = [""]
     for piece in _pieces(text):
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:

@@ -19,6 +19,7 @@ from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score
 from ..evaluation.tasks import scorer
 from ..journal import check_settings
+from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
@@ -201,7 +202,7 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
     found = shared_qualities(traced, plain, text, batch_size=config.batch_size, progress=True)
     qualities = dict(zip(plain, found, strict=True))
     speeds = measure_speeds(setup, [choice.removed for choice in compared])
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = count_parameters(model)
 
     rows = []
     for choice in compared:

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
+from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 
 GIB = 2**30  # bytes
@@ -48,7 +49,7 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     sizes = []
     for model_config in (ours, theirs):
         model = model_without_weights(model_config, trust_remote_code=remote)
-        sizes.append(sum(p.numel() for p in model.parameters()))
+        sizes.append(count_parameters(model))
     vocabulary = ours.get_text_config(decoder=True).vocab_size
     needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
     check_room(needed, free_memory())

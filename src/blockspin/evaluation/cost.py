@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..model.batches import frozen, input_device
+from ..model.blocks import count_parameters
 from ..model.loading import context_length
 from ..progress import track
 from ..tables import Column, Table, short
@@ -115,7 +116,7 @@ def measure_costs(
         decode_flops = (_flops(model, prompt, MORE) - prefill_flops) / (MORE - FEW)
         cost = ModelCost(
             name=name,
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=count_parameters(model),
             num_bytes=size,
             cache_bytes=_cache_bytes(model, prompt),
             prefill=batch_size * length / prefill,

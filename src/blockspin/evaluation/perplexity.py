@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
 from ..model.batches import frozen, make_batches, mean_loss
-from ..model.blocks import find_blocks
+from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import context_length
 from ..progress import track
 from ..tables import Column, Table, ranges, short
@@ -199,7 +199,7 @@ def evaluate_models(
             name=name,
             num_blocks=len(find_blocks(model)),
             loss=loss,
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=count_parameters(model),
             num_bytes=size,
             tokens_per_second=speed,
         )

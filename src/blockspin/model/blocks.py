@@ -83,11 +83,11 @@ def find_stack(model: nn.Module) -> Stack:
         )
 
     # Of the lists that are left the stack holds the most; a list beside it may hold the other parts of its layers.
-    name = max(stacks, key=lambda name: _num_parameters(stacks[name]))
+    name = max(stacks, key=lambda name: count_parameters(stacks[name]))
     parts = []
     for other, module in stacks.items():
         beside = _parent(other) == _parent(name) and len(module) == len(stacks[name])
-        if beside and _num_parameters(module):
+        if beside and count_parameters(module):
             parts.append(other)
 
     if len(parts) > 1:
@@ -105,7 +105,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         ValueError: no stack of layers was found.
     """
     layers = find_stack(model).layers
-    return [Block(i, _kind(layer), _num_parameters(layer)) for i, layer in enumerate(layers)]
+    return [Block(i, _kind(layer), count_parameters(layer)) for i, layer in enumerate(layers)]
 
 
 def other_lists(model: nn.Module) -> list[str]:
@@ -214,7 +214,7 @@ def _mixers(module: nn.Module, family: str) -> Iterator[str]:
     """What the children of a module are; children that are not recognised are looked into."""
     for name, child in module.named_children():
         own = f"{name} {type(child).__name__.removeprefix(family)}"
-        if _num_parameters(child) == 0 or _NO_MIXER.search(own):
+        if count_parameters(child) == 0 or _NO_MIXER.search(own):
             continue
         kind = _mixer(own, child)
         if kind is not None and not _LAYER.search(own):
@@ -237,5 +237,6 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _num_parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers the parameters of a module hold; shared parameters count once."""
     return sum(p.numel() for p in module.parameters())
