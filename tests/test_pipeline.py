@@ -22,7 +22,8 @@ from blockspin.energies import load_energies
 from blockspin.model.batches import mean_loss
 from blockspin.pipeline import compress
 from blockspin.problem import Block, RemovalProblem
-from blockspin.selection.select import Selection, select
+from blockspin.selection.result import Selection
+from blockspin.selection.select import select
 from blockspin.solvers import Spectrum
 from blockspin.solvers.candidates import Candidate, random_candidate
 from blockspin.surgery.memory import remove_blocks
@@ -101,7 +102,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     arguments = ["compress", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]
     run = [sys.executable, "-m", "blockspin", *arguments]
     seen: set[str] = set()
-    for stage in ("energies.partial.jsonl", "candidates.partial.json", "candidates.json", "checkpoint"):
+    for stage in ("energies.partial.jsonl", "candidates.partial.jsonl", "candidates.json", "checkpoint"):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "run" / stage).exists() and process.poll() is None:
             time.sleep(0.005)

@@ -19,7 +19,8 @@ from .files import write_json
 from .model.loading import context_length
 from .problem import Goal, RemovalProblem
 from .progress import console
-from .selection.select import ACTIVATION_SAMPLES, Selection, select_with_energies
+from .selection.result import Selection
+from .selection.select import ACTIVATION_SAMPLES, select_with_energies
 from .solvers import Spectrum, solve
 from .solvers.candidates import Candidate
 from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint
@@ -144,7 +145,7 @@ def selection_stage(
 
     samples: what the choice is made on. activation_samples: what the cheap baselines in the pool see, the first few.
     """
-    partial = path.with_name(f"{path.stem}.partial.json")
+    partial = path.with_name(f"{path.stem}.partial.jsonl")
     if not path.is_file():
         selection, trust = select_with_energies(
             model,

@@ -185,7 +185,7 @@ def test_a_users_objective_decides(model: tf.PreTrainedModel) -> None:
 def test_an_interrupted_selection_continues_and_ends_the_same(
     model: tf.PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem, path = problem_of(model), tmp_path / "partial.json"
+    problem, path = problem_of(model), tmp_path / "partial.jsonl"
     pool = states_as_candidates(solve(problem, states=6))
     unbroken = run_selection(model, pool, SAMPLES, problem=problem, budget=15, progress=False)
     run, calls = ledger.measured, []
@@ -206,6 +206,8 @@ def test_an_interrupted_selection_continues_and_ends_the_same(
     done = len(calls)
     run_selection(model, pool, SAMPLES, problem=problem, budget=15, partial=path, progress=False)
     assert len(calls) == done > before
+    with pytest.raises(ValueError, match="other settings"):
+        run_selection(model, pool, SAMPLES, objective="loss", partial=path, progress=False)
 
 
 def test_constraints_hold_for_all_that_is_tried(model: tf.PreTrainedModel) -> None:

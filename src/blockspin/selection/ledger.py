@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from ..files import write_json
+from ..journal import Journal
 from ..model import fingerprint
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
@@ -26,41 +23,54 @@ Floats = NDArray[np.float64]
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
 
+_MEASURES = {"kl": kl, "loss": loss}
 
-@dataclass
+
 class Ledger:
     """Measures removals on the first samples of a list, and remembers.
 
+    partial: a file that keeps what was measured, so that the same selection continues where it was cut off. What a
+        function returns is not kept: whether the next process has the same function cannot be known.
+
     values: removal -> (number of samples it was measured on,) objective on each of the first samples.
-    passes: forward passes of the whole model over all samples that would cost as much as what was measured.
-    path: a file that keeps the values, so that the same selection continues where it was cut off.
+    weights: (num_samples,) what each sample counts in a mean: its predicted tokens. A function has one value, and so
+        one weight.
+    passes: forward passes of the whole model over all samples that would cost as much as what was measured, whether
+        it was measured now or is remembered.
+    on_progress: is given `passes` whenever something was measured.
+
+    Raises:
+        ValueError: unknown objective, unusable model, or a partial file of another selection.
     """
 
-    model: nn.Module
-    samples: Sequence[Tensor]
-    objective: Objective = "kl"
-    batch_size: int = 8
-    path: Path | None = None
-    values: dict[Removal, Floats] = field(default_factory=dict)
-    passes: float = 0.0
-    bar: tuple[Progress, TaskID] | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Tensor],
+        objective: Objective = "kl",
+        batch_size: int = 8,
+        partial: Path | None = None,
+    ) -> None:
+        if not callable(objective) and objective not in _MEASURES:
+            raise ValueError(f"objective {objective!r}: must be kl, loss or a function of a model (--objective)")
+        self.values: dict[Removal, Floats] = {}
+        self.weights = np.array([1.0] if callable(objective) else [len(sample) - 1.0 for sample in samples])
+        self.passes = 0.0
+        self.on_progress: Callable[[float], None] | None = None
 
-    def __post_init__(self) -> None:
-        if callable(self.objective):
-            weights = [1.0]
-        elif self.objective in ("kl", "loss"):
-            weights = [float(len(sample) - 1) for sample in self.samples]
-        else:
-            raise ValueError(f"objective {self.objective!r}: must be kl, loss or a function of a model (--objective)")
-        self.weights = np.array(weights)
-        self._traced = trace_model(self.model)
+        self._traced = trace_model(model)
+        self._samples = samples
+        self._objective = objective
+        self._batch_size = batch_size
         self._started = time.perf_counter()
+
+        # What an interrupted selection has measured; it moves to `values` when this one asks for it.
+        kept = None if callable(objective) else partial
+        self._journal = Journal(kept, fingerprint.of_results(model, samples, str(objective)))
         self._known: dict[Removal, Floats] = {}
-        self._identity = fingerprint.of_results(self.model, self.samples, str(self.objective))
-        if self.path is not None and self.path.is_file():
-            stored = json.loads(self.path.read_text())
-            if stored["fingerprint"] == self._identity:
-                self._known = {tuple(json.loads(k)): np.array(v) for k, v in stored["values"].items()}
+        for entry in self._journal.entries():
+            removals = [tuple(removed) for removed in entry["removals"]]
+            self._remember(removals, entry["first"], np.array(entry["values"]))
 
     @property
     def seconds(self) -> float:
@@ -73,12 +83,16 @@ class Ledger:
         Raises:
             ValueError: an objective is NaN or infinite.
         """
-        for have in sorted({len(self.values.get(removed, ())) for removed in removals}):
-            group = [r for r in dict.fromkeys(removals) if len(self.values.get(r, ())) == have]
+        # Those that were measured on as many samples so far are measured together, so that they share passes.
+        groups: dict[int, list[Removal]] = {}
+        for removed in dict.fromkeys(removals):
+            groups.setdefault(len(self.values.get(removed, ())), []).append(removed)
+        for have in sorted(groups):
             if have < number:
-                self._measure(group, have, number)
-        if self.bar is not None:
-            self.bar[0].update(self.bar[1], completed=self.passes)
+                self._measure(groups[have], have, number)
+
+        if self.on_progress is not None:
+            self.on_progress(self.passes)
 
     def mean(self, removed: Removal, number: int | None = None) -> float:
         """The token mean of the objective over the first so many samples, or all that the removal was measured on."""
@@ -96,42 +110,53 @@ class Ledger:
 
     def best(self) -> Removal:
         """Of the removals that were measured on the most samples, the one of lowest objective."""
-        most = max(map(len, self.values.values()))
-        return min((self.mean(removed), removed) for removed, v in self.values.items() if len(v) == most)[1]
+        most = max(len(values) for values in self.values.values())
+        complete = [removed for removed, values in self.values.items() if len(values) == most]
+        return min(complete, key=lambda removed: (self.mean(removed), removed))
 
     def _mean_and_error(self, values: Floats) -> tuple[float, float]:
-        weights = self.weights[: len(values)] / self.weights[: len(values)].sum()
+        """The weighted mean of the first samples' values, (number,), and its standard error."""
+        number = len(values)
+        weights = self.weights[:number] / self.weights[:number].sum()
         mean = float(weights @ values)
-        if len(values) < 2:
+        if number < 2:  # no scatter: a function's value is exact, one of several samples says nothing of the others
             return mean, 0.0 if len(self.weights) == 1 else math.inf
+
         scatter = float(weights**2 @ (values - mean) ** 2)
-        return mean, math.sqrt(scatter * len(values) / (len(values) - 1))
+        return mean, math.sqrt(scatter * number / (number - 1))
 
     def _measure(self, removals: Sequence[Removal], have: int, number: int) -> None:
-        if callable(self.objective):
+        """Extend removals that all were measured on the first `have` samples."""
+        if callable(self._objective):
             self.passes += sum(share_that_runs(self._traced, removed) for removed in removals)
         else:
             share = float(self.weights[have:number].sum() / self.weights.sum())
             self.passes += share * num_passes(self._traced, [(), *removals])
+
         unknown = [removed for removed in removals if len(self._known.get(removed, ())) < number]
         if unknown:
-            fresh = self._run(unknown, have, number)
-            for removed, row in zip(unknown, fresh, strict=True):
-                self._known[removed] = np.concatenate([self._known.get(removed, np.zeros(0))[:have], row])
-            if self.path is not None:
-                stored = {json.dumps(removed): row.tolist() for removed, row in self._known.items()}
-                write_json(self.path, {"fingerprint": self._identity, "values": stored})
+            values = self._run(unknown, have, number)
+            self._remember(unknown, have, values)
+            self._journal.append({"removals": unknown, "first": have, "values": values.tolist()})
         for removed in removals:
             self.values[removed] = self._known[removed][:number]
 
+    def _remember(self, removals: Sequence[Removal], first: int, values: Floats) -> None:
+        """values: (number of removals, number of samples), from sample number `first` on."""
+        for removed, row in zip(removals, values, strict=True):
+            before = self._known.get(removed, np.zeros(0))[:first]
+            self._known[removed] = np.concatenate([before, row])
+
     def _run(self, removals: Sequence[Removal], have: int, number: int) -> Floats:
-        if not callable(self.objective):
-            measure, part = {"kl": kl, "loss": loss}[self.objective], self.samples[have:number]
-            return measured(self._traced, removals, part, measure, batch_size=self.batch_size)[..., 0]
+        """(number of removals, number - have): the objective without each, on the samples from `have` to `number`."""
+        if not callable(self._objective):
+            measure, samples = _MEASURES[self._objective], self._samples[have:number]
+            return measured(self._traced, removals, samples, measure, batch_size=self._batch_size)[..., 0]
+
         rows = []
         for removed in removals:
             with skipped(self._traced, removed):
-                value = float(self.objective(self.model))
+                value = float(self._objective(self._traced.model))
             if not math.isfinite(value):
                 raise ValueError(f"the objective without the blocks {removed} is {value}; it must be a finite number")
             rows.append([value])

@@ -5,12 +5,9 @@ The energy is a prediction, and its ground state is often not the best removal. 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,84 +19,14 @@ from ..progress import bar
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, distinct, states_as_candidates
 from ..surgery.feasible import Removable, keep_possible
-from ..tables import Column, Table, ranges
 from .ledger import Ledger, Objective
 from .polish import polish
 from .pool import cheap_choices, pool_of
 from .race import race
+from .result import Selection, trial_of
 
 BUDGET = 64.0  # passes over the selection samples
 ACTIVATION_SAMPLES = 64  # calibration samples that the cheap baselines of the pool see
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A removal that was measured.
-
-    loss, standard_error: the objective, by default the KL divergence from the whole model in nats a token, on
-    num_samples samples. above, above_error: how far it is above the chosen one on the samples that both have.
-    """
-
-    removed: Removal
-    source: str
-    energy: float | None
-    loss: float
-    standard_error: float | None
-    num_samples: int
-    above: float
-    above_error: float | None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What was chosen, all that was tried (the best first), and what it cost.
-
-    passes: forward passes of the whole model over the selection samples that would cost as much.
-    """
-
-    chosen: Candidate
-    trials: tuple[Trial, ...]
-    objective: str
-    passes: float
-    seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def load(path: str | Path) -> Selection:
-        """What a run wrote as candidates.json. Raises ValueError where the file is something else."""
-        try:
-            values = json.loads(Path(path).read_text())
-            trials = tuple(Trial(**{**t, "removed": tuple(t["removed"])}) for t in values["trials"])
-            chosen = Candidate(**{**values["chosen"], "removed": tuple(values["chosen"]["removed"])})
-            return Selection(chosen, trials, values["objective"], values["passes"], values["seconds"])
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
-
-    def table(self, limit: int = 12) -> Table:
-        """The best trials."""
-        columns = [Column("source", words=True), Column("removed blocks", words=True)]
-        columns += [Column(heading) for heading in ("energy", self.objective, "above the chosen", "samples")]
-
-        rows = []
-        for trial in self.trials[:limit]:
-            cells = [
-                trial.source,
-                ranges(trial.removed),
-                "" if trial.energy is None else f"{trial.energy:.4g}",
-                f"{trial.loss:.4f}{_plus_minus(trial.standard_error)}",
-                f"{trial.above:.4f}{_plus_minus(trial.above_error)}",
-                str(trial.num_samples),
-            ]
-            rows.append(cells)
-        return Table(columns, rows)
-
-    def summary(self) -> str:
-        return (
-            f"{len(self.trials)} removals measured in {self.seconds:.0f} s ({self.passes:.1f} passes over the "
-            f"selection samples); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
-        )
 
 
 def select_with_energies(
@@ -129,9 +56,13 @@ def select_with_energies(
         ValueError: no removal that meets the goal and can be saved was found; or as `run_selection`.
     """
     trust = robustness(energies, problem, seed=seed)
+
+    # What cheap baselines choose is always measured to the end: the outcome is never worse than theirs.
     activations = baselines.measure_activations(model, activation_samples, batch_size=batch_size)
     cheap = cheap_choices(problem, activations)
     pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
+
+    # Where all of the pool can be saved, polishing need not ask either.
     last = baselines.last_blocks(problem).removed
     possible = keep_possible(pool, problem, removable, last, states=max_candidates, seed=seed)
 
@@ -224,39 +155,22 @@ def run_selection(
     if not pool:
         raise ValueError("there are no candidates to select from")
     ledger = Ledger(model, samples, objective, batch_size, partial)
-    sources = {candidate.removed: candidate for candidate in reversed(pool)}
+    candidates: dict[Removal, Candidate] = {}  # everything that is measured, by whoever proposed it first
+    for candidate in pool:
+        candidates.setdefault(candidate.removed, candidate)
+
     with bar(progress) as display:
-        ledger.bar = display, display.add_task("Selecting", total=budget if problem else None)
-        race(ledger, [candidate.removed for candidate in pool])
+        task = display.add_task("Selecting", total=None if problem is None else budget)
+        ledger.on_progress = lambda passes: display.update(task, completed=passes)
+        race(ledger, list(candidates))
         ledger.extend(always, len(ledger.weights))
         if problem is not None:
             for removed, source in polish(ledger, problem, budget, removable):
-                sources.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
+                candidates.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
+
     best = ledger.best()
-    trials = sorted((_trial(ledger, c, best) for c in sources.values()), key=lambda t: (-t.num_samples, t.loss))
+    chosen = replace(candidates[best], loss=ledger.mean(best))
+    trials = [trial_of(ledger, candidate, best) for candidate in candidates.values()]
+    trials.sort(key=lambda trial: (-trial.num_samples, trial.loss))
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
-    chosen = replace(sources[best], loss=ledger.mean(best))
     return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds)
-
-
-def _trial(ledger: Ledger, candidate: Candidate, best: Removal) -> Trial:
-    removed = candidate.removed
-    above, above_error = ledger.difference(removed, best)
-    return Trial(
-        removed=removed,
-        source=candidate.source,
-        energy=candidate.energy,
-        loss=ledger.mean(removed),
-        standard_error=_finite(ledger.standard_error(removed)),
-        num_samples=len(ledger.values[removed]),
-        above=above,
-        above_error=_finite(above_error),
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.4f}"

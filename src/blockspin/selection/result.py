@@ -1,0 +1,120 @@
+"""What a selection found: the choice, everything that was tried, and their file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..problem import Removal
+from ..solvers.candidates import Candidate
+from ..tables import Column, Table, ranges
+from .ledger import Ledger
+
+SHOWN = 12  # trials in a table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A removal that was measured.
+
+    loss, standard_error: the objective, by default the KL divergence from the whole model in nats a token, on
+    num_samples samples. above, above_error: how far it is above the chosen one on the samples that both have. Errors
+    are None where there is only one sample.
+    """
+
+    removed: Removal
+    source: str
+    energy: float | None
+    loss: float
+    standard_error: float | None
+    num_samples: int
+    above: float
+    above_error: float | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, all that was tried (the best first), and what it cost.
+
+    passes: forward passes of the whole model over the selection samples that would cost as much.
+    """
+
+    chosen: Candidate
+    trials: tuple[Trial, ...]
+    objective: str
+    passes: float
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def load(path: str | Path) -> Selection:
+        """What a run wrote as candidates.json.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            trials = tuple(Trial(**_with_tuple(trial)) for trial in values["trials"])
+            chosen = Candidate(**_with_tuple(values["chosen"]))
+            return Selection(chosen, trials, values["objective"], values["passes"], values["seconds"])
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
+
+    def table(self, limit: int = SHOWN) -> Table:
+        """The best trials."""
+        columns = [Column("source", words=True), Column("removed blocks", words=True)]
+        columns += [Column(heading) for heading in ("energy", self.objective, "above the chosen", "samples")]
+
+        rows = []
+        for trial in self.trials[:limit]:
+            cells = [
+                trial.source,
+                ranges(trial.removed),
+                "" if trial.energy is None else f"{trial.energy:.4g}",
+                f"{trial.loss:.4f}{_plus_minus(trial.standard_error)}",
+                f"{trial.above:.4f}{_plus_minus(trial.above_error)}",
+                str(trial.num_samples),
+            ]
+            rows.append(cells)
+        return Table(columns, rows)
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.trials)} removals measured in {self.seconds:.0f} s ({self.passes:.1f} passes over the "
+            f"selection samples); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
+        )
+
+
+def trial_of(ledger: Ledger, candidate: Candidate, best: Removal) -> Trial:
+    """What the ledger says of a candidate, compared with the best."""
+    removed = candidate.removed
+    above, above_error = ledger.difference(removed, best)
+    return Trial(
+        removed=removed,
+        source=candidate.source,
+        energy=candidate.energy,
+        loss=ledger.mean(removed),
+        standard_error=_finite(ledger.standard_error(removed)),
+        num_samples=len(ledger.values[removed]),
+        above=above,
+        above_error=_finite(above_error),
+    )
+
+
+def _with_tuple(values: dict[str, Any]) -> dict[str, Any]:
+    """The list of blocks of a file as a removal."""
+    return {**values, "removed": tuple(values["removed"])}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
