@@ -273,6 +273,6 @@ def _outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[dict[int, Tens
 
     with ExitStack() as hooks:
         for i in blocks:
-            handle = find_stack(model)[1][i].register_forward_hook(partial(keep, i))
+            handle = find_stack(model).layers[i].register_forward_hook(partial(keep, i))
             hooks.callback(handle.remove)
         yield outputs

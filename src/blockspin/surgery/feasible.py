@@ -38,7 +38,7 @@ class Removable:
     def __init__(self, config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
         self._config, self._trust_remote_code = config, trust_remote_code
         self._model = self._build(config)
-        self.pattern = pattern_of(list(find_stack(self._model)[1]))
+        self.pattern = pattern_of(list(find_stack(self._model).layers))
         self._answers: dict[Pattern, bool] = {}
 
     def __call__(self, removed: Iterable[int]) -> bool:

@@ -205,7 +205,7 @@ def _search(
 
     values, fewest: where it starts, and how many differences there are. thorough: try every period.
     """
-    depth = len(find_stack(original)[1])
+    depth = len(find_stack(original).layers)
     trials = 0
     while True:
         best = None
@@ -249,7 +249,7 @@ def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorou
 
 def _possible_removals(config: PretrainedConfig, original: PreTrainedModel, build: Build) -> str:
     """Which single blocks could be removed: a hint, found in limited time."""
-    depth = len(find_stack(original)[1])
+    depth = len(find_stack(original).layers)
     deadline = time.monotonic() + _PATIENCE
     tried = 0
     possible = []
@@ -282,14 +282,14 @@ def _prove(
         shortened = type(config).from_dict(_decoded(values))
         _copy_attention(config, shortened)
         model = build(shortened)
-        stack = find_stack(model)[1]
+        stack = find_stack(model).layers
     except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together
         reason = str(error).strip().split("\n")[-1].strip()  # of transformers' checks the last line says what is wrong
         return None, [reason] * _UNUSABLE
     if len(stack) != len(kept):
         return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
 
-    renaming = Renaming(kept, len(find_stack(original)[1]), find_slots(original, model, kept))
+    renaming = Renaming(kept, len(find_stack(original).layers), find_slots(original, model, kept))
     found = list(islice(differences(config, shortened, original, model, renaming), most))
     if found:
         return None, found

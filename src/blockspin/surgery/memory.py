@@ -49,7 +49,7 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
     # deepcopy takes what its memo holds as copied already: the tensors.
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     smaller: PreTrainedModel = copy.deepcopy(model, shared)
-    copied_stack = find_stack(smaller)[1]
+    copied_stack = find_stack(smaller).layers
     left = nn.ModuleList([copied_stack[i] for i in kept])
     _cut_slots(left, shortened.renaming)
     smaller.set_submodule(name, left)

@@ -64,7 +64,7 @@ def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
 def find_slices(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> dict[str, int]:
     """Tensors outside the layers that have a slice for each layer: name in the model -> dimension of the slices."""
     before, after = _outside(original), _outside(model)
-    depth = len(find_stack(original)[1])
+    depth = len(find_stack(original).layers)
 
     slices: dict[str, int] = {}
     for name in before.keys() & after.keys():
@@ -79,8 +79,8 @@ def find_slots(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> di
 
     Such a list is as long as there are layers that have it, and in the shortened model as there are such layers left.
     """
-    before = list(map(_list_lengths, find_stack(original)[1]))  # for each layer: name of a list -> its length
-    after = list(map(_list_lengths, find_stack(model)[1]))
+    before = list(map(_list_lengths, find_stack(original).layers))  # for each layer: name of a list -> its length
+    after = list(map(_list_lengths, find_stack(model).layers))
 
     slots: dict[str, list[int | None]] = {}
     for name in dict.fromkeys(chain.from_iterable(before)):
@@ -114,7 +114,7 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def _layer_differences(original: nn.Module, model: nn.Module, renaming: Renaming) -> Iterator[str]:
-    before, after = find_stack(original)[1], find_stack(model)[1]
+    before, after = find_stack(original).layers, find_stack(model).layers
     for position, i in enumerate(renaming.kept):
         for name in _make_differences(before[i], after[position], i, renaming):
             yield f"block {i} would become a different layer {position} ({name})"
@@ -196,7 +196,7 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
     if sharing:
         return
 
-    for i, layer in enumerate(find_stack(original)[1]):
+    for i, layer in enumerate(find_stack(original).layers):
         takes = [name for name in inspect.signature(layer.forward).parameters if name.startswith("prev")]
         if takes and i in kept and i > 0 and i - 1 not in kept:
             yield f"block {i} takes {takes[0]} from block {i - 1}"
@@ -211,7 +211,7 @@ def _says_who_shares(value: Any) -> bool:
 
 def _tie_differences(original: nn.Module, model: nn.Module, renaming: Renaming) -> Iterator[str]:
     """Which tensors the kept layers would no longer share, or share anew."""
-    stack_name = find_stack(original)[0]
+    stack_name = find_stack(original).name
     expected: set[frozenset[str]] = set()
     for group in tied_names(original):
         new_names = [renaming.name(name, stack_name) for name in group]
@@ -233,7 +233,7 @@ def _outside_differences(original: nn.Module, model: nn.Module, kept: Sequence[i
         elif before[name].shape != after[name].shape and name not in slices:
             yield f"{name} would change its shape"
 
-    stack_name = find_stack(original)[0]
+    stack_name = find_stack(original).name
     modules_after = dict(model.named_modules())
     for name, module in original.named_modules():
         if f"{name}.".startswith(f"{stack_name}."):
@@ -257,7 +257,7 @@ def _part_differences(config: PretrainedConfig, shortened: PretrainedConfig) -> 
 
 def _outside(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a checkpoint that are not inside the layers."""
-    stack_name = find_stack(model)[0]
+    stack_name = find_stack(model).name
     tensors = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{stack_name}.")}
 
@@ -276,7 +276,7 @@ def _sliced_dimension(before: Sequence[int], after: Sequence[int], depth: int, l
 
 def _buffer_differences(original: PreTrainedModel, model: PreTrainedModel, renaming: Renaming) -> Iterator[str]:
     """Which buffers that are computed when a checkpoint is loaded would come out otherwise at the new position."""
-    before, after = find_stack(original)[1], find_stack(model)[1]
+    before, after = find_stack(original).layers, find_stack(model).layers
     for position, i in enumerate(renaming.kept):
         expected = _renamed(_computed_buffers(original, before[i]), renaming)
         found = _computed_buffers(model, after[position])
