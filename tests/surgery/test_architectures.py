@@ -320,9 +320,13 @@ def test_pytorch_weights_are_converted(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path / "whole")
     tensors = model.state_dict()
     halves = list(tensors)[::2], list(tensors)[1::2]
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(halves, 1):
         path = tmp_path / "whole" / f"pytorch_model-{number:05}-of-00002.bin"
         torch.save({name: tensors[name] for name in names}, path)
+        weight_map |= dict.fromkeys(names, path.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "whole" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
     prune_checkpoint(tmp_path / "whole", [0, 3], tmp_path / "short", progress=False)

@@ -23,6 +23,7 @@ from transformers import (
 from ..config import DTYPES
 from ..errors import first_line
 from .gguf import ordinary_source
+from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -90,7 +91,8 @@ def load_model(
     quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
 
     Raises:
-        ValueError: the model cannot be opened, its dtype is unknown, or it is not a causal language model.
+        ValueError: the model cannot be opened, its dtype is unknown, it is not a causal language model, or its weights
+            are not whole: transformers would fill what is missing at random.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
@@ -102,13 +104,25 @@ def load_model(
     arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
     if quantization is not None:
         arguments["quantization_config"] = quantization
+    if Path(source).is_dir():
+        read_headers([path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"])
 
+    opening = auto_class(config, trust_remote_code=trust_remote_code)
     try:
-        model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
-            source, trust_remote_code=trust_remote_code, weights_only=True, **arguments
-        )
-    except (OSError, ValueError) as error:
+        with silenced():
+            model, loading_info = opening.from_pretrained(
+                source,
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+                **arguments,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
+    check_complete(reported(loading_info), model, source)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import __version__
@@ -22,13 +22,26 @@ from ..files import replacing, write_json
 from ..model.blocks import check_images, check_removal, find_stack, other_lists
 from ..model.gguf import ordinary_source
 from ..model.loading import load_config, model_without_weights
+from ..model.weights import (
+    LoadingReport,
+    check_complete,
+    convert_bin,
+    read_headers,
+    report_loading,
+    tensor_shapes,
+    weight_paths,
+)
 from ..progress import console
 from .layer_config import Shortened, shorten_config
 from .proof import check_attention, tied_names
 from .renaming import Renaming
-from .shards import Shard, convert_bin, plan_shards, write_shards
+from .shards import Shard, plan_shards, write_shards
 
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)$|\.index\.json$")
+_RECORD = "blockspin.json"
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".npz", ".npy", ".pkl", ".pickle", ".ot", ".tflite", ".mlmodel", ".pdparams", ".nemo", ".distcp"),
+}
 _QUANTISATION = re.compile(r"quant\w*\.json$")
 
 
@@ -47,11 +60,16 @@ def prune_checkpoint(
     that name layers follow. The tokenizer and the other small files are taken along, and `blockspin.json` says what
     was removed from what. PyTorch `.bin` weights become safetensors. The target appears when it is whole.
 
+    Only the weights that transformers would load are read: one file, or the shards that the index names. Others in the
+    folder (of an adapter, an older save, another format) are left behind, and a message says which. Before anything is
+    written transformers has to find a tensor for every parameter, of the original and of the shortened model.
+
     source: a hub id or a folder with safetensors (or .bin) weights.
     details: added to `blockspin.json`.
 
     Raises:
-        ValueError: the source is unusable, the target exists, the removal cannot be expressed, or the disk is full.
+        ValueError: the source is unusable (weights are missing, broken or do not belong to the configuration), the
+            target exists, the removal cannot be expressed, or the disk is full.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -59,23 +77,30 @@ def prune_checkpoint(
     folder = local_folder(source)
     removed = sorted(int(i) for i in removed)
 
-    with (
-        _planned(folder, removed, trust_remote_code) as (shortened, shards, stack_name),
-        replacing(target) as temporary,
-    ):
+    with _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
+        shortened = plan.shortened
         temporary.mkdir()
-        _copy_small_files(folder, temporary, stack_name, shortened.renaming, other_lists(shortened.model))
-        write_json(temporary / "config.json", shortened.values)
-        write_shards(shards, temporary, progress)
-        origin = {
+        _copy_small_files(folder, temporary, plan.stack_name, shortened.renaming, other_lists(shortened.model))
+        settings = dict(shortened.values)
+        settings.pop("transformers_weights", None)  # names the file that was read; the new ones have the usual names
+        write_json(temporary / "config.json", settings)
+        write_shards(plan.shards, temporary, progress)
+        record = {
             "source": str(source),
             "removed": removed,
             "kept": list(shortened.renaming.kept),
+            "left_behind": plan.left_behind,
             "blockspin": __version__,
             "transformers": transformers.__version__,
         }
-        write_json(temporary / "blockspin.json", origin | (details or {}))
+        write_json(temporary / _RECORD, record | (details or {}))
 
+    if progress and plan.left_behind:
+        console.print(
+            f"Left behind, because transformers does not load them: {', '.join(plan.left_behind)}.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), shortened.renaming.kept):
         console.print(
             "Layers with and without a sliding window follow one another in another order now. transformers reads it "
@@ -103,16 +128,31 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
     Raises:
         ValueError: the source has no usable weights, or the removal cannot be expressed.
     """
-    with _planned(local_folder(source), removed, trust_remote_code) as (_, shards, _):
-        return sum(shard.size for shard in shards)
+    with _planned(local_folder(source), removed, trust_remote_code) as plan:
+        return sum(shard.size for shard in plan.shards)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to write: a proven configuration, and what to copy of the weights.
+
+    stack_name: what the model calls its layers. left_behind: weights in the folder that are not read.
+    """
+
+    shortened: Shortened
+    shards: list[Shard]
+    stack_name: str
+    left_behind: list[str]
 
 
 @contextmanager
-def _planned(
-    folder: Path, removed: Iterable[int], trust_remote_code: bool
-) -> Iterator[tuple[Shortened, list[Shard], str]]:
-    """The proven configuration, what to copy, and the name of the stack. While it is open, .bin weights lie converted
-    in a temporary folder."""
+def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> Iterator[_Plan]:
+    """The plan of a removal. While it is open, .bin weights lie converted in a temporary folder."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), and transformers would load the model that it is for; "
+            "merge the adapter into that model and save the result first"
+        )
     config = load_config(folder, trust_remote_code=trust_remote_code)
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -133,45 +173,72 @@ def _planned(
             inside[name.removeprefix(f"{stack_name}.")] = tensor.shape
     sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}
 
-    paths, bins = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
-    if not paths and not bins:
-        raise ValueError(f"{folder} has no .safetensors or .bin weights")
+    paths = weight_paths(folder)
+    left_behind = _left_behind(folder, paths)
     with tempfile.TemporaryDirectory() as converted:
-        paths = paths or convert_bin(bins, Path(converted))
-        whole = Renaming(range(len(stack)), len(stack))
-        everything = plan_shards(paths, whole, stack_name, {}, [], inside)
-        shards = plan_shards(paths, shortened.renaming, stack_name, sliced, tied_names(model), inside)
-        if _numel(everything) == _parameters(model) and _numel(shards) != _parameters(shortened.model):
-            raise ValueError(
-                f"{folder} keeps tensors of its layers under other names than {stack_name}; load the model instead"
-            )
-        yield shortened, shards, stack_name
+        if paths[0].suffix == ".bin":
+            paths = convert_bin(paths, Path(converted))
+        files = read_headers(paths)
+        before = report_loading(model, tensor_shapes(files), folder)
+        check_complete(before, model, folder)
+
+        shards = plan_shards(files, shortened.renaming, stack_name, sliced, tied_names(model), inside)
+        _check_plan(shards, shortened, before, folder)
+        yield _Plan(shortened, shards, stack_name, left_behind)
 
 
-def _numel(shards: Sequence[Shard]) -> int:
-    return sum(shard.numel for shard in shards)
+def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingReport, folder: Path) -> None:
+    """Raise ValueError unless what is to be written gives every tensor of the shortened model its weights, and has no
+    more that it does not take than the whole checkpoint has."""
+    shapes = {}
+    for shard in shards:
+        for entry in shard.entries:
+            shapes[entry.name] = entry.header["shape"]
+    after = report_loading(shortened.model, shapes, folder)
 
-
-def _parameters(model: nn.Module) -> int:
-    """Elements of a model's checkpoint, each shared tensor counted once."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() for tensor in tensors.values())
+    if after.missing or after.mismatched or len(after.unexpected) > len(before.unexpected):
+        faults = [*after.missing, *after.mismatched, *sorted({*after.unexpected} - {*before.unexpected})]
+        raise ValueError(
+            f"{folder} keeps tensors of its layers in a form that cannot be shortened on disk (such as {faults[0]}); "
+            "load the model instead"
+        )
 
 
 def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Renaming, others: Sequence[str]) -> None:
     """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if not file.is_file() or hidden or _WEIGHTS.search(file.name) or str(inside) == "config.json":
+    for file in _other_files(folder):
+        if _holds_weights(file):
             continue
-
+        inside = file.relative_to(folder)
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         if _QUANTISATION.search(file.name):
             settings = json.loads(file.read_text())
             write_json(target / inside, renaming.settings(settings, stack_name, others))
         else:
             shutil.copy2(file, target / inside)
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, but for hidden ones, config.json and blockspin.json."""
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and not hidden and str(inside) not in ("config.json", _RECORD):
+            yield file
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+
+
+def _left_behind(folder: Path, read: Sequence[Path]) -> list[str]:
+    """Weights in a folder that belong to no part of the model, by their path inside it."""
+    indices = [folder / name for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json")]
+    left = []
+    for file in _other_files(folder):
+        if _holds_weights(file) and file not in [*read, *indices]:
+            left.append(str(file.relative_to(folder)))
+    return left
 
 
 def local_folder(source: str | Path) -> Path:

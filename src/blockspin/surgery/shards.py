@@ -12,13 +12,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import first_line
 from ..files import write_json
+from ..model.weights import LENGTH_BYTES, WeightFile, tensor_shapes
 from ..progress import bar
 from .renaming import Renaming
 
 _COPY_BYTES = 2**20  # stays in the processor's cache
-_LENGTH_BYTES = 8  # of a safetensors file: the length of its header
 _ALIGNMENT = 8  # bytes; where the data starts
 
 
@@ -39,11 +38,6 @@ class Entry:
     kept: tuple[int, ...] | None = None
 
     @property
-    def numel(self) -> int:
-        """Elements in the target."""
-        return math.prod(self.header["shape"])
-
-    @property
     def size(self) -> int:
         """Bytes in the target."""
         whole = self.end - self.begin
@@ -59,18 +53,13 @@ class Shard:
     entries: list[Entry]
 
     @property
-    def numel(self) -> int:
-        """Elements in the target."""
-        return sum(entry.numel for entry in self.entries)
-
-    @property
     def size(self) -> int:
         """Bytes of data in the target."""
         return sum(entry.size for entry in self.entries)
 
 
 def plan_shards(
-    paths: Sequence[Path],
+    files: Sequence[WeightFile],
     renaming: Renaming,
     stack_name: str,
     sliced: dict[str, tuple[int, tuple[int, ...]]],
@@ -84,28 +73,23 @@ def plan_shards(
     inside: shapes of the tensors of the model's layers by their names inside the stack ("0.mlp.up_proj.weight").
 
     Raises:
-        ValueError: a file is truncated, or its tensors are not named like the layers.
+        ValueError: no tensors are named like the layers.
     """
-    headers = {path: read_header(path) for path in paths}
-    shapes: dict[str, Sequence[int]] = {}
-    for header, _ in headers.values():
-        for name, tensor in header.items():
-            shapes[name] = tensor.get("shape", ())
+    shapes = tensor_shapes(files)
     prefix = layer_prefix(shapes, stack_name, renaming.depth, inside)
     new_names = _new_names(shapes, prefix, renaming, stack_name, tied)
 
     shards = []
-    for path, (header, start) in headers.items():
-        metadata = header.pop("__metadata__", {})
+    for file in files:
         entries = []
-        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1]["data_offsets"]):
             new_name = new_names[name]
             if new_name is None:
                 continue
             dimension = _sliced_dimension(name, tensor["shape"], sliced)
-            entries.append(_entry(new_name, tensor, start, dimension, renaming))
+            entries.append(_entry(new_name, tensor, file.start, dimension, renaming))
         if entries:
-            shards.append(Shard(path, metadata, entries))
+            shards.append(Shard(file.path, file.metadata, entries))
     return shards
 
 
@@ -148,25 +132,6 @@ def _entry(new_name: str, tensor: dict[str, Any], start: int, dimension: int | N
     rows = math.prod(shape[:dimension])
     shape[dimension] = shape[dimension] // renaming.depth * len(renaming.kept)
     return Entry(new_name, {**tensor, "shape": shape}, begin, end, rows, renaming.depth, tuple(renaming.kept))
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data starts. The file is a length, the header, the data.
-
-    Raises:
-        ValueError: the file is truncated or not a safetensors file.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        start = _LENGTH_BYTES + length
-        try:
-            header: dict[str, Any] = json.loads(file.read(length)) if start <= path.stat().st_size else {}
-        except ValueError:
-            header = {}
-    data = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    if not data or start + max(data) != path.stat().st_size:
-        raise ValueError(f"{path} is truncated or not a safetensors file; download it again")
-    return header, start
 
 
 def layer_prefix(
@@ -280,30 +245,4 @@ def _header_bytes(shard: Shard) -> bytes:
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def convert_bin(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write each PyTorch file as a safetensors file into `folder`, one after another; returns the new files.
-
-    Raises:
-        ValueError: a file is no plain dictionary of tensors.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    written = []
-    for path in paths:
-        converted = folder / f"{path.stem}.safetensors"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            seen: set[int] = set()  # safetensors refuses tensors that share memory
-            for name in list(tensors):
-                memory = tensors[name].untyped_storage().data_ptr()
-                tensors[name] = tensors[name].clone() if memory in seen else tensors[name].contiguous()
-                seen.add(memory)
-            save_file(tensors, converted, metadata={"format": "pt"})
-        except Exception as error:  # the unpickler raises errors of many kinds
-            raise ValueError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from error
-        written.append(converted)
-    return written
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
