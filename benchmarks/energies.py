@@ -32,7 +32,7 @@ from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import shared_qualities
 from blockspin.model.tracing import trace_model
-from blockspin.problem import RemovalProblem
+from blockspin.problem import Removal, RemovalProblem
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import random_candidate
 
@@ -59,6 +59,8 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
     pairs = {m: run("pairwise", measure_pairs, m) for m in (4, 16, 32)}
     loss = run("pairwise of the loss", measure_pairs, 32, objective="loss")
     costs["singles, 32"] = costs["secant, 32"]
+
+    # The first-order term on the diagonal is the same energy, because x_i^2 = x_i.
     assert text.mean_gradient is not None
     first = 2 * np.diag(text.mean_gradient)
     matrices = {
@@ -73,6 +75,7 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
         "pairwise of the loss, 32": loss.hessian,
         "mean of secant and pairwise, 32": (secant[32].hessian + pairs[32].hessian) / 2,
     }
+
     costs["empirical-fisher, 256, beta 1"] = costs["empirical-fisher, 256, beta -1"] = costs["empirical-fisher, 256"]
     costs["mean of secant and pairwise, 32"] = (
         costs["secant, 32"][0] + costs["pairwise, 32"][0],
@@ -81,33 +84,50 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
     return {name: (matrix, *costs[name]) for name, matrix in matrices.items()}
 
 
+def prediction(
+    problem: RemovalProblem, drawn: list[Removal], lowest: list[Removal], kl: dict[Removal, float]
+) -> dict[str, object]:
+    """How well an energy predicts the measured divergences: over random removals, and over its own lowest states."""
+
+    def correlation(removals: list[Removal]) -> float:
+        return spearman([problem.energy(removed) for removed in removals], [kl[removed] for removed in removals])
+
+    return {
+        "random": correlation(drawn),
+        "low": correlation(lowest),
+        "ground state": kl[lowest[0]],
+        "best of ten": min(kl[removed] for removed in lowest),
+        "removed": lowest[0],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("energies.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+
     model, tokenizer = load_model(MODEL, dtype="float32"), load_tokenizer(MODEL)
     calibration = load_calibration(CALIBRATION, tokenizer, num_samples=256, max_length=128)
     text = load_calibration(VALIDATION, tokenizer, num_samples=32, max_length=128)
+
     found = forms(model, calibration)
     rows: dict[str, dict[str, object]] = {name: {"passes": p, "seconds": s} for name, (_, p, s) in found.items()}
+
     for remove in REMOVE:
         problems = {name: RemovalProblem(matrix, remove) for name, (matrix, _, _) in found.items()}
         lowest = {name: [s.removed for s in solve(p, states=10).states] for name, p in problems.items()}
+
+        # Measure every removal once: random ones, and the ten lowest states of each energy.
         any_problem = next(iter(problems.values()))
         drawn = [random_candidate(any_problem, seed).removed for seed in range(40)]
         removals = sorted({*drawn, *(removed for states in lowest.values() for removed in states)})
         measured = shared_qualities(trace_model(model), removals, text, batch_size=16)
         kl = {removed: quality.kl for removed, quality in zip(removals, measured, strict=True)}
+
         for name, problem in problems.items():
-            rows[name][str(remove)] = {
-                "random": spearman([problem.energy(r) for r in drawn], [kl[r] for r in drawn]),
-                "low": spearman([problem.energy(r) for r in lowest[name]], [kl[r] for r in lowest[name]]),
-                "ground state": kl[lowest[name][0]],
-                "best of ten": min(kl[r] for r in lowest[name]),
-                "removed": lowest[name][0],
-            }
-        print(remove, {name: round(rows[name][str(remove)]["ground state"], 4) for name in rows}, flush=True)  # type: ignore[index]
+            rows[name][str(remove)] = prediction(problem, drawn, lowest[name], kl)
+            print(remove, name, f"{kl[lowest[name][0]]:.4f}", flush=True)
         write_json(arguments.out, rows)
 
 

@@ -85,11 +85,13 @@ def rows(name: str, size: str, results: dict[str, tuple[float, bs.Spectrum | Non
     known = [spectrum for _, spectrum, _ in results.values() if spectrum is not None]
     best = min((spectrum.states[0].energy for spectrum in known), default=np.nan)
     reference = max(known, key=lambda spectrum: spectrum.num_proven, default=None)
+
     lines = []
     for solver, (seconds, spectrum, why) in results.items():
         if spectrum is None:
             lines.append(f"| {name} | {size} | {solver} | {seconds:.2f} | | | | {why} |")
             continue
+
         gap = "" if not np.isfinite(spectrum.gap) else f"{100 * spectrum.gap / abs(spectrum.states[0].energy):.2g} %"
         above = 100 * (spectrum.states[0].energy - best) / abs(best)
         truth = {state.removed for state in reference.states} if reference and reference.num_proven else set()
@@ -109,20 +111,23 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+
+    # Once on a small problem, so that nothing is compiled within a measurement.
     SOLVERS.update(DWAVE)
     warm = bs.RemovalProblem(flat(24, np.random.default_rng(1)), remove=10)
     measure(warm, [solver for solver in chosen.solvers if solver != "gurobi"], 5, None)
+
     print(f"{os.cpu_count()} cores, {platform.machine()}; {chosen.states} states; seed {chosen.seed}\n")
     print("| problem | blocks x removals | solver | seconds | proven | gap | above best | of the proven states |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
+
     for name in [chosen.hessian.stem] if chosen.hessian else chosen.families:
         for size in chosen.sizes:
             blocks, removals = map(int, size.split("x"))
-            h = (
-                np.load(chosen.hessian)
-                if chosen.hessian
-                else FAMILIES[name](blocks, np.random.default_rng(chosen.seed))
-            )
+            if chosen.hessian:
+                h = np.load(chosen.hessian)
+            else:
+                h = FAMILIES[name](blocks, np.random.default_rng(chosen.seed))
             problem = bs.RemovalProblem(h, remove=removals)
             results = measure(problem, chosen.solvers, chosen.states, chosen.time_limit)
             print("\n".join(rows(name, size, results)), flush=True)

@@ -118,7 +118,7 @@ def make_plan(terms: Terms) -> Plan:
     own = picks - t - 1
     levels += _levels(0, size, own, t + 1)
 
-    choose = np.array([[math.comb(n, k) for k in range(t + 1)] for n in range(size + 1)], dtype=np.int64)
+    choose = _binomials(size, t)
     field = (terms.linear + np.diag(terms.quadratic))[variable].astype(np.float32)
     table, place = _table(quadratic, size, t)
     start, end, follows = np.array(levels, dtype=np.int64).reshape(-1, 3).T.copy()  # (levels,) each
@@ -157,17 +157,36 @@ def _subset_size(size: int, picks: int) -> int:
 
 def _table(quadratic: Singles, size: int, t: int) -> tuple[Singles, Ints]:
     """T_i[s] for every i, each run filled up to whole lanes, and where each begins."""
-    runs = [_subset_sums(quadratic[i, : min(i, size)], t) for i in range(len(quadratic))]
-    padded = [np.concatenate([run, np.full(-len(run) % LANES, np.inf, np.float32)]) for run in runs]
-    return np.concatenate(padded), np.cumsum([0, *(len(run) for run in padded[:-1])])
+    padded: list[Singles] = []
+    place = np.zeros(len(quadratic), np.int64)
+    length = 0
+    for i in range(len(quadratic)):
+        run = _subset_sums(quadratic[i, : min(i, size)], t)  # (C(i, t),)
+        run = np.append(run, np.full(-len(run) % LANES, np.inf, np.float32))
+        padded.append(run)
+        place[i] = length
+        length += len(run)
+    return np.concatenate(padded), place
+
+
+def _binomials(size: int, t: int) -> Ints:
+    """C(n, k) for every n up to size and k up to t: (size + 1, t + 1)."""
+    choose = np.zeros((size + 1, t + 1), np.int64)
+    choose[:, 0] = 1
+    for n in range(1, size + 1):
+        choose[n, 1:] = choose[n - 1, 1:] + choose[n - 1, :-1]
+    return choose
 
 
 def _subset_sums(values: Singles, t: int) -> Singles:
     """The sum over every t-subset of values (m,), in colexicographic order: (C(m, t),)."""
     sums = np.zeros(1, np.float32)
     for k in range(1, t + 1):
-        parts = [sums[: math.comb(j, k - 1)] + values[j] for j in range(k - 1, len(values))]
-        sums = np.concatenate(parts) if parts else sums[:0]
+        # A k-subset is its largest value j and a (k - 1)-subset of those below j, which come first.
+        parts = [sums[:0]]
+        for j in range(k - 1, len(values)):
+            parts.append(sums[: math.comb(j, k - 1)] + values[j])
+        sums = np.concatenate(parts)
     return sums
 
 
@@ -175,11 +194,11 @@ def _subset_energies(quadratic: Singles, field: Singles, t: int) -> Singles:
     """R[s] for the empty prefix, followed by a lane of zeros."""
     sums = np.zeros(1, np.float32)
     for k in range(1, t + 1):
-        smaller = sums
-        parts = [
-            smaller[: math.comb(j, k - 1)] + field[j] + _subset_sums(quadratic[j, :j], k - 1)
-            for j in range(k - 1, len(quadratic))
-        ]
+        # As above, with the pairs that j makes with the smaller subset.
+        parts = [sums[:0]]
+        for j in range(k - 1, len(quadratic)):
+            smaller = sums[: math.comb(j, k - 1)]
+            parts.append(smaller + field[j] + _subset_sums(quadratic[j, :j], k - 1))
         sums = np.concatenate(parts)
     return np.concatenate([sums, np.zeros(LANES, np.float32)])
 

@@ -104,7 +104,9 @@ def search_subtree(
     lower = np.full(rows, bound)
     height, seen = explore(terms, relaxed, assignment, start, stack, lower, pool, cut, stop.flag, limit)
 
-    left = [(float(lower[r]), joined(relaxed, assignment, stack.assignment[r])) for r in range(height)]
+    left: list[OpenNode] = []
+    for row in range(height):
+        left.append((float(lower[row]), joined(relaxed, assignment, stack.assignment[row])))
     return SubtreeResult(left, pool, seen)
 
 
