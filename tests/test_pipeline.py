@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 import transformers as tf
 from conftest import Command, save_tiny, settings
 
-from blockspin.config import ENERGY_NAMES, parse_remove
+from blockspin.config import ENERGY_NAMES, CompressConfig, parse_remove
 from blockspin.data.calibration import load_calibration
 from blockspin.energies import load_energies
 from blockspin.model.batches import mean_loss
@@ -259,3 +260,39 @@ def test_remove_is_a_number_or_a_number_for_each_kind_or_a_share() -> None:
     for text in ("moe=", "=", "8,9", "1.5", "moe=0", "0%", "100%", "%"):
         with pytest.raises(ValueError, match="--remove"):
             parse_remove(text)
+
+
+def test_settings_bind_a_run_from_the_stage_that_used_them(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a mistake the corrected command runs, and what was finished before is kept."""
+    out = tmp_path / "run"
+    config = settings(tiny_folder, text_file)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ValueError("not today")
+
+    # Nothing is computed yet when the energies are refused: every setting may change.
+    with monkeypatch.context() as patch:
+        patch.setattr("blockspin.stages.estimate_energies", refuse)
+        with pytest.raises(ValueError, match="not today"):
+            compress(replace(config, dtype="float16", max_length=16), out)
+    assert (out / "run.yaml").is_file()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blockspin.stages.solve", refuse)
+        with pytest.raises(ValueError, match="not today"):
+            compress(replace(config, states=3), out)
+    energies = (out / "energies.safetensors").stat().st_mtime_ns
+
+    # The energies bind their settings, but not those of the solver.
+    with pytest.raises(ValueError, match=r"other settings \(max_length\)"):
+        compress(replace(config, max_length=16), out)
+    compress(replace(config, states=4), out)
+    assert (out / "energies.safetensors").stat().st_mtime_ns == energies
+    assert len(Spectrum.load(out / "spectrum.json").states) == 4
+    assert CompressConfig(**CompressConfig.read(out / "run.yaml")).states == 4
+
+    for change in ({"states": 5}, {"remove": 1}, {"budget": 1.0}, {"evaluation_samples": 4}, {"tasks": ("a",)}):
+        with pytest.raises(ValueError, match=rf"other settings \({next(iter(change))}\)"):
+            compress(replace(config, **{"states": 4, **change}), out)

@@ -148,3 +148,13 @@ def test_the_version_is_the_package_s(command: Command) -> None:
     from blockspin import __version__
 
     assert command("--version") == (0, f"blockspin {__version__}\n")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, device: str
+) -> None:
+    data = ("--calibration", text_file, "--energy-samples", 2, "--max-length", 16, "--out", tmp_path / "e.safetensors")
+    code, printed = command("energies", tiny_folder, *data, "--device-map", device)
+    assert (code, "--device-map" in printed, "Traceback" in printed) == (2, True, False)
+    assert not (tmp_path / "e.safetensors").exists()

@@ -337,14 +337,18 @@ class EvaluateConfig(TaskSettings, LoadingSettings):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rollouts", tuple(dict(self.rollouts).items()))
+        if isinstance(self.rollouts, dict):  # as Python code has it
+            object.__setattr__(self, "rollouts", tuple(self.rollouts.items()))
         super().__post_init__()
-        if any(number < 1 for _, number in self.rollouts):
-            raise SettingError("rollouts", f"must be at least 1, not {dict(self.rollouts)}")
 
-        sampled = tuple(name for name, _ in self.rollouts)
+        sampled = dict(self.rollouts)
+        if min(sampled.values(), default=1) < 1:
+            raise SettingError("rollouts", f"must be at least 1, not {sampled}")
+
+        # Every task once; those that are sampled are asked for too.
         asked = self.tasks or (() if sampled else PAPER_TASKS)
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(asked + sampled)))
+        object.__setattr__(self, "rollouts", tuple(sampled.items()))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys([*asked, *sampled])))
 
 
 def _check_goal(remove: Goal) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .model.blocks import find_blocks
+from .model.blocks import count_parameters, find_blocks
 from .model.loading import context_length, load_config, model_without_weights
 from .problem import Block
 from .surgery.feasible import Removable
@@ -51,35 +51,33 @@ class Overview:
 
     def blocks_table(self) -> Table:
         """A row for all blocks that are alike."""
-
-        def make(i: int) -> tuple[str, int, int | None, bool]:
-            cache = None if self.cache_bytes is None else self.cache_bytes[i]
-            return self.blocks[i].kind, self.blocks[i].num_parameters, cache, self.removable[i]
+        alike: dict[tuple[str, str, str, str], list[int]] = {}
+        for i, block in enumerate(self.blocks):
+            cache = "unknown" if self.cache_bytes is None else f"{self.cache_bytes[i]:,} B"
+            can_go = "yes" if self.removable[i] else "not alone"
+            alike.setdefault((block.kind, short(block.num_parameters), cache, can_go), []).append(i)
 
         rows = []
-        indices = range(len(self.blocks))
-        for kind, parameters, cache, removable in dict.fromkeys(map(make, indices)):
-            alike = [i for i in indices if make(i) == (kind, parameters, cache, removable)]
-            known = "unknown" if cache is None else f"{cache:,} B"
-            can_go = "yes" if removable else "not alone"
-            rows.append([ranges(alike), str(len(alike)), kind, short(parameters), known, can_go])
+        for (kind, parameters, cache, can_go), indices in alike.items():
+            rows.append([ranges(indices), str(len(indices)), kind, parameters, cache, can_go])
 
-        headings = ("blocks", "number", "kind", "parameters each", "cache each, a token", "can go")
-        columns = [Column(heading, words=heading in ("blocks", "kind", "can go")) for heading in headings]
-        return Table(columns, rows)
+        numbers = [Column("parameters each"), Column("cache each, a token")]
+        columns = [Column("blocks", words=True), Column("number"), Column("kind", words=True), *numbers]
+        return Table([*columns, Column("can go", words=True)], rows)
 
     def savings_table(self) -> Table:
         """What is left after the removal of 1, 2, ... up to half of the blocks; a range where blocks differ."""
-        can_go = [i for i, removable in enumerate(self.removable) if removable]
-        parameters = [self.blocks[i].num_parameters for i in can_go]
-        cache = [self.cache_bytes[i] for i in can_go] if self.cache_bytes is not None else []
-        whole_cache = sum(self.cache_bytes or ())
+        cache_bytes = self.cache_bytes or (0,) * len(self.blocks)
+        parameters, cache = [], []  # of the blocks that can go
+        for block, num_bytes, removable in zip(self.blocks, cache_bytes, self.removable, strict=True):
+            if removable:
+                parameters.append(block.num_parameters)
+                cache.append(num_bytes)
 
         rows = []
-        for removed in range(1, min(len(can_go), len(self.blocks) // 2) + 1):
-            row = [str(removed), _left(self.num_parameters, parameters, removed)]
-            row.append(_left(whole_cache, cache, removed) if whole_cache else "")
-            rows.append(row)
+        for removed in range(1, min(len(parameters), len(self.blocks) // 2) + 1):
+            cache_left = _left(sum(cache_bytes), cache, removed) if any(cache_bytes) else ""
+            rows.append([str(removed), _left(self.num_parameters, parameters, removed), cache_left])
 
         columns = [Column("removed"), Column("parameters left"), Column("cache left")]
         return Table(columns, rows)
@@ -95,7 +93,7 @@ def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview
     dtype = getattr(config, "dtype", None) or torch.float32
     model = model_without_weights(config, trust_remote_code=trust_remote_code)
     blocks = tuple(find_blocks(model))
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = count_parameters(model)
     can_be_saved = Removable(config, trust_remote_code=trust_remote_code)
 
     return Overview(

@@ -6,6 +6,7 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .stages import (
     evaluate_removals,
     load_samples,
     max_length,
+    origin,
     pose_problem,
     selection_stage,
     spectrum_stage,
@@ -55,14 +57,14 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     open_run(config, out)
     if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        rows = [Evaluation.from_json(row) for row in json.loads((out / "evaluation.json").read_text())]
+        rows = list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
     else:
         rows = shorten(config, out)
 
     if config.distill is not None and rows[-1].name != "distilled":
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         rows.append(distillation_stage(config, out, chosen.removed))
-        write_json(out / "evaluation.json", [row.as_json() for row in rows])
+        write_rows(rows, out)
     return rows
 
 
@@ -81,8 +83,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
     config.save(out / "run.yaml")
 
-    origin = {name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")}
-    energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin)
+    energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin(config))
 
     removable = Removable(model_config, trust_remote_code=remote)
     problem = protect_what_must_stay(pose_problem(energies, config.remove, config), removable)
@@ -107,8 +108,13 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     lowest = removable.first_of(states_as_candidates(spectrum))
     compared = [*lowest, chosen, *removable.first_of(drawn)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
-    write_json(out / "evaluation.json", [row.as_json() for row in rows])
+    write_rows(rows, out)
     return rows
+
+
+def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
+    """What `compress` returns, as evaluation.json."""
+    write_json(out / "evaluation.json", [row.as_json() for row in rows])
 
 
 def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -30,7 +30,10 @@ from .surgery.checkpoint import checkpoint_bytes
 
 
 def _names(*groups: type[Settings]) -> tuple[str, ...]:
-    return tuple(found.name for group in groups for found in fields(group))
+    names: list[str] = []
+    for group in groups:
+        names += group.__dataclass_fields__
+    return tuple(names)
 
 
 # Files of a run, and the settings that decided what is in them. How the samples are shared out depends on all numbers.
@@ -62,10 +65,14 @@ def open_run(config: CompressConfig, out: Path) -> None:
         if len(journal.read_bytes().splitlines()) < 2:
             journal.unlink()
 
-    stored = asdict(CompressConfig(**CompressConfig.read(recorded)))
-    wanted = asdict(config)
-    used = [name for pattern, names in _DECIDED_BY for name in names if any(out.glob(pattern))]
-    check_settings(out, "run", stored, {name: wanted[name] for name in wanted if name in used})
+    used: set[str] = set()
+    for pattern, names in _DECIDED_BY:
+        if any(out.glob(pattern)):
+            used.update(names)
+
+    stored = CompressConfig(**CompressConfig.read(recorded))
+    wanted = {name: value for name, value in asdict(config).items() if name in used}
+    check_settings(out, "run", asdict(stored), wanted)
 
 
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
@@ -87,12 +94,14 @@ def check_distillation(config: CompressConfig, model_config: PretrainedConfig, b
     check_requirements(config.distill)
 
     # The smallest student that the goal allows.
+    sizes = sorted(block.num_parameters for block in blocks)
     if isinstance(config.remove, float):
-        gone = int(config.remove * sum(block.num_parameters for block in blocks))
+        gone = int(config.remove * sum(sizes))
     else:
         number = sum(config.remove.values()) if isinstance(config.remove, dict) else config.remove
-        gone = sum(sorted(block.num_parameters for block in blocks)[-number:])
+        gone = sum(sizes[-number:])
 
+    # The teacher is the original.
     model = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
     teacher = count_parameters(model)
     settings = replace(config.distill, teacher=config.model, max_length=max_length(config, model_config))

@@ -69,12 +69,13 @@ class Rule:
             return None
 
         # The limits are said together, so that the second try is right.
-        limits = [(words, getattr(self, name), holds) for name, words, holds in _LIMITS]
-        set_ones = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
-        if all(holds(value, limit) for _, limit, holds in set_ones):
-            return None
-        said = " and ".join(f"{words} {limit}" for words, limit, _ in set_ones).replace("above 0", "positive")
-        return f"must be {said}, not {value}"
+        limits, all_hold = [], True
+        for name, words, holds in _LIMITS:
+            limit = getattr(self, name)
+            if limit is not None:
+                limits.append("positive" if (name, limit) == ("above", 0) else f"{words} {limit}")
+                all_hold = all_hold and holds(value, limit)
+        return None if all_hold else f"must be {' and '.join(limits)}, not {value}"
 
 
 def setting(help: str, default: Any = MISSING, **rule: Any) -> Any:
@@ -138,8 +139,8 @@ class Settings:
         if not isinstance(values, dict):
             raise ValueError(f"{where} has no settings; write one in a line: name: value")
 
-        names = [found.name for found in fields(cls)]
-        unknown = sorted(str(name) for name in values if name not in names)
+        names = list(cls.__dataclass_fields__)
+        unknown = sorted(set(map(str, values)) - set(names))
         if unknown:
             raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}; known are {', '.join(names)}")
         return values

@@ -53,12 +53,15 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     held_out = 0 if config.evaluation else config.evaluation_samples
     sizes = [config.calibration_samples, config.selection_samples, held_out]
     drawn = draw(config.calibration, sum(sizes))
-    wanted = len([size for size in sizes if size])
+    wanted = len(sizes) - sizes.count(0)
     if len(drawn) < wanted:
         raise ValueError(f"the calibration set has {len(drawn)} samples; at least {wanted} are needed (--calibration)")
 
-    # At least one sample for each set that is wanted.
-    selection, evaluation = (max(size * len(drawn) // sum(sizes), min(size, 1)) for size in sizes[1:])
+    def share(size: int) -> int:
+        """Of what was drawn, but at least one sample for a set that is wanted."""
+        return max(size * len(drawn) // sum(sizes), min(size, 1))
+
+    selection, evaluation = share(config.selection_samples), share(held_out)
     calibration = len(drawn) - selection - evaluation
     if config.evaluation:
         reported = draw(config.evaluation, config.evaluation_samples)
@@ -70,6 +73,16 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
 def max_length(settings: DataSettings, model_config: PretrainedConfig) -> int:
     """Tokens of a sample: what the settings allow and the model holds."""
     return min(settings.max_length, context_length(model_config) or settings.max_length)
+
+
+def origin(config: CompressConfig) -> dict[str, str]:
+    """What the file of the energies says of where they come from."""
+    return {
+        "model": config.model,
+        "calibration": config.calibration,
+        "seed": str(config.seed),
+        "max_length": str(config.max_length),
+    }
 
 
 def energies_stage(
@@ -174,7 +187,7 @@ def checkpoint_stage(config: CompressConfig, chosen: Candidate, energies: Energi
     """The smaller checkpoint, if it is not there."""
     if path.is_dir():
         return
-    details = {"candidate": asdict(chosen), "blocks": [asdict(block) for block in energies.blocks]}
+    details = {"candidate": asdict(chosen), "blocks": list(map(asdict, energies.blocks))}
     prune_checkpoint(config.model, chosen.removed, path, details=details, trust_remote_code=config.trust_remote_code)
 
 
@@ -185,14 +198,25 @@ def evaluate_removals(
     samples: Sequence[Tensor],
     score: Callable[[Any], tuple[Score, ...]],
 ) -> list[Evaluation]:
-    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run."""
-    rows = {"original": Candidate((), "original")} | {candidate.source: candidate for candidate in candidates}
-    models = {name: remove_blocks(model, row.removed) if row.removed else model for name, row in rows.items()}
-    remote = config.trust_remote_code
-    sizes = [checkpoint_bytes(config.model, row.removed, trust_remote_code=remote) for row in rows.values()]
+    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run.
 
-    measured = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
-    return [
-        replace(evaluation, removed=row.removed, energy=row.energy, scores=score(models[name]))
-        for evaluation, (name, row) in zip(measured, rows.items(), strict=True)
-    ]
+    A removal that several candidates share is measured once.
+    """
+    compared = [Candidate((), "original"), *candidates]
+    models: dict[str, nn.Module] = {}  # by the name of the first candidate with the removal
+    sizes = []
+    removals = list(dict.fromkeys(candidate.removed for candidate in compared))
+    for removed in removals:
+        name = next(candidate.source for candidate in compared if candidate.removed == removed)
+        models[name] = remove_blocks(model, removed) if removed else model
+        sizes.append(checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code))
+
+    measured = {}
+    evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
+    for removed, evaluation in zip(removals, evaluations, strict=True):
+        measured[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
+
+    rows = []
+    for candidate in compared:
+        rows.append(replace(measured[candidate.removed], name=candidate.source, energy=candidate.energy))
+    return rows

@@ -60,8 +60,12 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
-        given = {option: arguments.pop(option) for option in made}
-        command(**arguments, **{name: group.read(given) for name, group in groups.items()})
+        settings = {}
+        for name, group in groups.items():
+            settings[name] = group.read(arguments)
+        for option in made:
+            del arguments[option]
+        command(**arguments, **settings)
 
     # Typer reads the signature and the annotations.
     signature = inspect.Signature([*own, *made.values()])
@@ -83,32 +87,35 @@ class _Group:
         """The group that an annotation asks for; None where it is no settings class."""
         options = Options()
         if get_origin(annotation) is Annotated:
-            annotation, *extra = get_args(annotation)
-            options = next((part for part in extra if isinstance(part, Options)), options)
+            annotation, extra, *_ = get_args(annotation)
+            options = extra if isinstance(extra, Options) else options
 
         partial = get_origin(annotation) is Given
         kind = get_args(annotation)[0] if partial else annotation
         if not (isinstance(kind, type) and issubclass(kind, Settings)):
             return None
 
-        wanted = [f for f in fields(kind) if "rule" in f.metadata and f.name not in options.without]
-        wanted.sort(key=lambda f: _panel(kind, f.name) != kind.panel)  # its own first
-        return _Group(kind, partial, {options.prefix + options.renamed.get(f.name, f.name): f for f in wanted})
+        # Its own settings come before those of the groups that it is made of.
+        settings = {}
+        for found in sorted(fields(kind), key=lambda found: _panel(kind, found.name) != kind.panel):
+            if "rule" in found.metadata and found.name not in options.without:
+                settings[options.prefix + options.renamed.get(found.name, found.name)] = found
+        return _Group(kind, partial, settings)
 
     def read(self, given: Mapping[str, Any]) -> Any:
         """The settings, or those of them that were given. Raises ValueError naming the option that is wrong."""
-        values = {
-            f.name: _parsed(option, f, given[option])
-            for option, f in self.settings.items()
-            if given[option] is not None
-        }
+        values, option_of = {}, {}
+        for option, found in self.settings.items():
+            option_of[found.name] = option
+            if given[option] is not None:
+                values[found.name] = _parsed(option, found, given[option])
+
         if self.partial:
             return Given(self.kind, values)
         try:
             return self.kind(**values)
         except SettingError as error:
-            option = next(option for option, f in self.settings.items() if f.name == error.setting)
-            raise SettingError(option, error.problem) from None
+            raise SettingError(option_of[error.setting], error.problem) from None
 
 
 def _option(name: str, kind: type[Settings], found: Field[Any]) -> inspect.Parameter:

@@ -91,8 +91,11 @@ def compare(
     from ..comparison.report import terminal_tables, write_report
     from ..comparison.run import compare as run
 
-    texts = [part.strip() for text in remove for part in ([text] if "=" in text else text.split(","))]
-    goals = {text: parse_remove(text) for text in texts}
+    goals = {}
+    for text in remove:
+        parts = [text] if "=" in text else text.split(",")
+        for part in map(str.strip, parts):
+            goals[part] = parse_remove(part)
     first = next(iter(goals.values()))
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
 

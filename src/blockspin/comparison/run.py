@@ -27,7 +27,7 @@ from ..preflight import check_before
 from ..problem import Goal, Removal
 from ..progress import console
 from ..solvers.candidates import random_candidate
-from ..stages import energies_stage, load_samples, pose_problem, spectrum_stage
+from ..stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
@@ -110,14 +110,13 @@ def open_comparison(config: CompressConfig, out: Path) -> Comparison:
 def energies_of(setup: Setup, name: str, out: Path) -> Energies:
     """An energies file, and what it cost; an interrupted estimate counts from where it continued."""
     config = setup.config
-    origin = {name: str(getattr(config, name)) for name in ("model", "calibration", "seed", "max_length")}
     with setup.counting() as cost:
         energies = energies_stage(
             replace(config, energy=name),
             setup.traced.model,
             setup.samples.calibration[: config.samples_for(name)],
             out / f"{name}.safetensors",
-            origin,
+            origin(config),
         )
     setup.costs.setdefault(f"energy {name}", cost)
     return energies

@@ -25,6 +25,8 @@ from ..errors import first_line
 from .gguf import ordinary_source
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
+
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
@@ -91,12 +93,13 @@ def load_model(
     quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
 
     Raises:
-        ValueError: the model cannot be opened, its dtype is unknown, it is not a causal language model, or its weights
-            are not whole: transformers would fill what is missing at random.
+        ValueError: the model cannot be opened, its dtype is unknown, the machine has no such device, it is not a causal
+            language model, or its weights are not whole: transformers would fill what is missing at random.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
 
+    check_device(device_map)
     source = ordinary_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
@@ -125,6 +128,24 @@ def load_model(
     check_complete(reported(loading_info), model, source)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def check_device(device_map: str | None) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: it is no device, or there is none of that number.
+    """
+    if device_map is None or device_map in _SPREADING:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError:
+        raise ValueError(f"--device-map must be auto, cpu, cuda or cuda:N, not {device_map!r}") from None
+
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise ValueError(f"--device-map {device_map}: this machine has {number} GPUs; take another, auto or cpu")
 
 
 def model_without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
