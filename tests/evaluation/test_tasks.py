@@ -1,4 +1,4 @@
-"""Scores on tasks of the lm-evaluation-harness: against a few lines of our own, scripted answers, and its command."""
+"""Scores on tasks of the lm-evaluation-harness: against a few lines of our own, and scripted answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,20 +20,18 @@ import torch
 import transformers as tf
 import yaml
 from conftest import Command
-from offline_tasks import write_tasks
 
 from blockspin import evaluate, prune_checkpoint, remove_blocks
 from blockspin.comparison import run as comparison
 from blockspin.comparison.methods import methods
 from blockspin.comparison.report import write_report
 from blockspin.config import PAPER_TASKS, CompressConfig, EvaluateConfig
-from blockspin.demo import MODEL
 from blockspin.evaluation import harness
 from blockspin.evaluation.perplexity import results_table
-from blockspin.evaluation.scores import Score, mean_scores, scores_table
 from blockspin.pipeline import compress
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
+
 
 QUESTIONS = [
     {"question": "a few words", "choices": ["to learn", "from", "a few"], "answer": 0},
@@ -221,36 +216,6 @@ def test_rollouts_of_a_real_model_differ(tiny_folder: Path, options: dict[str, A
     assert all(len(set(given)) > 1 for given in answers)
 
 
-def test_mark_of_scores_at_chance() -> None:
-    score = Score("t", "acc", 0.269, 0.01, 0.25, 10_000, 0)
-    assert score.at_chance
-    assert score.as_text() == "26.9 ±1.0*"
-    assert not Score("t", "acc", 0.28, 0.01, 0.25, 10_000, 0).at_chance
-    assert Score("t", "acc", 0.0, 0.0, 0.25, 4, 0).at_chance  # nothing right of four is what guessing often gets
-    assert not Score("t", "acc", 0.0, 0.0, 0.25, 400, 0).at_chance
-    assert Score("t", "exact_match", 0.0, 0.0, 0.0, 100, 5).at_chance
-    perplexity = Score("t", "word_perplexity", 12.5, None, None, 10, 0)
-    assert not perplexity.at_chance
-    assert perplexity.as_text() == "12.5000"
-
-
-def test_mean_of_scores() -> None:
-    drawn = [(Score("t", "acc", 0.2, 0.03, 0.25, 100, 0),), (Score("t", "acc", 0.4, 0.04, 0.25, 100, 0),)]
-    (mean,) = mean_scores(drawn)
-    assert mean.value == pytest.approx(0.3)
-    assert mean.stderr == pytest.approx(0.025)
-    assert mean_scores([(), ()]) == ()
-
-
-def test_tables_show_models_side_by_side() -> None:
-    ours = [Score("gsm8k", "exact_match", 0.5, 0.1, 0.0, 20, 5, (0.4, 0.6))]
-    theirs = [Score("gsm8k", "exact_match", 0.0, 0.0, 0.0, 20, 5)]
-    table = scores_table({"whole": ours, "short": theirs})
-    markdown = table.markdown()
-    assert "| gsm8k | exact_match, 5-shot, mean of 2 rollouts | 20 | 0.0 | 50.0 ±10.0 | 0.0 ±0.0* |" in markdown
-    assert "two standard errors" in table.text(120)
-
-
 def test_the_default_tasks_are_those_of_the_paper() -> None:
     assert EvaluateConfig().tasks == PAPER_TASKS
     assert EvaluateConfig(rollouts={"aime25": 10}).tasks == ("aime25",)
@@ -399,59 +364,3 @@ def test_evaluate_puts_models_side_by_side(
         expected = [score.as_json() for score in evaluate(folder, ["choose", "write"], **options)]
         assert row["scores"] == expected
     assert "| choose | acc_norm, 0-shot | 5 |" in (tmp_path / "out.md").read_text()
-
-
-def test_commands_for_nemo_skills(command: Command, tiny_folder: Path) -> None:
-    sets = "aime25=10,gpqa_diamond_cot_zeroshot=5"
-    code, printed = command(
-        "evaluate", tiny_folder, "--tasks", "hellaswag", "--rollouts", sets, "--temperature", "1", "--print-nemo-skills"
-    )
-    assert code == 0
-    assert "# not in NeMo-Skills: hellaswag" in printed
-    assert "ns prepare_data aime25 gpqa\n" in printed
-    words = shlex.split(printed.partition("ns eval")[2].replace("\\\n", ""))
-    assert {"--benchmarks=aime25:10,gpqa:5", f"--model={tiny_folder}", "++inference.temperature=1.0"} <= set(words)
-    assert command("evaluate", tiny_folder, "--tasks", "hellaswag", "--print-nemo-skills")[0] == 2
-
-
-@pytest.fixture
-def offline(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path:
-    harness._indexed.cache_clear()
-    return write_tasks(tmp_path_factory.mktemp("offline"), data_folder)
-
-
-def test_a_real_run_of_two_benchmarks(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scores = evaluate(
-        MODEL, ["arc_challenge", "gsm8k"], include_path=str(offline), limit=4, max_gen_tokens=32, cache=None
-    )
-    with capsys.disabled():
-        print()
-        print(scores_table({"embedded model": scores}).text(120))
-    assert [score.task for score in scores] == ["arc_challenge", "gsm8k"]
-    assert scores[0].metric == "acc_norm"
-    assert scores[1].metric == "exact_match (strict-match)"
-    assert [score.num_samples for score in scores] == [4, 4]
-    assert scores[0].chance == pytest.approx(0.25, abs=0.05)  # a few questions have three or five answers
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_six_benchmarks_as_the_command_of_the_harness_runs_them(
-    offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Ours against `lm_eval run` on the same checkpoint, questions and batch size."""
-    scores = evaluate(MODEL, include_path=str(offline), limit=4, max_gen_tokens=32, batch_size=8, cache=None)
-    with capsys.disabled():
-        print()
-        print(scores_table({"embedded model": scores}).text(120))
-    arguments = ["--model", "hf", "--model_args", f"pretrained={MODEL},dtype=float32", "--tasks", *PAPER_TASKS]
-    arguments += ["--include_path", str(offline), "--limit", "4", "--batch_size", "8", "--device", "cpu"]
-    arguments += ["--gen_kwargs", "max_gen_toks=32", "--output_path", str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-m", "lm_eval", "run", *arguments], check=True)
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    theirs = json.loads(file.read_text())["results"]
-    assert [score.task for score in scores] == list(PAPER_TASKS)
-    for score in scores:
-        metric, _, chosen = score.metric.rstrip(")").partition(" (")
-        assert score.value == theirs[score.task][f"{metric},{chosen or 'none'}"]
-        assert score.stderr == pytest.approx(theirs[score.task][f"{metric}_stderr,{chosen or 'none'}"], rel=1e-9)
