@@ -102,16 +102,21 @@ def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: 
 
 def _metrics(values: Mapping[str, Any]) -> list[str]:
     """The keys of the metrics among the harness's results of a task: "acc,none", without their standard errors."""
-    numbers = [key for key, value in values.items() if isinstance(value, (int, float))]
-    return [key for key in numbers if "," in key and "_stderr," not in key]
+    metrics = []
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and "," in key and "_stderr," not in key:
+            metrics.append(key)
+    return metrics
 
 
 def _chosen_metric(task: str, metrics: Sequence[str]) -> str:
     """What a task is scored by: its entry in METRICS, else acc_norm, else the first metric it reports."""
     if task in METRICS:
         return METRICS[task]
-    normalised = [key for key in metrics if key.startswith("acc_norm,")]
-    return normalised[0] if normalised else metrics[0]
+    for metric in metrics:
+        if metric.startswith("acc_norm,"):
+            return metric
+    return metrics[0]
 
 
 def _chance(results: Mapping[str, Any], members: Sequence[str], group: Any, metric: str, chosen: str) -> float | None:
@@ -122,7 +127,8 @@ def _chance(results: Mapping[str, Any], members: Sequence[str], group: Any, metr
     levels = []  # for each member those of its questions
     for member in members:
         kind = results["configs"][member]["output_type"]
-        levels.append([_guess(s, kind) for s in results["samples"][member] if s["filter"] == chosen])
+        samples = results["samples"][member]  # once for each filter
+        levels.append([_guess(sample, kind) for sample in samples if sample["filter"] == chosen])
 
     if group is None or group.aggregate_metric_list[0].weight_by_size:
         return statistics.fmean(chain.from_iterable(levels))
