@@ -186,6 +186,7 @@ def test_bad_input_gives_one_line_and_code_2(
         ({"--remove": "many"}, "--remove takes"),
         ({"--protect": "0,1,2"}, "protected"),
         ({"--solver": "magic"}, "--solver"),
+        ({"--beta": -1}, "--beta weighs a gradient: choose --energy"),
         ({"--dtype": "int3"}, "--dtype"),
         ({"--batch-size": 0}, "--batch-size"),
         ({"--out": tmp_path / "other"}, "is not a run of blockspin"),
