@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
@@ -15,32 +17,30 @@ from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, write_csv
 from .figures import blocks_figure, energy_figure, hessian_figure, loss_figure, spectrum_figure, states_figure
 from .methods import PAPER
-from .results import ORIGINAL, RANDOM, Comparison, Row, averaged
+from .results import ORIGINAL, Comparison, Row, averaged
 
-_HEADINGS = (
-    "goal",
-    "method",
-    "perplexity",
-    "loss",
-    "KL",
-    "top-1",
-    "parameters",
-    "MB",
-    "tokens/s",
-    "passes",
-    "seconds",
-    "removed",
-)
+RESOLUTION = 130  # dots per inch of the figures
+
+_WORDS = ("goal", "method", "removed")  # columns that hold no numbers
 _CAPTIONS = {
-    "hessian": "The matrices of the energies. An entry off the diagonal says that two blocks cost more (red) or less "
-    "(blue) together than apart.",
-    "states": "Which blocks the states of lowest energy remove.",
+    "loss": "Loss on the evaluation text, above the original's, against the share of the parameters that is gone.",
+    "blocks": "The blocks that each method removes, best loss first.",
     "energy": "Energy against measured loss: the lowest states of each energy and random removals. "
     "rho is Spearman's rank correlation: does the energy order removals as their measured loss does?",
+    "states": "Which blocks the states of lowest energy remove.",
     "spectrum": "The energies of the lowest states: certified, and as tabu search finds them.",
-    "loss": "Loss on the evaluation text, above the original's, against the number of blocks removed.",
-    "blocks": "The blocks that each method removes, best loss first.",
+    "hessian": "The matrices of the energies. An entry off the diagonal says that two blocks cost more (red) or less "
+    "(blue) together than apart.",
 }
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 8px;text-align:right;white-space:nowrap}"
+    "td:last-child,td:nth-child(2){text-align:left}tr:nth-child(even){background:#f3f3f3}figure{margin:2em 0}"
+)
+_EXPLANATION = (
+    "Perplexity, loss (nats a token), KL divergence from the original and agreement with its most likely token "
+    "on the evaluation text. Passes: the cost of the method in forward passes over the calibration samples."
+)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -55,94 +55,106 @@ def write_report(folder: str | Path) -> Path:
     comparison = Comparison.load(folder / "comparison.json")
     if not comparison.rows:
         raise ValueError(f"{folder} holds no finished comparison yet; run blockspin compare again to continue it")
-    goals = list(dict.fromkeys(row.goal for row in comparison.rows))
-    energies = {name: load_energies(folder / f"{name}.safetensors") for name in energy_names(comparison)}
-    panels = {f"remove {goal}, {name}": (goal, name) for goal in goals for name in energies}
-    spectra = {title: Spectrum.load(folder / f"spectrum-{goal}-{name}.json") for title, (goal, name) in panels.items()}
-    tabu = {
-        title: Spectrum.load(folder / f"spectrum-{goal}-{name}-tabu.json") for title, (goal, name) in panels.items()
-    }
-    depth = len(next(iter(energies.values())).blocks)
-    figures = {
-        "loss": loss_figure(comparison.rows),
-        "blocks": blocks_figure(comparison.rows, depth),
-        "energy": energy_figure(comparison.landscape, list(energies)),
-        "states": states_figure(spectra, depth, len(energies)),
-        "spectrum": spectrum_figure(spectra, tabu, len(energies)),
-        "hessian": hessian_figure({name: found.hessian for name, found in energies.items()}),
-    }
-    for name, figure in figures.items():
-        with replacing(folder / "figures" / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+
+    images = {}
+    for name, figure in draw_figures(comparison, folder).items():
+        images[name] = folder / "figures" / f"{name}.png"
+        with replacing(images[name]) as temporary:
+            figure.savefig(temporary, format="png", dpi=RESOLUTION, bbox_inches="tight")
+
     with replacing(folder / "comparison.csv") as temporary:
         write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
         temporary.write_text(table_of(comparison.rows).markdown())
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page(comparison, {name: folder / "figures" / f"{name}.png" for name in figures}))
+        temporary.write_text(page(comparison, images))
     return folder / "report.html"
 
 
-def energy_names(comparison: Comparison) -> list[str]:
-    """The energies of a comparison: that of its settings, and the paper's."""
-    return list(dict.fromkeys([comparison.settings["energy"], PAPER]))
+def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
+    """Every figure by name, in the order of the page. folder: where the energies and spectra lie."""
+    goals = dict.fromkeys(row.goal for row in comparison.rows)
+    names = dict.fromkeys([comparison.settings["energy"], PAPER])
+    energies = {name: load_energies(folder / f"{name}.safetensors") for name in names}
+    depth = len(energies[PAPER].blocks)
+
+    # A panel for each goal and energy; those of one goal stay together.
+    spectra, tabu = {}, {}
+    for goal in goals:
+        for name in names:
+            panel = f"remove {goal}, {name}"
+            spectra[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}.json")
+            tabu[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}-tabu.json")
+
+    return {
+        "loss": loss_figure(comparison.rows),
+        "blocks": blocks_figure(comparison.rows, depth),
+        "energy": energy_figure(comparison.landscape, list(names)),
+        "states": states_figure(spectra, depth, len(names)),
+        "spectrum": spectrum_figure(spectra, tabu, len(names)),
+        "hessian": hessian_figure({name: found.hessian for name, found in energies.items()}),
+    }
 
 
-def cells(row: Row, original: Row) -> list[str]:
-    """A row as text, in the order of the headings; speed relative to the original of the same goal."""
-    several = row.method == RANDOM and not row.removed
-    blocks = "several draws" if several else ranges(row.removed)
-    merged = " merged " + " ".join(f"{lo}-{hi}" for lo, hi in row.windows) if row.windows else ""
-    return [
-        row.goal,
-        row.method,
-        f"{row.perplexity:.4g}",
-        f"{row.loss:.4f}",
-        f"{row.kl:.4f}",
-        f"{row.agreement:.1%}",
-        f"{row.num_parameters / 1e6:.4g} M",
-        f"{row.num_bytes / 1e6:.4g}",
-        f"{row.tokens_per_second:,.0f} ({row.tokens_per_second / original.tokens_per_second:.2f}x)",
-        *(score.as_text() for score in row.scores),
-        f"{row.passes:.3g}",
-        f"{row.seconds:.3g}",
-        blocks + merged,
-    ]
-
-
-def headings(rows: Sequence[Row]) -> list[str]:
-    """The names of the columns: those of every comparison, and the tasks of this one."""
-    return [*_HEADINGS[:-3], *(score.task for score in rows[0].scores), *_HEADINGS[-3:]]
-
-
-def text_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """The averaged rows as text; the original once for each goal."""
+def text_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The averaged rows as text, by the names of the columns; the original once for each goal."""
     shown = averaged(rows)
     originals = {row.goal: row for row in shown if row.method == ORIGINAL}
     return [cells(row, originals[row.goal]) for row in shown]
 
 
+def cells(row: Row, original: Row) -> dict[str, str]:
+    """A row as text; "speed" is relative to the original of the same goal, and part of "tokens/s" as well."""
+    speed = f"{row.tokens_per_second / original.tokens_per_second:.2f}x"
+    removed = ranges(row.removed)
+    if row.windows:
+        removed += " merged " + " ".join(f"{lowest}-{highest}" for lowest, highest in row.windows)
+    elif not row.removed and row.method != ORIGINAL:
+        removed = "several draws"
+
+    scores = {score.task: score.as_text() for score in row.scores}
+    return {
+        "goal": row.goal,
+        "method": row.method,
+        "perplexity": f"{row.perplexity:.4g}",
+        "loss": f"{row.loss:.4f}",
+        "KL": f"{row.kl:.4f}",
+        "top-1": f"{row.agreement:.1%}",
+        "parameters": f"{row.num_parameters / 1e6:.4g} M",
+        "MB": f"{row.num_bytes / 1e6:.4g}",
+        "tokens/s": f"{row.tokens_per_second:,.0f} ({speed})",
+        "speed": speed,
+        **scores,
+        "passes": f"{row.passes:.3g}",
+        "seconds": f"{row.seconds:.3g}",
+        "removed": removed,
+    }
+
+
 def table_of(rows: Sequence[Row]) -> Table:
     """Every column for all goals."""
-    columns = [Column(heading, words=heading in ("goal", "method", "removed")) for heading in headings(rows)]
-    return Table(columns, text_rows(rows), caption=AT_CHANCE if rows[0].scores else "")
+    lines = text_rows(rows)
+    shown = [heading for heading in lines[0] if heading != "speed"]
+    return _table(lines, shown, caption=AT_CHANCE if rows[0].scores else "")
 
 
 def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each goal; what is left out here is in the files."""
     tasks = [score.task for score in rows[0].scores]
     shown = ["method", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "removed"]
-    columns = [Column(heading, words=heading in ("method", "removed")) for heading in shown]
     marked = any(score.at_chance for row in rows for score in row.scores)
 
-    lines: dict[str, list[list[str]]] = {}
-    for cells in text_rows(rows):
-        cell = dict(zip(headings(rows), cells, strict=True))
-        cell["speed"] = cell["tokens/s"].partition("(")[2].rstrip(")")
-        lines.setdefault(cell["goal"], []).append([cell[heading] for heading in shown])
-
+    goals: dict[str, list[dict[str, str]]] = {}
+    for line in text_rows(rows):
+        goals.setdefault(line["goal"], []).append(line)
     caption = AT_CHANCE if marked else ""
-    return [Table(columns, own, title=f"remove {goal}", caption=caption) for goal, own in lines.items()]
+    return [_table(lines, shown, f"remove {goal}", caption) for goal, lines in goals.items()]
+
+
+def _table(lines: Sequence[Mapping[str, str]], shown: Sequence[str], title: str = "", caption: str = "") -> Table:
+    """Some columns of lines of text."""
+    columns = [Column(heading, words=heading in _WORDS) for heading in shown]
+    return Table(columns, [[line[heading] for heading in shown] for line in lines], title, caption)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -151,36 +163,43 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         record = {name: value for name, value in vars(row).items() if name != "scores"}
         record["removed"] = " ".join(map(str, row.removed))
-        record["windows"] = " ".join(f"{lo}-{hi}" for lo, hi in row.windows)
+        record["windows"] = " ".join(f"{lowest}-{highest}" for lowest, highest in row.windows)
         record["perplexity"] = row.perplexity
-        record |= {score.task: score.value for score in row.scores}
+        for score in row.scores:
+            record[score.task] = score.value
         found.append(record)
     return found
 
 
-def page(comparison: Comparison, figures: dict[str, Path]) -> str:
-    """The HTML page; the figures are inside it."""
-    body = ["<tr>" + "".join(f"<th>{h}</th>" for h in headings(comparison.rows)) + "</tr>"]
-    for line in text_rows(comparison.rows):
-        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
-    parts = [f"<h1>Block removal: {html.escape(str(comparison.settings['model']))}</h1>", "<table>", *body, "</table>"]
-    parts.append(
-        "<p>Perplexity, loss (nats a token), KL divergence from the original and agreement with its most likely token "
-        "on the evaluation text. Passes: the cost of the method in forward passes over the calibration samples.</p>"
-    )
+def page(comparison: Comparison, images: Mapping[str, Path]) -> str:
+    """The HTML page; the images are inside it."""
+    title = html.escape(f"Block removal: {comparison.settings['model']}")
+    parts = [f"<h1>{title}</h1>", _html_table(table_of(comparison.rows)), f"<p>{_EXPLANATION}</p>"]
     if comparison.rows[0].scores:
         parts.append(f"<p>Scores of tasks in percent with standard errors; {AT_CHANCE}.</p>")
-    parts += [f"<p>Left out: {html.escape(f'{k}: {v}')}</p>" for k, v in comparison.left_out.items()]
-    for name, path in figures.items():
+    for name, reason in comparison.left_out.items():
+        parts.append(f"<p>{html.escape(f'Left out: {name}: {reason}')}</p>")
+
+    for name, path in images.items():
         data = base64.b64encode(path.read_bytes()).decode()
         caption = html.escape(_CAPTIONS[name])
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    settings = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in comparison.settings.items())
-    style = (
-        "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 8px;text-align:right;white-space:nowrap}"
-        "td:last-child,td:nth-child(2){text-align:left}tr:nth-child(even){background:#f3f3f3}figure{margin:2em 0}"
-    )
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>blockspin</title><style>{style}</style>'
-    return head + "\n".join([*parts, f"<h2>Settings</h2><ul>{settings}</ul></html>"]) + "\n"
+
+    parts.append("<h2>Settings</h2><ul>")
+    for name, value in comparison.settings.items():
+        parts.append(f"<li>{html.escape(f'{name}: {value}')}</li>")
+    parts.append("</ul></html>")
+
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>blockspin</title><style>{_STYLE}</style>'
+    return "\n".join([head, *parts]) + "\n"
+
+
+def _html_table(table: Table) -> str:
+    """Headings and rows; the caption is left to the page."""
+    headings = "".join(f"<th>{html.escape(column.heading)}</th>" for column in table.columns)
+    lines = ["<table>", f"<tr>{headings}</tr>"]
+    for row in table.rows:
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    lines.append("</table>")
+    return "\n".join(lines)
