@@ -32,8 +32,7 @@ def parse_remove(text: str) -> Goal:
         if text.endswith("%"):
             goal: Goal = float(text[:-1]) / 100
         elif "=" in text:
-            pairs = [part.split("=") for part in text.split(",")]
-            goal = {kind.strip(): int(number) for kind, number in pairs}
+            goal = parse_numbers(text)
         else:
             goal = int(text)
     except ValueError:
@@ -43,6 +42,15 @@ def parse_remove(text: str) -> Goal:
 
     _check_goal(goal)
     return goal
+
+
+def parse_numbers(text: str) -> dict[str, int]:
+    """ "moe=2,attention=1" as numbers by name. Raises ValueError where it is something else."""
+    numbers = {}
+    for part in text.split(","):
+        name, number = part.split("=")
+        numbers[name.strip()] = int(number)
+    return numbers
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
@@ -63,7 +71,7 @@ def parse_indices(text: str) -> tuple[int, ...]:
 
 def parse_names(text: str) -> tuple[str, ...]:
     """ "mmlu,gsm8k" as names."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def parse_rollouts(text: str) -> tuple[tuple[str, int], ...]:
@@ -73,8 +81,7 @@ def parse_rollouts(text: str) -> tuple[tuple[str, int], ...]:
         ValueError: it is something else.
     """
     try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return tuple((name.strip(), int(number)) for name, number in pairs)
+        return tuple(parse_numbers(text).items())
     except ValueError:
         raise ValueError(f"a number of answers for each task is wanted (aime25=10), not {text!r}") from None
 

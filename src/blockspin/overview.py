@@ -114,7 +114,8 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
 
     States of constant size do not grow.
     """
-    if not any("attention" in block.kind for block in blocks):
+    # Without attention there are only such states, and the model may keep them elsewhere.
+    if "attention" not in " ".join(block.kind for block in blocks):
         return (0,) * len(blocks)
 
     model = model.to(torch.bfloat16).eval()  # the one that all kernels take on the meta device
@@ -129,7 +130,7 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
         layers = getattr(cache, "layers", None)
         if layers is None or len(layers) > len(blocks):
             return None
-        sizes.append([_num_elements(layer) for layer in layers])
+        sizes.append(list(map(_num_elements, layers)))
 
     # Layers at the end may share the cache of others, and have none.
     growth = [(after - before) * dtype.itemsize for before, after in zip(*sizes, strict=True)]

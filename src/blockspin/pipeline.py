@@ -75,7 +75,9 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
-    if config.distill is not None and config.distill.data is not None:  # it can be read
+
+    # Text for the training must be there too, and the tasks.
+    if config.distill is not None and config.distill.data is not None:
         next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
     score = scorer(config, tokenizer, out / "scores")
 
@@ -85,10 +87,12 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin(config))
 
+    # The removals of lowest energy, among those that a configuration can express.
     removable = Removable(model_config, trust_remote_code=remote)
     problem = protect_what_must_stay(pose_problem(energies, config.remove, config), removable)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
 
+    # The best of them and of a few others, by measuring.
     selection = selection_stage(
         config,
         model,
@@ -145,6 +149,7 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
         distill_checkpoint(out / "checkpoint", out / "distilled", settings, leave_out=leave_out)
         config.save(out / "run.yaml")
 
+    # Measured as the others were, in the same dtype and on the same samples.
     model = load_model(
         str(out / "distilled"), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote
     )

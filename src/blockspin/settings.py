@@ -109,11 +109,11 @@ class Settings:
 
     def save(self, path: str | Path) -> None:
         """Write YAML, what has no default first. Raises ValueError where the file cannot be written."""
-        ordered = sorted(fields(self), key=lambda found: found.default is not MISSING)
-        values = asdict(self)
+        values, ordered = asdict(self), {}
+        for found in sorted(fields(self), key=lambda found: found.default is not MISSING):
+            ordered[found.name] = values[found.name]
         with replacing(path) as temporary:
-            plain = {found.name: values[found.name] for found in ordered}
-            temporary.write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False))
+            temporary.write_text(yaml.dump(ordered, Dumper=_Dumper, sort_keys=False))
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.scores import Score
 from .files import write_json
 from .model.loading import context_length
-from .problem import Goal, RemovalProblem
+from .problem import Goal, Removal, RemovalProblem
 from .progress import console
 from .selection.result import Selection
 from .selection.select import ACTIVATION_SAMPLES, select_with_energies
@@ -203,17 +203,19 @@ def evaluate_removals(
     A removal that several candidates share is measured once.
     """
     compared = [Candidate((), "original"), *candidates]
-    models: dict[str, nn.Module] = {}  # by the name of the first candidate with the removal
+    names: dict[Removal, str] = {}
+    for candidate in compared:
+        names.setdefault(candidate.removed, candidate.source)
+
+    models: dict[str, nn.Module] = {}
     sizes = []
-    removals = list(dict.fromkeys(candidate.removed for candidate in compared))
-    for removed in removals:
-        name = next(candidate.source for candidate in compared if candidate.removed == removed)
+    for removed, name in names.items():
         models[name] = remove_blocks(model, removed) if removed else model
         sizes.append(checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code))
 
     measured = {}
     evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
-    for removed, evaluation in zip(removals, evaluations, strict=True):
+    for removed, evaluation in zip(names, evaluations, strict=True):
         measured[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
 
     rows = []

@@ -140,9 +140,10 @@ def _option(name: str, kind: type[Settings], found: Field[Any]) -> inspect.Param
 
 def _panel(kind: type[Settings], name: str) -> str:
     """The heading of the group that declares a setting first."""
-    homes = [base for base in reversed(kind.__mro__) if name in vars(base).get("__annotations__", {})]
-    home: type[Settings] = homes[0]
-    return home.panel
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Settings) and name in inspect.get_annotations(base):
+            return base.panel
+    raise AssertionError(f"{kind.__name__} has no setting {name}")
 
 
 def _parsed(option: str, found: Field[Any], value: Any) -> Any:
