@@ -71,6 +71,8 @@ def test_files_that_hold_no_settings(command: Command, tmp_path: Path, text: str
         (["evaluate", "m", "--batch-size", 0], "--batch-size"),
         (["evaluate", "m", "--data", "d", "--num-samples", 0], "--num-samples"),
         (["evaluate", "m", "--rollouts", "a=0"], "--rollouts"),
+        (["evaluate", "m", "--text", "wikitext2", "--window", 0], "--window"),
+        (["evaluate", "m", "--cost", "--new-tokens", 0], "--new-tokens"),
         (["evaluate", "m", "--top-p", 2], "--top-p"),
     ],
 )

@@ -28,12 +28,12 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option("--text", help="Perplexity of a whole text: wikitext2 or a text file.")
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens of a window of --text.")] = 2048,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of --text.")] = 2048,
     cost: Annotated[
         bool, typer.Option("--cost", help="Size, cache, prefill, decode, memory; models in turns.")
     ] = False,
-    length: Annotated[int, typer.Option("--length", help="Tokens of a prompt of --cost.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated in --cost.")] = 64,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a prompt of --cost.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated in --cost.")] = 64,
     print_nemo_skills: Annotated[
         bool, typer.Option("--print-nemo-skills", help="Only print the commands of NeMo-Skills for the same tasks.")
     ] = False,
