@@ -210,7 +210,7 @@ def evaluate_removals(
     models: dict[str, nn.Module] = {}
     sizes = []
     for removed, name in names.items():
-        models[name] = remove_blocks(model, removed) if removed else model
+        models[name] = remove_blocks(model, removed, copy=False) if removed else model
         sizes.append(checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code))
 
     measured = {}

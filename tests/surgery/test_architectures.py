@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from conftest import save_tokenizer, settings
 from safetensors.torch import load_file, save_file
-from survey import REMOVALS, examine, quiet_examine
+from survey import REMOVALS, cache_agrees, examine, quiet_examine
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 
 from blockspin.model.batches import mean_loss
@@ -20,6 +20,7 @@ from blockspin.model.loading import load_model
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.pipeline import compress
 from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.surgery.feasible import Removable
 from blockspin.surgery.memory import remove_blocks
 from blockspin.surgery.renaming import Renaming
 from blockspin.surgery.shards import layer_prefix
@@ -190,6 +191,36 @@ def test_features_of_images_added_at_chosen_blocks_are_not_moved() -> None:
     model = tiny_random_model(tiny_config("granite4_vision"))
     with pytest.raises(ValueError, match="cannot move them"):
         remove_blocks(model, [5])
+
+
+def test_a_cache_that_counts_in_the_first_layer_needs_attention_there(tmp_path: Path) -> None:
+    """MiniMax's own: without block 0 it would count no tokens, and the positions of what is generated be wrong."""
+    model = tiny_random_model(tiny_config("minimax"))
+    with pytest.raises(ValueError, match=r"MiniMaxCache counts tokens in the first block.*\[0, 2, 4\]"):
+        remove_blocks(model, [0])
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="MiniMaxCache"):
+        prune_checkpoint(tmp_path / "whole", [0], tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+    assert not Removable(model.config)([0])
+    assert cache_agrees(remove_blocks(model, [0, 1]), torch.arange(2, 14)[None])
+
+
+def test_what_is_decoded_with_the_cache_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surgery finds the fault of MiniMax's cache by decoding, too."""
+    monkeypatch.setattr("blockspin.surgery.memory.check_attention", lambda model, kept: None)
+    with pytest.raises(ValueError, match="computes something else with its cache"):
+        remove_blocks(tiny_random_model(tiny_config("minimax")), [0])
+
+
+def test_a_model_that_shares_blocks_is_saved_after_removal(tmp_path: Path) -> None:
+    """Zamba2's names of shared weights are those of the layers that are left."""
+    model = tiny_random_model(tiny_config("zamba2"))
+    smaller = remove_blocks(model, [1, 3])
+    smaller.save_pretrained(tmp_path)
+    again, report = tf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(again.state_dict(), smaller.state_dict(), rtol=0, atol=0)
 
 
 def test_hidden_states_changed_between_blocks_are_refused() -> None:

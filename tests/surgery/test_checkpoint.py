@@ -49,11 +49,28 @@ def test_disk_equals_memory_and_the_cache_works(family: str, removed: tuple[int,
 
 def test_memory_removal_shares_weights_and_leaves_the_model_whole() -> None:
     model = tiny_model("llama")
-    smaller = remove_blocks(model, [1])
+    smaller = remove_blocks(model, [1], copy=False)
     assert smaller.model.layers[1].mlp.up_proj.weight is model.model.layers[2].mlp.up_proj.weight
     assert model.config.num_hidden_layers == len(model.model.layers) == 4
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
     assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2: the head is the embedding
+def test_what_happens_to_a_copy_does_not_happen_to_the_model(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    smaller = remove_blocks(model, [1])
+    tied = {id(p) for p in model.parameters()} & {id(p) for p in smaller.parameters()}
+    assert not tied
+    assert len(list(smaller.parameters())) < len(list(model.parameters()))
+    smaller.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    embedding, head = smaller.get_input_embeddings().weight, smaller.get_output_embeddings().weight
+    assert (embedding is head) == model.config.tie_word_embeddings
 
 
 def test_lists_with_an_entry_a_layer_follow_the_removal() -> None:

@@ -103,7 +103,7 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
         ValueError: a removal that the model's configuration cannot express.
     """
     gone = gone_from(windows)
-    smaller: nn.Module = remove_blocks(model, gone)
+    smaller: nn.Module = remove_blocks(model, gone, copy=False)
     before, after = find_stack(model).layers, find_stack(smaller).layers
     kept = sorted({*range(len(before))} - {*gone})
     for lo, hi in windows:

@@ -210,7 +210,7 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
             shortened = baselines.merge_windows(model, choice.windows)
             quality = quality_of(shortened, model, text, config.batch_size)
         else:
-            shortened = remove_blocks(model, removed) if removed else model
+            shortened = remove_blocks(model, removed, copy=False) if removed else model
             quality = qualities[removed]
         row = Row(
             **vars(choice),
@@ -228,7 +228,9 @@ def measure_speeds(setup: Setup, removals: Sequence[Removal]) -> dict[tuple[tupl
     """Tokens per second by what was removed of which kind and size: models of one shape run equally fast."""
     model = setup.traced.model
     timed = {_shape(setup.traced, removed): removed for removed in removals}
-    models = [remove_blocks(model, removed) if removed else model for removed in timed.values()]
+    models = []
+    for removed in timed.values():
+        models.append(remove_blocks(model, removed, copy=False) if removed else model)
     speeds = tokens_per_second(models, setup.samples.evaluation, batch_size=setup.config.batch_size)
     return dict(zip(timed, speeds, strict=True))
 

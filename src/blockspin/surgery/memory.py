@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..model.batches import frozen, input_device
 from ..model.blocks import check_images, check_removal, find_stack
@@ -19,14 +20,22 @@ from .proof import check_attention
 from .renaming import Renaming
 
 _CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
+_DECODED_TOKENS = 8
 _TOLERANCE = 1e-3  # of the largest logit
 _TOLERANCE_HALF = 1e-2  # in dtypes of 16 bits and fewer
+_CACHE_TOLERANCE = 1e-2  # of the largest logit: passes of other shapes round otherwise
+_CACHE_TOLERANCE_HALF = 5e-2
+_CACHE_FACTOR = 10  # by so much the cache may err more than that of the whole model
 
 
-def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
-    """An ordinary transformers model without the removed blocks. It shares its weights with `model`, which stays whole.
+def remove_blocks(model: nn.Module, removed: Iterable[int], *, copy: bool = True) -> PreTrainedModel:
+    """An ordinary transformers model without the removed blocks; `model` stays whole.
 
-    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero.
+    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero, and a
+    few are decoded with the cache.
+
+    copy: copy the weights of the kept blocks; otherwise both models share them: that needs no memory, but what changes
+        the one (training, `.to(...)`) changes the other.
 
     Raises:
         ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
@@ -41,14 +50,14 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
-            built: PreTrainedModel = type(model)._from_config(copy.deepcopy(config))
+            built: PreTrainedModel = type(model)._from_config(deepcopy(config))
         return built
 
     shortened = shorten_config(model.config, kept, build)
 
     # deepcopy takes what its memo holds as copied already: the tensors.
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    smaller: PreTrainedModel = copy.deepcopy(model, shared)
+    smaller: PreTrainedModel = deepcopy(model, shared)
     copied_stack = find_stack(smaller).layers
     left = nn.ModuleList([copied_stack[i] for i in kept])
     _cut_slots(left, shortened.renaming)
@@ -58,7 +67,8 @@ def remove_blocks(model: nn.Module, removed: Iterable[int]) -> PreTrainedModel:
 
     if next(model.parameters()).device.type != "meta":
         _check_logits(model, smaller, removed)
-    return smaller
+        _check_cache(model, smaller, removed)
+    return deepcopy(smaller) if copy else smaller
 
 
 def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
@@ -77,14 +87,15 @@ def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
 
 
 def _take_settings(smaller: PreTrainedModel, shortened: Shortened) -> None:
-    """Take the configurations, numbers and tables (layer indices, depths) of the model that the shortened configuration
-    makes."""
+    """Take the configurations, numbers and tables (layer indices, depths, names of tied weights) of the model that the
+    shortened configuration makes."""
+    of_every_module = vars(nn.Module()).keys()  # its tensors, parts and hooks
     made = dict(shortened.model.named_modules())
     for name, module in smaller.named_modules():
         if name not in made:
             continue
         for key, value in vars(made[name]).items():
-            if not key.startswith("_") and _follows_configuration(value):
+            if key not in of_every_module and _follows_configuration(value):
                 setattr(module, key, value)
 
 
@@ -116,7 +127,7 @@ def _cut_slices(smaller: PreTrainedModel, shortened: Shortened) -> None:
         setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
 
 
-def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) -> None:
+def _check_logits(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int]) -> None:
     """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
     traced = trace_model(model)
     token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
@@ -125,10 +136,53 @@ def _check_logits(model: nn.Module, smaller: nn.Module, removed: Sequence[int]) 
         with closed(traced, removed):
             expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
 
-    half = next(model.parameters()).dtype.itemsize < 4
-    tolerance = (_TOLERANCE_HALF if half else _TOLERANCE) * float(expected.abs().max())
+    tolerance = (_TOLERANCE_HALF if _is_half(model) else _TOLERANCE) * float(expected.abs().max())
     if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
         raise ValueError(
             f"without the blocks {list(removed)} the other blocks of {type(model).__name__} compute something else: "
             "they use more of the removed blocks than the residual stream; choose other blocks"
         )
+
+
+def _check_cache(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int]) -> None:
+    """Raise ValueError if the shorter model decodes something else with its cache than without it, unlike `model`."""
+    tolerance = _CACHE_TOLERANCE_HALF if _is_half(model) else _CACHE_TOLERANCE
+    error = _cache_error(smaller)
+    if error <= tolerance:
+        return
+    if error > _CACHE_FACTOR * _cache_error(model):
+        raise ValueError(
+            f"without the blocks {list(removed)} {type(model).__name__} computes something else with its cache than "
+            "without: transformers keeps the cache in order by the removed blocks; choose other blocks"
+        )
+
+
+def _cache_error(model: PreTrainedModel) -> float:
+    """How far the logits of tokens that are decoded with the cache lie from those of one pass over all of them, as a
+    share of the largest; 0 for a model that does not generate, infinite where generating fails."""
+    if not model.can_generate():
+        return 0.0
+    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
+    settings = GenerationConfig(
+        min_new_tokens=_DECODED_TOKENS,
+        max_new_tokens=_DECODED_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with frozen(model), torch.no_grad():
+        try:
+            decoded = model.generate(token_ids, generation_config=settings)
+        except Exception:  # errors of many kinds, of model types that do not generate from tokens alone
+            return math.inf
+        whole = model(input_ids=decoded.sequences, use_cache=False).logits.float()  # (1, tokens, vocabulary)
+
+    found = torch.stack(decoded.logits, dim=1).float()  # (1, decoded tokens, vocabulary)
+    expected = whole[:, -1 - _DECODED_TOKENS : -1].to(found.device)  # what comes before a token predicts it
+    error = (found - expected).abs().max() / expected.abs().max()
+    return float(error.nan_to_num(0.0))  # logits that are not numbers are not the cache's fault
+
+
+def _is_half(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype.itemsize < 4

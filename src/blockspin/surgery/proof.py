@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..model.blocks import DEPTH, find_blocks, find_stack
 from .renaming import Renaming
@@ -53,12 +54,47 @@ def differences(
 def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
     """The cache of a hybrid model counts tokens in its attention layers: one of them must stay.
 
+    MiniMax has a cache of its own, which counts them in the first layer, whatever it is. Where this is right in the
+    original it must be right in what is kept.
+
     Raises:
-        ValueError: none is kept.
+        ValueError: no attention block is kept, or none where the cache counts.
     """
-    attending = [block.index for block in find_blocks(model) if "attention" in block.kind.split("+")]
-    if attending and not set(attending) & set(kept):
+    blocks = find_blocks(model)
+    attending = [block.index for block in blocks if "attention" in block.kind.split("+")]
+    if not attending:
+        return
+    if not set(attending) & set(kept):
         raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
+
+    positions = [position for position, i in enumerate(kept) if i in attending]
+    for cache in _own_caches(model):
+        if _counts_tokens(cache, attending) and not _counts_tokens(cache, positions):
+            raise ValueError(
+                f"block {kept[0]} ({blocks[kept[0]].kind}) would come first, and {cache.__name__} counts tokens in the "
+                f"first block: generation would go wrong; keep a block of {attending} in front"
+            )
+
+
+def _own_caches(model: nn.Module) -> list[type[DynamicCache]]:
+    """Cache classes that a model type brings along and that are made without its configuration."""
+    found = []
+    module = sys.modules[type(model).__module__]
+    for value in vars(module).values():
+        if not isinstance(value, type) or not issubclass(value, DynamicCache) or value.__module__ != module.__name__:
+            continue
+        if not inspect.signature(value).parameters:
+            found.append(value)
+    return found
+
+
+def _counts_tokens(cache: type[DynamicCache], attending: Sequence[int]) -> bool:
+    """Whether a cache knows its length when layers at these positions have put the keys of one token there."""
+    filled = cache()
+    key = torch.zeros(1, 1, 1, 1)  # (samples, heads, tokens, width)
+    for position in attending:
+        filled.update(key, key, position)
+    return bool(filled.get_seq_length() == 1)
 
 
 def find_slices(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> dict[str, int]:
