@@ -36,6 +36,8 @@ from blockspin.solvers.candidates import Candidate, states_as_candidates
 from blockspin.surgery.feasible import Removable
 
 BATCH = 16
+STATES = 100  # of the spectrum that the selection starts from
+KL = 1  # the column of `quality`
 
 
 @dataclass
@@ -54,8 +56,7 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
     s = setting
     found = estimate_energies(energy, s.model, s.energy, batch_size=BATCH, progress=False)
     problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
-    spectrum = solve(problem, states=100)
-    activations = baselines.measure_activations(s.model, s.energy, batch_size=BATCH)
+    spectrum = solve(problem, states=STATES)
     ours, _ = select_with_energies(
         s.model,
         found,
@@ -68,18 +69,21 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
         batch_size=BATCH,
         progress=False,
     )
+
+    # Our cost: the selection, and for the energies the model without each block and the whole model once more.
     depth = problem.num_blocks
-    single = passes_of_walk([(), *((i,) for i in range(depth))], depth)
-    spent = ours.passes * len(s.selection) + (single + 1) * len(s.energy)
-    sleb_cost = sum(
-        passes_of_walk([tuple({*range(4, 4 + step), i}) for i in range(depth)], depth) for step in range(remove)
-    )
+    singles = [(i,) for i in range(depth)]
+    spent = ours.passes * len(s.selection) + (passes_of_walk([(), *singles], depth) + 1) * len(s.energy)
+
+    # SLEB gets as many samples as this pays for.
     everything = [*s.selection, *s.energy]
-    sleb_samples = everything[: max(1, round(spent / sleb_cost))]
+    sleb_samples = everything[: max(1, round(spent / sleb_passes(depth, remove)))]
+
+    activations = baselines.measure_activations(s.model, s.energy, batch_size=BATCH)
     losses = baselines.losses_without_each(s.model, s.selection, batch_size=BATCH)
-    return [
+    candidates = [
         Candidate(ours.chosen.removed, "blockspin", None),
-        *states_as_candidates(spectrum)[:1],
+        states_as_candidates(spectrum)[0],
         baselines.sleb(s.model, sleb_samples, problem, batch_size=BATCH),
         baselines.evopress(s.model, s.selection, problem, budget=spent / len(s.selection), batch_size=BATCH),
         baselines.shortened_llama(problem, losses, "Shortened LLaMA PPL"),
@@ -88,23 +92,35 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
         baselines.norm_ratio(problem, activations),
         baselines.angular_distance(problem, activations),
         baselines.iterative_block_influence(s.model, s.energy, problem, batch_size=BATCH),
-    ], {"blockspin": spent, "SLEB samples": len(sleb_samples)}
+    ]
+    return candidates, {"blockspin": spent, "SLEB samples": len(sleb_samples)}
+
+
+def sleb_passes(depth: int, remove: int) -> float:
+    """What SLEB costs on one sample, in passes of the whole model, where the blocks that go are those from 4 on."""
+    total = 0.0
+    for step in range(remove):
+        gone = range(4, 4 + step)
+        tried = [tuple({*gone, i}) for i in range(depth)]
+        total += passes_of_walk(tried, depth)
+    return total
 
 
 def held_out(setting: Setting, candidates: list[Candidate]) -> dict[str, dict[str, object]]:
     """Method -> its blocks, KL and loss on the held-out samples, and how far its KL is above ours."""
     removals = [candidate.removed for candidate in candidates]
     values = measured(trace_model(setting.model), removals, setting.held_out, quality, batch_size=BATCH)
-    rows = {}
+    ours = values[0][:, KL]  # (num_samples,)
+
+    rows: dict[str, dict[str, object]] = {}
     for candidate, row in zip(candidates, values, strict=True):
-        apart = row[:, 1] - values[0][:, 1]
+        above = row[:, KL] - ours
         means = Quality(*token_mean(row.T, setting.held_out).tolist())
-        error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
         rows[candidate.source] = {
             "removed": candidate.removed,
             **vars(means),
-            "above": float(apart.mean()),
-            "error": error,
+            "above": float(above.mean()),
+            "error": float(above.std(ddof=1) / np.sqrt(len(above))),
         }
     return rows
 
@@ -116,21 +132,24 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=48.0)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, dtype="float32"), load_tokenizer(MODEL)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     text = load_calibration(VALIDATION, tokenizer, num_samples=96, max_length=128, seed=0)
+
     for seed in range(arguments.seeds):
         drawn = load_calibration(CALIBRATION, tokenizer, num_samples=96, max_length=128, seed=seed)
         setting = Setting(model, drawn[:32], drawn[32:64], text, arguments.budget)
         for remove in (4, 8, 12):
             name = f"{arguments.energy} M={remove} seed={seed}"
-            if name not in results:
-                candidates, cost = choices(setting, arguments.energy, remove)
-                results[name] = {"methods": held_out(setting, candidates), "cost": cost}
-                write_json(arguments.out, results)
-                kls = {method: round(row["kl"], 4) for method, row in results[name]["methods"].items()}
-                print(name, cost, kls, flush=True)
+            if name in results:
+                continue
+            candidates, cost = choices(setting, arguments.energy, remove)
+            results[name] = {"methods": held_out(setting, candidates), "cost": cost}
+            write_json(arguments.out, results)
+            kls = {method: round(row["kl"], 4) for method, row in results[name]["methods"].items()}
+            print(name, cost, kls, flush=True)
 
 
 if __name__ == "__main__":

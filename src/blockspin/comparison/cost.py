@@ -38,6 +38,7 @@ def counted(model: nn.Module, tokens: int) -> Iterator[MethodCost]:
         if after is before:  # a bypassed block hands on the very tensor that it got
             return
 
+        # A backward pass through the activations costs another forward pass, one through the weights a third.
         runs = 1
         if after.requires_grad:
             trains = any(parameter.requires_grad for parameter in layer.parameters())

@@ -61,6 +61,7 @@ def hessian_figure(hessians: Mapping[str, NDArray[np.float64]]) -> Figure:
     """
     figure, panels = _panels(len(hessians), 6.4, 5.4)
     for (name, hessian), axes in zip(hessians.items(), panels, strict=True):
+        # A few blocks that cannot go at all would leave all others white.
         off_diagonal = np.abs(hessian[~np.eye(len(hessian), dtype=bool)])
         scale = float(np.quantile(off_diagonal, 0.98)) or float(np.abs(hessian).max()) or 1.0
         image = axes.imshow(hessian, cmap="RdBu_r", vmin=-scale, vmax=scale)
@@ -198,7 +199,7 @@ def blocks_figure(rows: Sequence[Row], depth: int) -> Figure:
     longest = max(len(group) for group in groups.values())
     figure, panels = _panels(len(groups), _grid_width(depth) + 2.8, 0.24 * longest + 1.2)
     for (goal, group), axes in zip(groups.items(), panels, strict=True):
-        grid = np.zeros((len(group), depth))
+        grid = np.zeros((len(group), depth))  # 1: removed, 2: holds merged weights
         for line, row in enumerate(group):
             grid[line, list(row.removed)] = 1
             grid[line, [lowest for lowest, _ in row.windows]] = 2

@@ -73,14 +73,16 @@ def write_report(folder: str | Path) -> Path:
 
 def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     """Every figure by name, in the order of the page. folder: where the energies and spectra lie."""
-    goals = dict.fromkeys(row.goal for row in comparison.rows)
-    names = dict.fromkeys([comparison.settings["energy"], PAPER])
-    energies = {name: load_energies(folder / f"{name}.safetensors") for name in names}
-    depth = len(energies[PAPER].blocks)
+    names = list(dict.fromkeys([comparison.settings["energy"], PAPER]))  # one, if ours is the paper's
+    hessians = {}
+    for name in names:
+        energies = load_energies(folder / f"{name}.safetensors")
+        hessians[name] = energies.hessian
+    depth = len(energies.blocks)
 
     # A panel for each goal and energy; those of one goal stay together.
     spectra, tabu = {}, {}
-    for goal in goals:
+    for goal in comparison.landscape:
         for name in names:
             panel = f"remove {goal}, {name}"
             spectra[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}.json")
@@ -89,18 +91,21 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     return {
         "loss": loss_figure(comparison.rows),
         "blocks": blocks_figure(comparison.rows, depth),
-        "energy": energy_figure(comparison.landscape, list(names)),
+        "energy": energy_figure(comparison.landscape, names),
         "states": states_figure(spectra, depth, len(names)),
         "spectrum": spectrum_figure(spectra, tabu, len(names)),
-        "hessian": hessian_figure({name: found.hessian for name, found in energies.items()}),
+        "hessian": hessian_figure(hessians),
     }
 
 
 def text_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
     """The averaged rows as text, by the names of the columns; the original once for each goal."""
-    shown = averaged(rows)
-    originals = {row.goal: row for row in shown if row.method == ORIGINAL}
-    return [cells(row, originals[row.goal]) for row in shown]
+    lines = []
+    for row in averaged(rows):
+        if row.method == ORIGINAL:  # the first of its goal
+            original = row
+        lines.append(cells(row, original))
+    return lines
 
 
 def cells(row: Row, original: Row) -> dict[str, str]:
@@ -108,7 +113,7 @@ def cells(row: Row, original: Row) -> dict[str, str]:
     speed = f"{row.tokens_per_second / original.tokens_per_second:.2f}x"
     removed = ranges(row.removed)
     if row.windows:
-        removed += " merged " + " ".join(f"{lowest}-{highest}" for lowest, highest in row.windows)
+        removed += " merged " + _windows_text(row)
     elif not row.removed and row.method != ORIGINAL:
         removed = "several draws"
 
@@ -147,23 +152,35 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     goals: dict[str, list[dict[str, str]]] = {}
     for line in text_rows(rows):
         goals.setdefault(line["goal"], []).append(line)
-    caption = AT_CHANCE if marked else ""
-    return [_table(lines, shown, f"remove {goal}", caption) for goal, lines in goals.items()]
+
+    tables = []
+    for goal, lines in goals.items():
+        tables.append(_table(lines, shown, f"remove {goal}", AT_CHANCE if marked else ""))
+    return tables
 
 
 def _table(lines: Sequence[Mapping[str, str]], shown: Sequence[str], title: str = "", caption: str = "") -> Table:
     """Some columns of lines of text."""
     columns = [Column(heading, words=heading in _WORDS) for heading in shown]
-    return Table(columns, [[line[heading] for heading in shown] for line in lines], title, caption)
+    rows = []
+    for line in lines:
+        rows.append([line[heading] for heading in shown])
+    return Table(columns, rows, title, caption)
+
+
+def _windows_text(row: Row) -> str:
+    """The merged windows as "3-5 9-11"."""
+    return " ".join(f"{lowest}-{highest}" for lowest, highest in row.windows)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every row with full digits, draws one by one; blocks and windows separated by spaces."""
     found = []
     for row in rows:
-        record = {name: value for name, value in vars(row).items() if name != "scores"}
+        record = dict(vars(row))
+        del record["scores"]
         record["removed"] = " ".join(map(str, row.removed))
-        record["windows"] = " ".join(f"{lowest}-{highest}" for lowest, highest in row.windows)
+        record["windows"] = _windows_text(row)
         record["perplexity"] = row.perplexity
         for score in row.scores:
             record[score.task] = score.value

@@ -100,15 +100,16 @@ class Comparison:
         """
         try:
             values = json.loads(path.read_text())
-            landscape = {goal: [_point(v) for v in points] for goal, points in values["landscape"].items()}
-            return Comparison(
-                settings=values["settings"],
-                costs={name: MethodCost(**cost) for name, cost in values["costs"].items()},
-                choices=[Choice(**_typed(choice)) for choice in values["choices"]],
-                rows=[_row(row) for row in values["rows"]],
-                landscape=landscape,
-                left_out=values["left_out"],
-            )
+            comparison = Comparison(values["settings"], left_out=values["left_out"])
+            for name, cost in values["costs"].items():
+                comparison.costs[name] = MethodCost(**cost)
+            for choice in values["choices"]:
+                comparison.choices.append(Choice(**_typed(choice)))
+            for row in values["rows"]:
+                comparison.rows.append(_row(row))
+            for goal, points in values["landscape"].items():
+                comparison.landscape[goal] = [_point(point) for point in points]
+            return comparison
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a comparison of blockspin ({error})") from error
 
@@ -124,18 +125,21 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
         if len(draws) == 1:
             means += draws
             continue
-        numbers = {name: sum(getattr(row, name) for row in draws) / len(draws) for name in AVERAGED}
+        numbers = {}
+        for name in AVERAGED:
+            numbers[name] = sum(getattr(row, name) for row in draws) / len(draws)
         scores = mean_scores([row.scores for row in draws])
         means.append(replace(draws[0], **numbers, removed=(), energy=None, scores=scores))
 
+    # Goals stay in the order in which they were asked for.
     goals = list(dict.fromkeys(row.goal for row in rows))
     return sorted(means, key=lambda row: (goals.index(row.goal), row.method != ORIGINAL, row.loss))
 
 
 def _row(values: dict[str, Any]) -> Row:
-    known = {name: value for name, value in values.items() if name != "perplexity"}
-    scores = tuple(Score.from_json(score) for score in values["scores"])
-    return Row(**_typed({**known, "scores": scores}))
+    known = {**values, "scores": tuple(map(Score.from_json, values["scores"]))}
+    del known["perplexity"]  # a property
+    return Row(**_typed(known))
 
 
 def _point(values: dict[str, Any]) -> Point:
@@ -144,5 +148,4 @@ def _point(values: dict[str, Any]) -> Point:
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:
     """Lists of a file as the tuples of a choice."""
-    windows = tuple((lo, hi) for lo, hi in values["windows"])
-    return {**values, "removed": tuple(values["removed"]), "windows": windows}
+    return {**values, "removed": tuple(values["removed"]), "windows": tuple(map(tuple, values["windows"]))}

@@ -118,6 +118,7 @@ def energies_of(setup: Setup, name: str, out: Path) -> Energies:
             out / f"{name}.safetensors",
             origin(config),
         )
+    # Where the file was there already, what its estimate cost is known from the run that made it.
     setup.costs.setdefault(f"energy {name}", cost)
     return energies
 
@@ -157,6 +158,7 @@ def run_method(case: Case, method: Method, comparison: Comparison) -> None:
         windows, chosen = chosen.windows, chosen.candidate
     candidates = chosen if isinstance(chosen, Sequence) else [chosen]
 
+    # Several draws count as one run of the method: each has its whole cost.
     cost = shared + own
     for candidate in candidates:
         removed = candidate.removed
@@ -180,6 +182,7 @@ def landscape(case: Case) -> list[Point]:
         if RANDOM not in ways:
             ways.append(RANDOM)
 
+    # The whole model is among them, so that losses can be set against its own.
     qualities = shared_qualities(
         setup.traced, list(drawn), setup.samples.selection, batch_size=config.batch_size, progress=True
     )
@@ -227,15 +230,16 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
 def measure_speeds(setup: Setup, removals: Sequence[Removal]) -> dict[tuple[tuple[str, int], ...], float]:
     """Tokens per second by what was removed of which kind and size: models of one shape run equally fast."""
     model = setup.traced.model
-    timed = {_shape(setup.traced, removed): removed for removed in removals}
-    models = []
-    for removed in timed.values():
-        models.append(remove_blocks(model, removed, copy=False) if removed else model)
-    speeds = tokens_per_second(models, setup.samples.evaluation, batch_size=setup.config.batch_size)
-    return dict(zip(timed, speeds, strict=True))
+    models = {}
+    for removed in removals:
+        shape = _shape(setup.traced, removed)
+        if shape not in models:
+            models[shape] = remove_blocks(model, removed, copy=False) if removed else model
+    speeds = tokens_per_second(list(models.values()), setup.samples.evaluation, batch_size=setup.config.batch_size)
+    return dict(zip(models, speeds, strict=True))
 
 
 def _shape(traced: TracedModel, removed: Removal) -> tuple[tuple[str, int], ...]:
     """The kinds and sizes of the removed blocks."""
-    blocks = [traced.blocks[i] for i in removed]
-    return tuple(sorted((block.kind, block.num_parameters) for block in blocks))
+    shapes = [(traced.blocks[i].kind, traced.blocks[i].num_parameters) for i in removed]
+    return tuple(sorted(shapes))

@@ -50,6 +50,7 @@ class Removable:
         except ValueError:
             return False
 
+        # Some blocks use keys, values or features that others make.
         if any(broken_sharing(self._config, self._model, kept)):
             return False
 
