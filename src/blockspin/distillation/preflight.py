@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..config import DistillConfig
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
+from ..surgery.provenance import kept_blocks_of
 
 GIB = 2**30  # bytes
 NF4_BYTES = 0.56  # of a weight: 4 bits, and a float32 for each 64 weights
@@ -41,7 +41,9 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     if hasattr(ours, "quantization_config"):
         raise ValueError("the student is quantised; shorten the original in full precision and train that")
     if config.hidden_states and kept_blocks(student, config) is None:
-        raise ValueError(f"{student} has no blockspin.json, which tells which blocks were kept (--hidden-states)")
+        raise ValueError(
+            f"{student} has no blockspin.json that tells which blocks of the teacher were kept (--hidden-states)"
+        )
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
@@ -145,10 +147,10 @@ def choose_quantization(config: DistillConfig) -> str:
 
 def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
     """Which blocks of the teacher the student's blocks are, where that is asked for and blockspin.json tells it."""
-    if not config.hidden_states or not (student / "blockspin.json").is_file():
+    if not config.hidden_states:
         return None
-    kept: list[int] = json.loads((student / "blockspin.json").read_text())["kept"]
-    return kept
+    teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    return kept_blocks_of(student, teacher.get_text_config(decoder=True).num_hidden_layers)
 
 
 def free_memory() -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..problem import Block, Removal
+from ..problem.goals import whole
 
 # Settings that hold the number of layers.
 DEPTH = re.compile(r"^(num|n)_(hidden_|decoder_)?(layers?|blocks)$|^decoder_layers$")
@@ -179,9 +180,9 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
     """The removal as a sorted tuple of distinct block indices.
 
     Raises:
-        ValueError: an index is out of range or repeated, or no block would be left.
+        ValueError: an index is no whole number, out of range or repeated, or no block would be left.
     """
-    indices = sorted(map(int, removed))
+    indices = sorted([whole(i, "block") for i in removed])
     if len(set(indices)) != len(indices):
         raise ValueError(f"blocks are named twice in the removal {indices}")
     if indices and not 0 <= indices[0] <= indices[-1] < num_blocks:

@@ -13,10 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .. import __version__
 from ..errors import first_line
 from ..files import replacing, write_json
 from ..model.blocks import check_images, check_removal, find_stack, other_lists
@@ -31,13 +29,14 @@ from ..model.weights import (
     tensor_shapes,
     weight_paths,
 )
+from ..problem import Removal
 from ..progress import console
 from .layer_config import Shortened, shorten_config
 from .proof import check_attention, tied_names
+from .provenance import RECORD, record_removal
 from .renaming import Renaming
 from .shards import Shard, plan_shards, write_shards
 
-_RECORD = "blockspin.json"
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".npz", ".npy", ".pkl", ".pickle", ".ot", ".tflite", ".mlmodel", ".pdparams", ".nemo", ".distcp"),
@@ -58,7 +57,8 @@ def prune_checkpoint(
 
     Only names change: the bytes of each tensor are copied, whatever its dtype. Entries of a quantisation configuration
     that name layers follow. The tokenizer and the other small files are taken along, and `blockspin.json` says what
-    was removed from what. PyTorch `.bin` weights become safetensors. The target appears when it is whole.
+    was removed from what, also in numbers of the original where the source was shortened before. PyTorch `.bin`
+    weights become safetensors. The target appears when it is whole.
 
     Only the weights that transformers would load are read: one file, or the shards that the index names. Others in the
     folder (of an adapter, an older save, another format) are left behind, and a message says which. Before anything is
@@ -75,25 +75,17 @@ def prune_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
     folder = local_folder(source)
-    removed = sorted(int(i) for i in removed)
 
     with _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
-        shortened = plan.shortened
+        shortened, kept = plan.shortened, plan.shortened.renaming.kept
+        record = record_removal(folder, source, plan.removed, kept, plan.left_behind, details or {})
         temporary.mkdir()
         _copy_small_files(folder, temporary, plan.stack_name, shortened.renaming, other_lists(shortened.model))
         settings = dict(shortened.values)
         settings.pop("transformers_weights", None)  # names the file that was read; the new ones have the usual names
         write_json(temporary / "config.json", settings)
         write_shards(plan.shards, temporary, progress)
-        record = {
-            "source": str(source),
-            "removed": removed,
-            "kept": list(shortened.renaming.kept),
-            "left_behind": plan.left_behind,
-            "blockspin": __version__,
-            "transformers": transformers.__version__,
-        }
-        write_json(temporary / _RECORD, record | (details or {}))
+        write_json(temporary / RECORD, record)
 
     if progress and plan.left_behind:
         console.print(
@@ -101,7 +93,7 @@ def prune_checkpoint(
             highlight=False,
             soft_wrap=True,
         )
-    if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), shortened.renaming.kept):
+    if progress and _changes_order(load_config(folder, trust_remote_code=trust_remote_code), kept):
         console.print(
             "Layers with and without a sliding window follow one another in another order now. transformers reads it "
             "from the configuration; before use in vLLM or llama.cpp see docs/loading_elsewhere.md."
@@ -136,9 +128,11 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
 class _Plan:
     """What to write: a proven configuration, and what to copy of the weights.
 
-    stack_name: what the model calls its layers. left_behind: weights in the folder that are not read.
+    removed: the indices, checked. stack_name: what the model calls its layers.
+    left_behind: weights in the folder that are not read.
     """
 
+    removed: Removal
     shortened: Shortened
     shards: list[Shard]
     stack_name: str
@@ -184,7 +178,7 @@ def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> I
 
         shards = plan_shards(files, shortened.renaming, stack_name, sliced, tied_names(model), inside)
         _check_plan(shards, shortened, before, folder)
-        yield _Plan(shortened, shards, stack_name, left_behind)
+        yield _Plan(removed, shortened, shards, stack_name, left_behind)
 
 
 def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingReport, folder: Path) -> None:
@@ -223,7 +217,7 @@ def _other_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and not hidden and str(inside) not in ("config.json", _RECORD):
+        if file.is_file() and not hidden and str(inside) not in ("config.json", RECORD):
             yield file
 
 
