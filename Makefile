@@ -21,9 +21,11 @@ lint: .venv/installed  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmark: .venv/installed  ## throughput and memory of the gradients; the solvers side by side
+benchmark: .venv/installed  ## the short ones of docs/benchmarks.md
 	$(BIN)/python benchmarks/gradients.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/shared_prefix.py
+	$(BIN)/python benchmarks/prune.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
