@@ -289,7 +289,7 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
 
     panel: ClassVar[str] = "Run"
 
-    model: str = setting("Hub id or local folder of a causal language model.")
+    model: str = setting("Hub id, local folder or GGUF file of a causal language model.")
     calibration: str = setting("Text the energy is computed on: hub id or local file.")
     remove: Goal = setting(
         "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters.", parse=parse_remove

@@ -79,8 +79,8 @@ def test_the_converted_checkpoint_holds_the_weights_of_the_file(tmp_path: Path, 
     torch.testing.assert_close(opened.state_dict(), model.state_dict(), rtol=0, atol=0)
     tf.AutoTokenizer.from_pretrained(folder)
 
-    # The same file is not converted again; a changed one is.
-    assert ordinary_source(tmp_path / "tiny.gguf") == folder
+    # The same file is not converted again, nor where its folder is named; a changed one is.
+    assert ordinary_source(tmp_path / "tiny.gguf") == ordinary_source(tmp_path) == folder
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     write_gguf(model, tmp_path / "tiny.gguf")
@@ -103,6 +103,9 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(tmp_path: Path, cache
 
     with pytest.raises(ValueError, match="there is no GGUF file"):
         ordinary_source(tmp_path / "absent.gguf")
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(ValueError, match="holds 2 GGUF files; name one"):
+        ordinary_source(tmp_path)
 
 
 def test_a_packaged_model_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

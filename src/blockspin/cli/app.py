@@ -25,7 +25,7 @@ app = typer.Typer(
     "Start with `blockspin demo`; for your own model use `blockspin compress`.",
 )
 
-Model = Annotated[str, typer.Argument(help="Hub id or local folder of a causal language model.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file of a causal language model.")]
 Data = Annotated[str, typer.Option("--data", help="Hub id or local file (.json, .jsonl, .parquet, .txt, also .gz).")]
 Calibration = Annotated[
     str, typer.Option("--calibration", help="Text the energy is computed on: hub id or local file.")

