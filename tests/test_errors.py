@@ -12,6 +12,7 @@ from blockspin.errors import first_line
     [
         (OSError("\n no such file \nand more"), "no such file"),
         (ValueError(), "ValueError"),
+        (TypeError("field x:\n    a number is wanted\nand more"), "field x: a number is wanted"),
         (KeyError(" \n"), "' \\n'"),
     ],
 )

@@ -16,7 +16,7 @@ from .energies import Energies, estimate_energies, load_energies
 from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.scores import Score
 from .files import write_json
-from .model.loading import context_length
+from .model.loading import context_length, vocabulary_size
 from .problem import Goal, Removal, RemovalProblem
 from .progress import console
 from .selection.result import Selection
@@ -47,7 +47,13 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
 
     def draw(source: str, number: int) -> list[Tensor]:
         return load_calibration(
-            source, tokenizer, num_samples=number, max_length=length, seed=config.seed, split=config.split
+            source,
+            tokenizer,
+            num_samples=number,
+            max_length=length,
+            seed=config.seed,
+            split=config.split,
+            vocabulary=vocabulary_size(model_config),
         )
 
     held_out = 0 if config.evaluation else config.evaluation_samples

@@ -12,8 +12,10 @@ import pyarrow.parquet
 import pytest
 import transformers as tf
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 
 from blockspin.data.calibration import load_calibration
+from blockspin.data.reading import text_pieces
 
 TEXTS = [f"sample number {i} " * (1 + i % 5) for i in range(40)]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -89,10 +91,14 @@ def test_unusable_sets_are_refused(tmp_path: Path, tokenizer: tf.PreTrainedToken
         "broken.jsonl": ('{"text": \n', r"cannot read the calibration set"),
         "empty.jsonl": ("", r"cannot read|no sample"),
         "empty.txt": ("", r"no sample"),
+        "text.jsonl": (json.dumps({"messages": "hello"}), r"row 1 .* its `messages` is 'hello'; it must be a list"),
+        "turns.jsonl": (json.dumps({"messages": ["hello"]}), r"one of its turns is 'hello'"),
+        "image.jsonl": (json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), r"role, content"),
+        "latin.txt": ("caf\udce9 au lait", r"cannot read the calibration set"),
         "a.docx": ("x", r"ending must be one of"),
     }
     for name, (content, message) in cases.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name, tokenizer)
     with pytest.raises(ValueError, match="cannot read the calibration set"):
@@ -107,3 +113,98 @@ def test_real_conversations(data_folder: Path, tokenizer: tf.PreTrainedTokenizer
     samples = load(data_folder / "chat" / "conversations.jsonl.gz", tokenizer, num_samples=50, max_length=64)
     assert len(samples) == 50
     assert all(2 <= len(sample) <= 64 for sample in samples)
+
+
+def test_of_a_content_in_parts_the_texts_are_taken(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    """The form of OpenAI's interface, with and without a picture in between."""
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    parts = [{"type": "text", "text": "hi"}, picture, {"type": "text", "text": "ho"}]
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi\nho"}]}) + "\n")
+    assert load(tmp_path / "parts.jsonl", tokenizer) == load(tmp_path / "plain.jsonl", tokenizer)
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    turns = [{"role": "user", "content": "hi"}]
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns * 2}) + "\n"
+    )
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}" + TEMPLATE
+    try:
+        for template, message in (
+            (refusing, "roles must alternate"),
+            ("{{ messages.x.y }}", "no attribute"),
+            ("{% if", ""),
+        ):
+            tokenizer.chat_template = template
+            with pytest.raises(ValueError, match=rf"row \d of .*chat template refuses it: .*{message}"):
+                load(tmp_path / "a.jsonl", tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_special_tokens_of_a_template_are_not_added_again(
+    tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast
+) -> None:
+    """Also where other rows of the file are texts, so that this one has an empty field `text`."""
+    conversation = {"messages": [{"role": "user", "content": "hi"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(conversation) + "\n" + json.dumps({"text": "hi"}) + "\n")
+    with_start = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>")
+    with_start._tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    with_start.chat_template = TEMPLATE
+    decoded = {with_start.decode(ids) for ids in load(tmp_path / "a.jsonl", with_start)}
+    assert decoded == {"<user>hi", "<|end|>hi"}
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.xz", ".txt.gz", ".txt.xz"])
+def test_a_compressed_file_cut_anywhere_or_damaged_is_refused(
+    tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast, ending: str
+) -> None:
+    compress = gzip.compress if ending.endswith("gz") else lzma.compress
+    content = compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 0xFF
+    cuts = [content[: len(content) * k // 8] for k in range(1, 8)]
+    for number, broken in enumerate([*cuts, bytes(damaged), b"no archive at all"]):
+        (tmp_path / f"{number}{ending}").write_bytes(broken)
+        with pytest.raises(ValueError, match="cannot read the calibration set"):
+            load(tmp_path / f"{number}{ending}", tokenizer, num_samples=1)
+
+
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockspin.data.reading.use_hub", lambda: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "absent.jsonl",
+        "absent.txt",
+        "some/absent.parquet",
+        "a/b/absent",
+        str(tmp_path / "absent"),
+        "./absent",
+    ):
+        with pytest.raises(ValueError, match="there is no such file"):
+            load(Path(name) if "./" not in name else name, tokenizer)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text("".join(TEXTS))
+    highest = max(tokenizer("".join(TEXTS))["input_ids"])
+    assert load(tmp_path / "a.txt", tokenizer, vocabulary=highest + 1)
+    with pytest.raises(ValueError, match=f"the token {highest}, but the model knows only {highest}"):
+        load(tmp_path / "a.txt", tokenizer, vocabulary=highest)
+
+
+def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indented code, empty lines, runs of spaces and a long line, cut at every size of piece."""
+    text = "def f(x):\n    return  x\n\n\n  \nclass A:\n\tpass \nmore words\n" * 3 + "a long line of words " * 9
+    (tmp_path / "a.txt").write_text(text)
+    whole = tokenizer(text)["input_ids"]
+    for size in (1, 3, 7, 20, 64, 10_000):
+        monkeypatch.setattr("blockspin.data.reading._PIECE", size)
+        assert "".join(text_pieces(tmp_path / "a.txt")) == text
+        windows = load(tmp_path / "a.txt", tokenizer, max_length=len(whole) + 1)
+        assert windows == [whole]

@@ -56,11 +56,17 @@ def blockspin(
 def load_samples(model: str, data: str, number: int, how: DataSettings, loading: LoadingSettings) -> list[Tensor]:
     """Samples of a text as the tokenizer of a model has it."""
     from ..data.calibration import load_calibration
-    from ..model.loading import load_tokenizer
+    from ..model.loading import load_config, load_tokenizer, vocabulary_size
 
-    tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
+    config = load_config(model, trust_remote_code=loading.trust_remote_code)
     return load_calibration(
-        data, tokenizer, num_samples=number, max_length=how.max_length, seed=how.seed, split=how.split
+        data,
+        load_tokenizer(model, trust_remote_code=loading.trust_remote_code),
+        num_samples=number,
+        max_length=how.max_length,
+        seed=how.seed,
+        split=how.split,
+        vocabulary=vocabulary_size(config),
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..progress import console, track
+from .reading import OPTIONS, is_plain_text, open_rows, text_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}  # ending -> what opens the file
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
@@ -33,13 +31,15 @@ def load_calibration(
     max_length: int = 1024,
     seed: int = 42,
     split: str = "train",
+    vocabulary: int | None = None,
     progress: bool = True,
 ) -> list[Tensor]:
     """Token samples from a dataset, drawn in an order fixed by the seed.
 
     A row is a conversation (`messages` with role and content, or `conversations` with from and value), to which the
-    tokenizer's chat template is applied, or a `text`. Each is cut to `max_length` tokens; rows of fewer than two tokens
-    are passed over. A plain text file is cut into windows of `max_length` tokens instead.
+    tokenizer's chat template is applied, or a `text`. Of a content that is a list of parts the texts are taken. Each
+    row is cut to `max_length` tokens; rows of fewer than two tokens are passed over. A plain text file is cut into
+    windows of `max_length` tokens instead.
 
     Args:
         source: a hub id, or a local .json, .jsonl, .parquet, .csv or .txt file, also .gz or .xz, or a folder of them.
@@ -47,25 +47,27 @@ def load_calibration(
         num_samples: how many at most; where the source has fewer, all of them, with a warning.
         max_length: tokens of a sample at most.
         split: the split of a hub dataset.
+        vocabulary: how many tokens the model has an embedding of; None: whatever the tokenizer gives.
 
     Returns:
         1-D int64 tensors of token ids, at least two each.
 
     Raises:
-        ValueError: the source does not exist, is empty, lacks the fields, or num_samples or max_length is too small.
+        ValueError: the source does not exist, is empty, lacks the fields, gives tokens that the model does not know, or
+            num_samples or max_length is too small.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples} (--num-samples)")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length} (--max-length)")
 
-    tokenised = islice(tokenise(source, tokenizer, max_length, seed=seed, split=split), num_samples)
+    tokenised = tokenise(source, tokenizer, max_length, seed=seed, split=split, vocabulary=vocabulary)
     samples = []
-    for ids in track(tokenised, "Tokenising", num_samples, show=progress):
+    for ids in track(islice(tokenised, num_samples), "Tokenising", num_samples, show=progress):
         samples.append(torch.tensor(ids, dtype=torch.int64))
 
     if not samples:
-        raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens (--calibration)")
+        raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens ({OPTIONS})")
     if len(samples) < num_samples:
         console.print(f"The calibration set has only {len(samples)} samples of the {num_samples} asked for; using all.")
     return samples
@@ -78,20 +80,32 @@ def tokenise(
     *,
     seed: int,
     split: str,
+    vocabulary: int | None = None,
     truncate: bool = True,
 ) -> Iterator[list[int]]:
     """Token ids of every sample of a dataset, at least two each; see `load_calibration`.
 
     truncate: cut each row to `max_length` tokens; a plain text file is cut into windows of this length in any case.
+    The source is opened now, so that what is wrong with it is said before the first sample is asked for.
     """
-    path = Path(source)
-    if _format(path) == ".txt":
-        samples = _windows(_read_text(path), tokenizer, max_length, seed)
+    if is_plain_text(source):
+        samples = _windows(_text_ids(Path(source), tokenizer), max_length, seed)
     else:
-        samples = _rows(source, split, tokenizer, max_length if truncate else None, seed)
+        samples = _row_ids(open_rows(source, split), source, tokenizer, max_length if truncate else None, seed)
+    return _usable(samples, source, vocabulary)
+
+
+def _usable(samples: Iterator[list[int]], source: str | Path, vocabulary: int | None) -> Iterator[list[int]]:
+    """The samples of two tokens or more. Raises ValueError for a token that the model has no embedding of."""
     for ids in samples:
-        if len(ids) >= 2:  # one token predicts none
-            yield ids
+        if len(ids) < 2:  # one token predicts none
+            continue
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer gives {str(source)!r} the token {max(ids)}, but the model knows only {vocabulary}: "
+                "it is the tokenizer of another model; put the right one beside the weights"
+            )
+        yield ids
 
 
 def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -100,50 +114,94 @@ def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     A tokenizer without a chat template gets the turns separated by blank lines.
 
     Raises:
-        ValueError: the row has none of the fields.
+        ValueError: the row has none of the fields, they hold something else, or the chat template refuses it.
     """
-    for name in _CONVERSATION_FIELDS:
-        if row.get(name):
-            messages = list(map(_message, row[name]))
-            if getattr(tokenizer, "chat_template", None):
-                return str(tokenizer.apply_chat_template(messages, tokenize=False))
-            return "\n\n".join([message["content"] for message in messages])
+    name = _conversation_field(row)
+    if name is not None:
+        return _conversation(name, row[name], tokenizer)
     if isinstance(row.get("text"), str):
         return str(row["text"])
-    raise ValueError(
-        f"the calibration set has the fields {', '.join(row)}; it needs `messages`, `conversations` or `text` "
-        "(--calibration)"
-    )
+    raise ValueError(f"it has the fields {', '.join(row)}; it needs `messages`, `conversations` or `text`")
 
 
-def _message(turn: Mapping[str, Any]) -> dict[str, str]:
+def _conversation_field(row: Mapping[str, Any]) -> str | None:
+    """The field that holds the conversation of a row, if it has one."""
+    return next((name for name in _CONVERSATION_FIELDS if row.get(name)), None)
+
+
+def _conversation(name: str, turns: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The turns under the chat template of the tokenizer."""
+    if not isinstance(turns, list):
+        raise ValueError(f"its `{name}` is {_shown(turns)}; it must be a list of turns")
+
+    messages = [_message(turn) for turn in turns]
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join([message["content"] for message in messages])
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is code of the model, which raises what it likes
+        raise ValueError(f"the tokenizer's chat template refuses it: {first_line(error)}") from error
+
+
+def _message(turn: Any) -> dict[str, str]:
     """A turn in the form of the chat templates, from either of the usual forms."""
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role is None or content is None:
-        raise ValueError(f"a turn has the fields {', '.join(turn)}; it needs role and content, or from and value")
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"one of its turns is {_shown(turn)}; it must have role and content, or from and value")
+
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    if isinstance(content, list):  # of parts, each a text, an image, ...
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        content = "\n".join(texts) if texts else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        fields = ", ".join(turn)
+        raise ValueError(
+            f"one of its turns has the fields {fields}; it needs the texts role and content, or from and value"
+        )
     return {"role": _ROLES.get(role, role), "content": content}
 
 
-def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> Iterator[list[int]]:
-    """Consecutive windows of the text, in seeded order."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose=False: no warning on length
+def _shown(value: Any) -> str:
+    """A value as it is shown in an error: not all of a long one."""
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:36]} ..."
+
+
+def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """(tokens,) of a whole text file, which is read and tokenised piece by piece: four bytes a token are held."""
+    ids = array("i")
+    for piece in text_pieces(path):
+        encoded = tokenizer(piece, add_special_tokens=False, verbose=False)  # verbose=False: no warning on length
+        ids.extend(encoded["input_ids"])
+    return np.array(ids, dtype=np.int32)
+
+
+def _windows(ids: np.ndarray[Any, np.dtype[np.int32]], max_length: int, seed: int) -> Iterator[list[int]]:
+    """Consecutive windows of the tokens, in seeded order."""
     starts = np.arange(0, len(ids), max_length)
     np.random.default_rng(seed).shuffle(starts)
     for start in starts.tolist():
-        yield ids[start : start + max_length]
+        yield ids[start : start + max_length].tolist()
 
 
-def _rows(
-    source: str | Path, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int
+def _row_ids(
+    rows: Sequence[dict[str, Any]],
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    seed: int,
 ) -> Iterator[list[int]]:
     """Token ids of the rows of a dataset, in seeded order."""
-    dataset = _open_dataset(source, split)
-    order = np.random.default_rng(seed).permutation(len(dataset))
+    order = np.random.default_rng(seed).permutation(len(rows))
     for i in order.tolist():
-        row = dataset[i]
-        text = row_to_text(row, tokenizer)
+        row = rows[i]
+        try:
+            text = row_to_text(row, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {i + 1} of the calibration set {str(source)!r}: {error} ({OPTIONS})") from error
+
         # A chat template writes the special tokens itself.
-        by_template = bool(getattr(tokenizer, "chat_template", None)) and "text" not in row
+        by_template = bool(getattr(tokenizer, "chat_template", None)) and _conversation_field(row) is not None
         encoded = tokenizer(
             text,
             truncation=max_length is not None,
@@ -152,34 +210,3 @@ def _rows(
             verbose=False,  # the tokenizer's warning on length does not apply
         )
         yield encoded["input_ids"]
-
-
-def _format(path: Path) -> str:
-    """The ending that says what is in a file, whether it is compressed or not."""
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
-
-
-def _open_dataset(source: str | Path, split: str) -> Any:
-    import datasets
-
-    path = Path(source)
-    try:
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=split)
-        if not path.is_file():
-            return datasets.load_dataset(str(source), split=split)
-        if _format(path) not in _FORMATS:
-            raise ValueError(f"its ending must be one of {', '.join([*_FORMATS, '.txt'])}, also with .gz or .xz")
-        return datasets.load_dataset(_FORMATS[_format(path)], data_files=str(path), split="train")
-    except Exception as error:  # datasets raises errors of many kinds, some of its own, for data that cannot be read
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(f"cannot read the calibration set {str(source)!r}: {reason} (--calibration)") from error
-
-
-def _read_text(path: Path) -> str:
-    open_text = _COMPRESSED.get(path.suffix, open)
-    try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            return str(file.read())
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ValueError(f"cannot read the calibration set {str(path)!r}: {error} (--calibration)") from error

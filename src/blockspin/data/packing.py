@@ -43,6 +43,7 @@ def write_windows(
     seed: int = 42,
     split: str = "train",
     leave_out: range = range(0),
+    vocabulary: int | None = None,
     progress: bool = True,
 ) -> None:
     """Write at most `limit` windows of `length` tokens: the samples of the dataset one after another, each whole and
@@ -53,12 +54,14 @@ def write_windows(
 
     source: as in `load_calibration`; conversations get the chat template.
     leave_out: numbers of samples to leave out, in the order of `load_calibration` with the same seed.
+    vocabulary: how many tokens the model has an embedding of; None: whatever the tokenizer gives.
 
     Raises:
-        ValueError: the dataset cannot be read, or fills fewer than two windows.
+        ValueError: the dataset cannot be read, gives tokens that the model does not know, or fills fewer than two
+            windows.
     """
-    numbered = enumerate(tokenise(source, tokenizer, length, seed=seed, split=split, truncate=False))
-    samples = (sample for number, sample in numbered if number not in leave_out)
+    tokenised = tokenise(source, tokenizer, length, seed=seed, split=split, vocabulary=vocabulary, truncate=False)
+    samples = (sample for number, sample in enumerate(tokenised) if number not in leave_out)
     windows = islice(pack(samples, length, tokenizer.eos_token_id), limit)
 
     written = 0

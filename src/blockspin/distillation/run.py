@@ -23,7 +23,7 @@ from ..data.packing import Windows, write_windows
 from ..files import replacing, write_json
 from ..journal import check_settings
 from ..model.batches import frozen
-from ..model.loading import load_config, load_model, model_without_weights
+from ..model.loading import load_config, load_model, model_without_weights, vocabulary_size
 from ..model.quantization import nf4
 from ..progress import console
 from ..surgery.checkpoint import local_folder
@@ -232,6 +232,7 @@ def _data(
         check_settings(folder, "training", json.loads(settings_file.read_text()), settings)
     else:
         step = config.batch_size * config.gradient_accumulation * processes  # windows
+        model_config = load_config(student, trust_remote_code=config.trust_remote_code)
         write_windows(
             config.data or "",
             tokenizer,
@@ -241,6 +242,7 @@ def _data(
             seed=config.seed,
             split=config.split,
             leave_out=leave_out,
+            vocabulary=vocabulary_size(model_config),
         )
         write_json(settings_file, settings)
 

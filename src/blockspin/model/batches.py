@@ -27,7 +27,12 @@ class Batch:
     lengths: Tensor
 
     def forward(self, model: nn.Module) -> Tensor:
-        """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster."""
+        """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster.
+
+        Raises:
+            ValueError: a token is beyond the model's embedding.
+        """
+        check_tokens(model, self.token_ids)
         device = input_device(model)
         positions = torch.arange(self.token_ids.shape[1])
         mask = (positions < self.lengths[:, None]).long()  # (batch, length)
@@ -40,6 +45,20 @@ def input_device(model: nn.Module) -> torch.device:
     """Where the token ids must be: with the embedding, also when device_map spreads the model over several devices."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return device
+
+
+def check_tokens(model: nn.Module, token_ids: Tensor) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        ValueError: there is such a token; the models themselves fail without saying which.
+    """
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    known, highest = getattr(embedding, "num_embeddings", None), int(token_ids.max())
+    if known is not None and highest >= known:
+        raise ValueError(
+            f"a sample has the token {highest}, but the model knows only {known}; use the tokenizer of this model"
+        )
 
 
 def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:

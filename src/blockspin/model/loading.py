@@ -22,6 +22,7 @@ from transformers import (
 
 from ..config import DTYPES
 from ..errors import first_line
+from ..hub import can_be_hub_id, use_hub
 from .gguf import ordinary_source
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
@@ -49,26 +50,45 @@ def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
     raise ValueError(f"transformers has no language model of the type {config.model_type}")
 
 
+def find_source(source: str | Path) -> str | Path:
+    """The source as it is, or for a GGUF file the folder it was converted to; it exists, or may be on the hub.
+
+    Raises:
+        ValueError: it is neither a folder nor a name that the hub could have.
+    """
+    source = ordinary_source(source)
+    if Path(source).is_dir():
+        return source
+    if Path(source).exists() or not can_be_hub_id(str(source)):
+        raise ValueError(
+            f"cannot open the model {str(source)!r}: there is no such folder, and it is no hub id; give a folder made "
+            "by save_pretrained, a .gguf file or a hub id"
+        )
+    use_hub()
+    return source
+
+
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model, checked to be one that can be shortened.
 
     Raises:
         ValueError: there is no such model, or it is not a decoder-only language model.
     """
-    source = ordinary_source(source)
+    source = find_source(source)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} has no config.json; give a folder made by save_pretrained, or a hub id")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        text = config.get_text_config(decoder=True)
+        architectures = ", ".join(getattr(config, "architectures", None) or [])
+    except Exception as error:  # each class of configurations checks its settings, or trips over them, in its own way
         raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
 
     # Encoders alone (BERT) can be opened as causal models too; what they were trained as tells them apart.
-    architectures = getattr(config, "architectures", None) or []
     known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
-    encoder = config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
-    if not known or encoder or "MaskedLM" in " ".join(architectures):
-        described = ", ".join(architectures) or config.model_type
+    encoder = config.is_encoder_decoder or text.is_encoder_decoder
+    if not known or encoder or "MaskedLM" in architectures:
+        described = architectures or config.model_type
         raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
     return config
 
@@ -76,6 +96,11 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
 def context_length(config: PretrainedConfig) -> int | None:
     """The most tokens that a model of this configuration takes; None where the configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
+def vocabulary_size(config: PretrainedConfig) -> int | None:
+    """How many tokens a model of this configuration has an embedding of; None where the configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "vocab_size", None)
 
 
 def load_model(
@@ -121,9 +146,9 @@ def load_model(
                 output_loading_info=True,
                 **arguments,
             )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # model code and quantisers raise errors of many kinds
         raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
     check_complete(reported(loading_info), model, source)
     loaded: PreTrainedModel = model.eval()
@@ -149,10 +174,19 @@ def check_device(device_map: str | None) -> None:
 
 
 def model_without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a configuration on the meta device: its structure costs neither time nor memory."""
+    """The model of a configuration on the meta device: its structure costs neither time nor memory.
+
+    Raises:
+        ValueError: the configuration describes no model.
+    """
     opening = auto_class(config, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = opening.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = opening.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # sizes that do not fit together, unknown activations, ...: found by the model's code
+        raise ValueError(f"the config.json describes no model ({config.model_type}): {first_line(error)}") from error
+    if not any(parameter.numel() for parameter in model.parameters()):
+        raise ValueError(f"the config.json describes a model without parameters ({config.model_type})")
     return model
 
 
@@ -162,9 +196,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     Raises:
         ValueError: there is none.
     """
-    source = ordinary_source(source)
+    source = find_source(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the reader of tokenizer.json has no error of its own
         raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from error
     return tokenizer

@@ -18,8 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import first_line
 from ..files import replacing, write_json
 from ..model.blocks import check_images, check_removal, find_stack, other_lists
-from ..model.gguf import ordinary_source
-from ..model.loading import load_config, model_without_weights
+from ..model.loading import find_source, load_config, model_without_weights
 from ..model.weights import (
     LoadingReport,
     check_complete,
@@ -241,7 +240,7 @@ def local_folder(source: str | Path) -> Path:
     Raises:
         ValueError: there is no such model.
     """
-    source = ordinary_source(source)
+    source = find_source(source)
     if Path(source).is_dir():
         return Path(source)
 
