@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +36,7 @@ Remove = Annotated[
     typer.Option("--remove", help="What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder or file for the result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; options given here win.")]
 
 
@@ -83,6 +85,11 @@ def refuse_existing(out: Path) -> None:
     """Raise ValueError where the output exists already."""
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file (--out)")
+
+
+def show_json(value: Any) -> None:
+    """A result as JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def show(table: Table) -> None:

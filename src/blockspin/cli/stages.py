@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,20 @@ from ..config import (
 )
 from ..progress import console, terminal_width
 from ..tables import ranges
-from .app import Calibration, Data, Model, Out, Remove, app, load_samples, open_model, refuse_existing, show
+from .app import (
+    AsJson,
+    Calibration,
+    Data,
+    Model,
+    Out,
+    Remove,
+    app,
+    load_samples,
+    open_model,
+    refuse_existing,
+    show,
+    show_json,
+)
 from .options import Options, with_settings
 
 EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `blockspin energies`.")]
@@ -30,14 +42,14 @@ EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `
 def info(
     model: Model,
     loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map"))],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show the blocks of a model, which of them can be removed, and what removing some would save; reads no weights."""
     from ..overview import overview
 
     found = overview(model, trust_remote_code=loading.trust_remote_code)
     if json:
-        typer.echo(to_json(found.as_json(), indent=2))
+        show_json(found.as_json())
         return
     typer.echo(found.summary() + "\n")
     show(found.blocks_table())
@@ -75,6 +87,10 @@ def solve(
     remove: Remove,
     solving: SolvingSettings,
     out: Annotated[Path | None, typer.Option("--out", help="Write the spectrum to this JSON file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="States to print at most (default: all that are found).")
+    ] = None,
+    json: AsJson = False,
 ) -> None:
     """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
     from ..energies import load_energies
@@ -84,10 +100,17 @@ def solve(
     goal, found = parse_remove(remove), load_energies(file)
     problem = pose_problem(found, goal, solving)
     spectrum = find_states(problem, solving)
-    typer.echo(spectrum.render(limit=None, width=terminal_width()))
-    typer.echo(robustness(found, problem, seed=solving.seed).summary())
+    trust = robustness(found, problem, seed=solving.seed)
     if out is not None:
         spectrum.save(out)
+
+    if json:
+        shown = spectrum.as_json()
+        shown["states"] = shown["states"][:limit]
+        show_json({**shown, "robustness": trust.as_json()})
+        return
+    typer.echo(spectrum.render(limit=limit, width=terminal_width()))
+    typer.echo(trust.summary())
 
 
 @app.command()
@@ -102,6 +125,7 @@ def select(
     drawing: DataSettings,
     loading: LoadingSettings,
     out: Out = Path("candidates.json"),
+    json: AsJson = False,
 ) -> None:
     """Choose a removal by measuring: race the distinct low-energy states on held-out text, and polish the winner.
 
@@ -123,7 +147,10 @@ def select(
     selection = selection_stage(
         choosing, open_model(model, loading), found, problem, spectrum, samples, samples, removable, out
     )
-    typer.echo(ranges(selection.chosen.removed))
+    if json:
+        show_json(selection.as_json())
+    else:
+        typer.echo(ranges(selection.chosen.removed))
 
 
 @app.command()

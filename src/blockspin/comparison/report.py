@@ -21,7 +21,7 @@ from .results import ORIGINAL, Comparison, Row, averaged
 
 RESOLUTION = 130  # dots per inch of the figures
 
-_WORDS = ("goal", "method", "removed")  # columns that hold no numbers
+_WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
 _CAPTIONS = {
     "loss": "Loss on the evaluation text, above the original's, against the share of the parameters that is gone.",
     "blocks": "The blocks that each method removes, best loss first.",
@@ -111,19 +111,20 @@ def text_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
 def cells(row: Row, original: Row) -> dict[str, str]:
     """A row as text; "speed" is relative to the original of the same goal, and part of "tokens/s" as well."""
     speed = f"{row.tokens_per_second / original.tokens_per_second:.2f}x"
-    removed = ranges(row.removed)
+    blocks = ranges(row.removed)
     if row.windows:
-        removed += " merged " + _windows_text(row)
+        blocks += " merged " + _windows_text(row)
     elif not row.removed and row.method != ORIGINAL:
-        removed = "several draws"
+        blocks = "several draws"
 
     scores = {score.task: score.as_text() for score in row.scores}
     return {
         "goal": row.goal,
         "method": row.method,
+        "removed": str(len(row.removed)) if row.removed else "",
         "perplexity": f"{row.perplexity:.4g}",
-        "loss": f"{row.loss:.4f}",
-        "KL": f"{row.kl:.4f}",
+        "loss above": f"{row.loss - original.loss:.4f}{_plus_minus(row.above_error)}",
+        "KL": f"{row.kl:.4f}{_plus_minus(row.kl_error)}",
         "top-1": f"{row.agreement:.1%}",
         "parameters": f"{row.num_parameters / 1e6:.4g} M",
         "MB": f"{row.num_bytes / 1e6:.4g}",
@@ -132,8 +133,13 @@ def cells(row: Row, original: Row) -> dict[str, str]:
         **scores,
         "passes": f"{row.passes:.3g}",
         "seconds": f"{row.seconds:.3g}",
-        "removed": removed,
+        "blocks": blocks,
     }
+
+
+def _plus_minus(error: float | None) -> str:
+    """A standard error behind a number; nothing where there is none, as of the original."""
+    return f" ±{error:.4f}" if error else ""
 
 
 def table_of(rows: Sequence[Row]) -> Table:
@@ -146,7 +152,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each goal; what is left out here is in the files."""
     tasks = [score.task for score in rows[0].scores]
-    shown = ["method", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "removed"]
+    shown = ["method", "removed", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "blocks"]
     marked = any(score.at_chance for row in rows for score in row.scores)
 
     goals: dict[str, list[dict[str, str]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Row(Choice):
-    """A choice with its measures on the evaluation samples; see `quality.Quality` and `perplexity.Evaluation`."""
+    """A choice with its measures on the evaluation samples; see `quality.Quality` and `perplexity.Evaluation`.
+
+    In a mean of several draws the errors are those of the mean, from the scatter between the draws.
+    """
 
     loss: float
     kl: float
@@ -46,10 +50,15 @@ class Row(Choice):
     num_bytes: int
     tokens_per_second: float
     scores: tuple[Score, ...] = ()
+    above_error: float | None = None
+    kl_error: float | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "perplexity": self.perplexity}
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,11 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
         numbers = {}
         for name in AVERAGED:
             numbers[name] = sum(getattr(row, name) for row in draws) / len(draws)
+        errors = {}
+        for error, name in (("above_error", "loss"), ("kl_error", "kl")):
+            errors[error] = statistics.stdev(getattr(row, name) for row in draws) / math.sqrt(len(draws))
         scores = mean_scores([row.scores for row in draws])
-        means.append(replace(draws[0], **numbers, removed=(), energy=None, scores=scores))
+        means.append(replace(draws[0], **numbers, **errors, removed=(), energy=None, scores=scores))
 
     # Goals stay in the order in which they were asked for.
     goals = list(dict.fromkeys(row.goal for row in rows))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..model.batches import frozen, make_batches, mean_loss
+from ..model.batches import frozen, losses_of, make_batches, mean_loss, predicted_tokens, standard_error
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import context_length
 from ..progress import track
@@ -32,8 +32,9 @@ class Evaluation:
     loss: token-mean cross-entropy in nats, on the samples of the evaluation; perplexity is its exponential.
     num_bytes: size of the weights on disk.
     tokens_per_second: prefill throughput; compare it only within one run.
-    removed, energy: the blocks that are gone and their energy, where the model is a candidate.
+    removed, energy: the blocks that are gone, where that is known, and their energy, where the model is a candidate.
     scores: on benchmark tasks, where some were asked for.
+    sample_losses, sample_tokens: the loss of each sample, and its predicted tokens, of which `loss` is the mean.
     """
 
     name: str
@@ -45,10 +46,24 @@ class Evaluation:
     removed: tuple[int, ...] = ()
     energy: float | None = None
     scores: tuple[Score, ...] = ()
+    sample_losses: tuple[float, ...] = ()
+    sample_tokens: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+    def above(self, other: Evaluation) -> tuple[float, float | None]:
+        """The loss above that of another model on the same samples, and its standard error where they are known.
+
+        The error is that of the differences sample by sample, since a text that is hard for one model is for the other.
+        """
+        if not self.sample_losses or self.sample_tokens != other.sample_tokens:
+            return self.loss - other.loss, None
+        apart = torch.tensor(self.sample_losses, dtype=torch.float64)
+        apart -= torch.tensor(other.sample_losses, dtype=torch.float64)
+        weights = torch.tensor(self.sample_tokens, dtype=torch.float64)
+        return self.loss - other.loss, standard_error(apart, weights)
 
     def as_json(self) -> dict[str, Any]:
         scores = [score.as_json() for score in self.scores]
@@ -60,6 +75,8 @@ class Evaluation:
         known.pop("perplexity", None)  # computed from the loss
         known["removed"] = tuple(values["removed"])
         known["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
+        known["sample_losses"] = tuple(values.get("sample_losses", ()))
+        known["sample_tokens"] = tuple(values.get("sample_tokens", ()))
         return Evaluation(**known)
 
 
@@ -188,29 +205,32 @@ def evaluate_models(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    losses = []
+    losses = []  # for each model (number of samples,)
     for model in track(models.values(), "Evaluating", len(models), show=progress):
-        losses.append(mean_loss(model, samples, batch_size))
+        losses.append(losses_of(model, samples, batch_size))
     speeds = tokens_per_second(list(models.values()), samples, batch_size=batch_size, progress=progress)
 
+    tokens = predicted_tokens(samples)
     rows = []
-    for (name, model), loss, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True):
+    for (name, model), own, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True):
         row = Evaluation(
             name=name,
             num_blocks=len(find_blocks(model)),
-            loss=loss,
+            loss=float(own @ tokens / tokens.sum()),
             num_parameters=count_parameters(model),
             num_bytes=size,
             tokens_per_second=speed,
+            sample_losses=tuple(own.tolist()),
+            sample_tokens=tuple(map(int, tokens)),
         )
         rows.append(row)
     return rows
 
 
 def results_table(rows: Sequence[Evaluation]) -> Table:
-    """A row for each model; parameters, size and speed also relative to the first."""
+    """A row for each model; perplexity, parameters, size and speed also relative to the first."""
     first = rows[0]
-    columns = [Column("model", words=True), Column("removed blocks", words=True)]
+    columns = [Column("model", words=True), Column("removed"), Column("blocks", words=True)]
     columns += [Column(heading) for heading in ("perplexity", "parameters", "on disk", "tokens/s")]
     columns += [Column(score.task) for score in first.scores]
 
@@ -219,14 +239,25 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
         share, speed = row.num_parameters / first.num_parameters, row.tokens_per_second / first.tokens_per_second
         cells = [
             row.name,
+            str(len(row.removed)) if row.removed else "",
             ranges(row.removed),
-            f"{row.perplexity:.2f}",
+            f"{row.perplexity:.2f}{_rise(row, first)}",
             f"{short(row.num_parameters)} {share:.0%}",
             short(row.num_bytes, "B"),
             f"{row.tokens_per_second:,.0f} {speed:.2f}x",
         ]
         lines.append([*cells, *(score.as_text() for score in row.scores)])
     return Table(columns, lines)
+
+
+def _rise(row: Evaluation, first: Evaluation) -> str:
+    """How much higher the perplexity is than the first's, in percent with its standard error; nothing for the first."""
+    if row == first:
+        return ""
+    above, error = row.above(first)
+    ratio = math.exp(above)
+    spread = "" if error is None else f" ±{100 * ratio * error:.1f}"  # the derivative of exp is the ratio
+    return f" {100 * (ratio - 1):+.1f}%{spread}"
 
 
 def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import EvaluateConfig
 from ..files import replacing, write_json
 from ..model.loading import load_config, load_model, load_tokenizer
+from ..problem import Removal
 from ..surgery.checkpoint import checkpoint_bytes
+from ..surgery.provenance import kept_blocks_of
 from ..tables import Table
 from .cost import ModelCost, Workload, costs_table, measure_costs
 from .perplexity import (
@@ -76,6 +78,10 @@ class SideBySide:
                 temporary.write_text("\n".join(table.markdown() for table in tables))
 
 
+def no_table(table: Table) -> None:
+    """Shows nothing."""
+
+
 def evaluate_side_by_side(
     models: Sequence[str],
     config: EvaluateConfig,
@@ -85,7 +91,7 @@ def evaluate_side_by_side(
     texts: Sequence[str] = (),
     window: int = 2048,
     cost: Workload | None = None,
-    show: Callable[[Table], None] = lambda table: None,
+    show: Callable[[Table], None] = no_table,
 ) -> SideBySide:
     """Measure what is asked for; the first model is the one to compare with.
 
@@ -142,11 +148,19 @@ def _measure_together(
 
     if samples:
         batch_size = BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size)
-        result.evaluations = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
+        rows = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
+        for row, source in zip(rows, result.models.values(), strict=True):
+            result.evaluations.append(replace(row, removed=_removed_from(source, rows[0].num_blocks)))
         show(results_table(result.evaluations))
     if cost is not None:
         result.costs = measure_costs(loaded, sizes, cost)
         show(costs_table(result.costs))
+
+
+def _removed_from(source: str, depth: int) -> Removal:
+    """The blocks of a model of so many that a shortened checkpoint lacks; none where no record tells."""
+    kept = kept_blocks_of(Path(source), depth)
+    return () if kept is None else tuple(sorted({*range(depth)} - {*kept}))
 
 
 def _load(source: str, config: EvaluateConfig) -> PreTrainedModel:

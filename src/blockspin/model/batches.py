@@ -153,11 +153,41 @@ def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    total, tokens = 0.0, 0
+    losses = losses_of(model, samples, batch_size)
+    tokens = predicted_tokens(samples)
+    return float(losses @ tokens / tokens.sum())
+
+
+def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Tensor:
+    """(number of samples,) float64: the token-mean cross-entropy of each sample, in nats.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    found = torch.zeros(len(samples), dtype=torch.float64)
     with frozen(model), torch.no_grad():
         for batch in make_batches(samples, batch_size):
             losses = sample_losses(batch.forward(model), batch).double().cpu()  # (batch,)
             check_finite(losses, batch)
-            total += float((losses * (batch.lengths - 1)).sum())
-            tokens += int((batch.lengths - 1).sum())
-    return total / tokens
+            found[list(batch.indices)] = losses
+    return found
+
+
+def predicted_tokens(samples: Sequence[Tensor]) -> Tensor:
+    """(number of samples,) float64: every token but the first is predicted; the weight of a sample in a mean."""
+    return torch.tensor([len(sample) - 1 for sample in samples], dtype=torch.float64)
+
+
+def standard_error(values: Tensor, weights: Tensor) -> float | None:
+    """The standard error of the weighted mean of independent values, from their scatter; None for a single value.
+
+    It is that of a ratio of two means (Cochran, Sampling Techniques, eq. 2.47): the weights are drawn with the values.
+
+    values, weights: (number,) float64.
+    """
+    number = len(values)
+    if number < 2:
+        return None
+    weights = weights / weights.sum()
+    apart = values - weights @ values
+    return float((weights**2 @ apart**2 * number / (number - 1)).sqrt())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..problem import Removal
-from .batches import Batch, check_finite, frozen, make_batches, sample_losses
+from .batches import Batch, check_finite, frozen, make_batches, predicted_tokens, sample_losses, standard_error
 from .passes import MEMORY_LIMIT, removal_passes
 from .tracing import TracedModel
 
@@ -25,12 +25,15 @@ class Quality:
     """How good a model is on a text, and how close to the original; means over all predicted tokens.
 
     loss: cross-entropy in nats. kl: KL(original || this model) in nats. agreement: share of tokens where both models
-    predict the same most likely token.
+    predict the same most likely token. above_error, kl_error: standard errors of the loss above the original's and of
+    kl, from the scatter between samples; None with one sample.
     """
 
     loss: float
     kl: float
     agreement: float
+    above_error: float | None = None
+    kl_error: float | None = None
 
 
 def measured(
@@ -102,8 +105,11 @@ def shared_qualities(
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    values = measured(traced, removals, samples, quality, batch_size=batch_size, progress=progress)
-    return [Quality(*row) for row in token_mean(values.swapaxes(1, 2), samples).tolist()]
+    # Losses are set against those of the whole model on the same samples.
+    needed = list(removals) if () in removals else [*removals, ()]
+    values = measured(traced, needed, samples, quality, batch_size=batch_size, progress=progress)
+    whole = values[needed.index(())]  # (number of samples, 3)
+    return [_summary(values[k], whole, samples) for k in range(len(removals))]
 
 
 def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Quality:
@@ -112,12 +118,22 @@ def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor],
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    values = np.zeros((3, len(samples)))  # loss, divergence, agreement
+    values, whole = np.zeros((2, len(samples), 3))  # loss, divergence, agreement
     with frozen(model), frozen(original), torch.no_grad():
         for batch in make_batches(samples, batch_size):
-            rows = quality(batch.forward(model), batch.forward(original), batch)  # (batch, 3)
-            values[:, list(batch.indices)] = rows.T.numpy()
-    return Quality(*token_mean(values, samples).tolist())
+            reference = batch.forward(original)
+            values[list(batch.indices)] = quality(batch.forward(model), reference, batch).numpy()
+            whole[list(batch.indices)] = quality(reference, reference, batch).numpy()
+    return _summary(values, whole, samples)
+
+
+def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Quality:
+    """Means and standard errors. values, whole: (number of samples, 3) of a model and of the original."""
+    weights = predicted_tokens(samples)
+    above, divergence = torch.from_numpy(values[:, 0] - whole[:, 0]), torch.from_numpy(values[:, 1])
+    loss, kl, agreement = token_mean(values.T, samples).tolist()
+    above_error, kl_error = standard_error(above, weights), standard_error(divergence, weights)
+    return Quality(loss, kl, agreement, above_error, kl_error)
 
 
 def loss(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,11 +104,15 @@ class Spectrum:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_json(self) -> str:
-        """As JSON text; an infinite lower bound is written as null."""
+    def as_json(self) -> dict[str, Any]:
+        """What JSON can hold; an infinite lower bound is null."""
         values = asdict(self) | {"lower_bound": self.lower_bound if math.isfinite(self.lower_bound) else None}
         values["states"] = [{"removed": list(s.removed), "energy": s.energy} for s in self.states]
-        return json.dumps(values, indent=1)
+        return values
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(self.as_json(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Spectrum:

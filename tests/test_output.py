@@ -1,0 +1,98 @@
+"""What commands print: tables or JSON, standard errors, no stray lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, random_samples, settings, tiny_model
+
+from blockspin.evaluation.perplexity import Evaluation, evaluate_models
+from blockspin.model.batches import standard_error
+from blockspin.model.quality import quality_of, shared_qualities
+from blockspin.model.tracing import trace_model
+from blockspin.surgery.memory import remove_blocks
+
+DATA = ("--max-length", 32)
+
+
+def test_standard_errors_are_those_of_drawing_anew() -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.integers(1, 30, 400).astype(float)
+    values = generator.normal(size=400) + 3 / np.sqrt(weights)
+
+    draws = generator.integers(0, 400, (4000, 400))
+    means = (weights[draws] * values[draws]).sum(1) / weights[draws].sum(1)
+    error = standard_error(torch.tensor(values), torch.tensor(weights))
+    assert error == pytest.approx(means.std(), rel=0.05)
+    assert standard_error(torch.ones(1).double(), torch.ones(1).double()) is None
+
+
+def test_losses_are_compared_sample_by_sample() -> None:
+    whole, samples = tiny_model("llama"), random_samples((30, 8, 17, 25, 9))
+    smaller = remove_blocks(whole, (1, 2))
+    first, second = evaluate_models({"a": whole, "b": smaller}, [1, 1], samples, progress=False)
+    apart = np.array(second.sample_losses) - first.sample_losses
+    above, error = second.above(first)
+    assert above == pytest.approx(np.average(apart, weights=[29, 7, 16, 24, 8]))
+    assert first.above(first) == (0, 0)
+
+    # The same through the passes that many removals share, and from two models.
+    shared = shared_qualities(trace_model(whole), [(1, 2)], samples)[0]
+    for quality in (shared, quality_of(smaller, whole, samples)):
+        assert quality.loss == pytest.approx(second.loss, rel=1e-6)
+        assert quality.above_error == pytest.approx(error, rel=1e-4)
+    again = Evaluation.from_json(json.loads(json.dumps(second.as_json())))
+    assert again == second
+
+
+@pytest.fixture
+def energies(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "energies.safetensors"
+    made = ("energies", tiny_folder, "--calibration", text_file, "--energy-samples", 8, *DATA, "--out", path)
+    assert command(*made)[0] == 0
+    return path
+
+
+def test_solve_as_json_and_cut(command: Command, energies: Path) -> None:
+    code, printed = command("solve", energies, "--remove", 2, "--json")
+    found = json.loads(printed[printed.index("{") :])
+    assert (code, len(found["states"])) == (0, math.comb(4, 2))
+    assert len(found["robustness"]["frequency"]) == 4
+
+    for limit in (1, 4):
+        code, printed = command("solve", energies, "--remove", 2, "--json", "--limit", limit)
+        assert json.loads(printed[printed.index("{") :])["states"] == found["states"][:limit]
+    code, printed = command("solve", energies, "--remove", 2, "--limit", 2)
+    assert [f"CBO:{k}" in printed for k in range(4)] == [True, True, False, False]
+    assert "4 more states" in printed
+
+
+def test_evaluate_knows_what_a_checkpoint_lacks(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Also after two removals in a row, counted in the blocks of the original."""
+    assert command("prune", tiny_folder, "--blocks", "1", "--out", tmp_path / "three")[0] == 0
+    assert command("prune", tmp_path / "three", "--blocks", "1", "--out", tmp_path / "two")[0] == 0
+    models = (tiny_folder, tmp_path / "three", tmp_path / "two")
+    code, printed = command("evaluate", *models, "--data", text_file, "--num-samples", 6, *DATA, "--json")
+    rows = json.loads(printed[printed.index("[\n") : printed.index("\n]") + 2])
+    assert code == 0
+    assert [row["removed"] for row in rows] == [[], [1], [1, 2]]
+
+    code, printed = command("evaluate", *models, "--data", text_file, "--num-samples", 6, *DATA)
+    assert code == 0
+    assert "1-2" in printed
+    assert printed.count("±") == 2
+
+
+def test_compress_as_json(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    settings(tiny_folder, text_file).save(tmp_path / "settings.yaml")
+    code, printed = command("compress", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "run", "--json")
+    assert code == 0
+    rows = json.loads(printed[: printed.index("\n]") + 2])
+    assert rows == json.loads((tmp_path / "run" / "evaluation.json").read_text())
