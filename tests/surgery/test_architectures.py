@@ -22,6 +22,7 @@ from blockspin.pipeline import compress
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.feasible import Removable
 from blockspin.surgery.memory import remove_blocks
+from blockspin.surgery.patterns import ModuleSettings
 from blockspin.surgery.renaming import Renaming
 from blockspin.surgery.shards import layer_prefix
 
@@ -253,7 +254,7 @@ def test_names_in_quantisation_settings_follow_the_layers() -> None:
         "weight_block_size": [128, 128],
     }
     kept = [0, 2, *range(4, 13)]
-    assert Renaming(kept, depth=13).settings(value, "model.layers") == {
+    assert ModuleSettings(Renaming(kept, depth=13), "model.layers").rewritten(value) == {
         "modules_to_not_convert": ["lm_head", "backbone.layers.0.mixer", "backbone.layers.10.mixer.conv1d"],
         "ignore": [
             r"re:backbone\.layers\.1\..*",
@@ -275,7 +276,7 @@ def test_names_in_quantisation_settings_follow_the_layers() -> None:
 
 def test_settings_that_cannot_be_rewritten_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be rewritten"):
-        Renaming([0, 2], depth=3).settings({"only": "re:layers.[02].mlp"}, "layers")
+        ModuleSettings(Renaming([0, 2], depth=3), "layers").rewritten({"only": "re:layers.[02].mlp"})
 
 
 class LayersWithNumbers(tf.LlamaForCausalLM):
@@ -307,7 +308,7 @@ def test_names_of_other_lists_in_quantisation_settings_stay() -> None:
         "language_model.model.layers.1.q",
     ]
     others = ["model.vision_tower.encoder.layers"]
-    renumbered = Renaming([1, 2], depth=3).settings(names, "model.language_model.layers", others)
+    renumbered = ModuleSettings(Renaming([1, 2], depth=3), "model.language_model.layers", others).rewritten(names)
     assert renumbered == [*names[:2], "language_model.model.layers.0.q"]
 
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import first_line
 from ..files import replacing, write_json
-from ..model.blocks import check_images, check_removal, find_stack, other_lists
+from ..model.blocks import check_images, check_removal, find_stack
 from ..model.loading import find_source, load_config, model_without_weights
 from ..model.weights import (
     LoadingReport,
@@ -31,9 +31,9 @@ from ..model.weights import (
 from ..problem import Removal
 from ..progress import console
 from .layer_config import Shortened, shorten_config
+from .patterns import ModuleSettings, module_settings
 from .proof import check_attention, tied_names
 from .provenance import RECORD, record_removal
-from .renaming import Renaming
 from .shards import Shard, plan_shards, write_shards
 
 _WEIGHTS = {
@@ -79,7 +79,7 @@ def prune_checkpoint(
         shortened, kept = plan.shortened, plan.shortened.renaming.kept
         record = record_removal(folder, source, plan.removed, kept, plan.left_behind, details or {})
         temporary.mkdir()
-        _copy_small_files(folder, temporary, plan.stack_name, shortened.renaming, other_lists(shortened.model))
+        _copy_small_files(folder, temporary, plan.module_settings)
         settings = dict(shortened.values)
         settings.pop("transformers_weights", None)  # names the file that was read; the new ones have the usual names
         write_json(temporary / "config.json", settings)
@@ -127,14 +127,14 @@ def checkpoint_bytes(source: str | Path, removed: Iterable[int] = (), *, trust_r
 class _Plan:
     """What to write: a proven configuration, and what to copy of the weights.
 
-    removed: the indices, checked. stack_name: what the model calls its layers.
+    removed: the indices, checked. module_settings: rewrites quantisation settings.
     left_behind: weights in the folder that are not read.
     """
 
     removed: Removal
     shortened: Shortened
     shards: list[Shard]
-    stack_name: str
+    module_settings: ModuleSettings
     left_behind: list[str]
 
 
@@ -177,7 +177,7 @@ def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> I
 
         shards = plan_shards(files, shortened.renaming, stack_name, sliced, tied_names(model), inside)
         _check_plan(shards, shortened, before, folder)
-        yield _Plan(removed, shortened, shards, stack_name, left_behind)
+        yield _Plan(removed, shortened, shards, module_settings(model, shortened.renaming), left_behind)
 
 
 def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingReport, folder: Path) -> None:
@@ -197,7 +197,7 @@ def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingRe
         )
 
 
-def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Renaming, others: Sequence[str]) -> None:
+def _copy_small_files(folder: Path, target: Path, module_settings: ModuleSettings) -> None:
     """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
     for file in _other_files(folder):
         if _holds_weights(file):
@@ -205,8 +205,7 @@ def _copy_small_files(folder: Path, target: Path, stack_name: str, renaming: Ren
         inside = file.relative_to(folder)
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         if _QUANTISATION.search(file.name):
-            settings = json.loads(file.read_text())
-            write_json(target / inside, renaming.settings(settings, stack_name, others))
+            write_json(target / inside, module_settings.rewritten(json.loads(file.read_text())))
         else:
             shutil.copy2(file, target / inside)
 

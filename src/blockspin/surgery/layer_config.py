@@ -8,6 +8,7 @@ looks like. Only a configuration that passes the proof is used.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -17,15 +18,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from ..model.blocks import DEPTH, find_stack, other_lists
+from ..model.blocks import DEPTH, find_stack
+from .patterns import module_settings
 from .proof import differences, find_slices, find_slots
 from .renaming import Renaming
 
 Build = Callable[[PretrainedConfig], PreTrainedModel]
 
 _LISTS_INDICES = re.compile(r"layer|block|idx|indices", re.IGNORECASE)
+_NAMES_LAYERS = re.compile(r"layer|block|pattern|types|attn|attention|window", re.IGNORECASE)
 _NOT_BY_LAYER = re.compile(r"token_id|multiplier|_section$", re.IGNORECASE)
 _COUNTS_LAYERS = re.compile(r"layer|blocks|dense|period|interval|offset|step|freq|every|shared", re.IGNORECASE)
 _LONGEST_PERIOD = 16
@@ -83,26 +86,45 @@ def first_proven(
 
     thorough: where rewriting alone does not do, try every period too.
     """
-    problems: list[str] = []
+    code = _own_code(type(config), type(original))
+    problem, start, fewest = "", {}, _UNUSABLE
     for values in (written, config.to_dict()):
         if values is None:
             continue
-        trial = _rewritten(config, original, values, kept)
-        shortened, found = _prove(config, original, trial, kept, build)
-        if shortened is not None:
-            # What was written is kept as it was, but for what had to change.
-            return replace(shortened, values=trial) if values is written else shortened, ""
-        problems += found[:1]
+        # First every list that may be by layer is cut; where that does not do, those whose name says so.
+        everything = _rewritten(config, original, values, kept, code)
+        by_name = _rewritten(config, original, values, kept, "")
+        for trial in [everything] if by_name == everything else [everything, by_name]:
+            shortened, found = _prove(config, original, trial, kept, build)
+            if shortened is not None:
+                # What was written is kept as it was, but for what had to change.
+                return replace(shortened, values=trial) if values is written else shortened, ""
+            problem = problem or found[0]
+            if trial is everything:
+                start, fewest = trial, len(found)
 
-    shortened = _search(config, original, trial, kept, build, thorough, fewest=len(found))
-    return shortened, problems[0]
+    return _search(config, original, start, kept, build, thorough, fewest), problem
+
+
+def _own_code(config_class: type[PretrainedConfig], model_class: type[PreTrainedModel]) -> str:
+    """The source of the files that define a model type and its configuration, without transformers' base classes."""
+    of_all_types = {*PretrainedConfig.__mro__, *PreTrainedModel.__mro__, *GenerationMixin.__mro__}
+    modules = {}
+    for base in (*config_class.__mro__, *model_class.__mro__):
+        if base not in of_all_types:
+            modules[base.__module__] = inspect.getmodule(base)
+    return "\n".join([inspect.getsource(module) for module in modules.values() if module is not None])
 
 
 def _rewritten(
-    config: PretrainedConfig, original: PreTrainedModel, values: dict[str, Any], kept: Sequence[int]
+    config: PretrainedConfig, original: PreTrainedModel, values: dict[str, Any], kept: Sequence[int], code: str
 ) -> dict[str, Any]:
-    """A copy of `values` in which everything that describes layers describes the kept ones."""
-    stack_name, stack = find_stack(original)
+    """A copy of `values` in which everything that describes layers describes the kept ones.
+
+    code: of the model. A list that happens to be as long as there are layers (id2label, ...) is theirs if its name says
+    so or the code reads it.
+    """
+    stack = find_stack(original).layers
     renaming = Renaming(kept, len(stack))
     result = copy.deepcopy(values)
     text = _text_values(result)
@@ -114,14 +136,13 @@ def _rewritten(
 
     for name in text:
         if name != "quantization_config" and name not in config.sub_configs:
-            text[name] = _shorten(name, text[name], kept, len(stack))
+            text[name] = _shorten(name, text[name], kept, len(stack), code)
     for name in depth_names:
         text[name] = len(kept)
 
     for part in [result] if text is result else [result, text]:
         if "quantization_config" in part:
-            settings = part["quantization_config"]
-            part["quantization_config"] = renaming.settings(settings, stack_name, other_lists(original))
+            part["quantization_config"] = module_settings(original, renaming).rewritten(part["quantization_config"])
     return result
 
 
@@ -134,10 +155,13 @@ def _text_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shorten(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
-    """One setting for the kept layers, by its form; as it was where it does not speak of layers."""
+def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, code: str) -> Any:
+    """One setting for the kept layers, by its form; as it was where it does not speak of layers.
+
+    name: with those of the tables that it is in, as in "rope_parameters.short_factor".
+    """
     if isinstance(value, dict):
-        return _shorten_table(value, kept, depth)
+        return _shorten_table(name, value, kept, depth, code)
     if isinstance(value, str):
         letter_a_layer = len(value) == depth and "pattern" in name
         return "".join(value[i] for i in kept) if letter_a_layer else value
@@ -152,22 +176,35 @@ def _shorten(name: str, value: Any, kept: Sequence[int], depth: int) -> Any:
             entries += pattern * times
         if len(entries) == depth:
             return [[[entries[i] for i in kept], 1]]
-    return [value[i] for i in kept] if len(value) == depth else value
+    return [value[i] for i in kept] if len(value) == depth and _is_by_layer(name, code) else value
 
 
-def _shorten_table(table: dict[Any, Any], kept: Sequence[int], depth: int) -> dict[Any, Any]:
+def _is_by_layer(name: str, code: str) -> bool:
+    """Whether entries that are as many as the layers may be theirs: the name says so, or the model's code reads it."""
+    if _NAMES_LAYERS.search(name):
+        return True
+    own_name = re.escape(name.rpartition(".")[2])
+    read = rf"\.{own_name}\b|[\"']{own_name}[\"']|^ +{own_name} *:"  # config.name, get("name"), a field
+    return re.search(read, code, re.MULTILINE) is not None
+
+
+def _shorten_table(name: str, table: dict[Any, Any], kept: Sequence[int], depth: int, code: str) -> dict[Any, Any]:
     """A table for the kept layers: with an entry a layer, with lists of layers that count from 1, or with settings."""
-    if table and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in table):
+    has_indices = bool(table) and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in table)
+    if has_indices and _is_by_layer(name, code):
         shortened = {}
         for key in table:
             if int(key) in kept:
                 shortened[type(key)(kept.index(int(key)))] = table[key]
         return shortened
 
-    from_one = [name for name, value in table.items() if _are_indices(value, depth, first=1)]
-    if any(depth in table[name] for name in from_one):
-        return table | {name: _new_indices(table[name], kept, first=1) for name in from_one}
-    return {key: _shorten(str(key), entry, kept, depth) for key, entry in table.items()}
+    from_one = []
+    for key, value in table.items():
+        if _are_indices(value, depth, first=1) and _is_by_layer(f"{name}.{key}", code):
+            from_one.append(key)
+    if any(depth in table[key] for key in from_one):
+        return table | {key: _new_indices(table[key], kept, first=1) for key in from_one}
+    return {key: _shorten(f"{name}.{key}", entry, kept, depth, code) for key, entry in table.items()}
 
 
 def _are_indices(value: Any, depth: int, first: int) -> bool:
