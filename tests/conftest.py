@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from blockspin.config import CompressConfig
 
 Command = Callable[..., tuple[int, str]]
 VOCABULARY = 64
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -33,10 +34,10 @@ _COMMON = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 8}
 _GEMMA_BRANCHES = ("post_attention_layernorm", "post_feedforward_layernorm")
-_GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
 
 # family -> (configuration, the modules of a layer whose outputs are its residual branches)
-FAMILIES = {
+FAMILIES: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, ...]]] = {
     "llama": (lambda: tf.LlamaConfig(**_GROUPED), ("self_attn", "mlp")),
     "qwen2": (lambda: tf.Qwen2Config(**_GROUPED), ("self_attn", "mlp")),
     "qwen3": (lambda: tf.Qwen3Config(**_GROUPED, head_dim=8), ("self_attn", "mlp")),
@@ -68,8 +69,14 @@ def random_samples(lengths: tuple[int, ...] = (9, 5, 12, 2, 7), seed: int = 1) -
 class InFloat64(TorchFunctionMode):
     """Models compute norms and rotations in float32 whatever their dtype; inside this mode those are float64 too."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def widen(value):
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        def widen(value: object) -> object:
             return torch.float64 if value is torch.float32 else value
 
         if func is torch.Tensor.float:
@@ -77,14 +84,16 @@ class InFloat64(TorchFunctionMode):
         return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
-def plain_loss(model: torch.nn.Module, sample: torch.Tensor) -> torch.Tensor:
+def plain_loss(model: tf.PreTrainedModel, sample: torch.Tensor) -> torch.Tensor:
     """Token-mean cross-entropy of one sample as transformers computes it."""
-    return model(sample[None], labels=sample[None], use_cache=False).loss
+    loss: torch.Tensor = model(sample[None], labels=sample[None], use_cache=False).loss
+    return loss
 
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
-    return request.param
+    name: str = request.param
+    return name
 
 
 @pytest.fixture
@@ -109,15 +118,17 @@ def save_tokenizer(folder: Path, vocabulary: int = 300) -> None:
     tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
-def settings(model: Path, text: Path, **changes: object) -> CompressConfig:
-    small = {
+def settings(model: Path, text: Path, **changes: Any) -> CompressConfig:
+    """Settings of a run on a tiny model. changes: values of CompressConfig, which checks them."""
+    small: dict[str, Any] = {
+        "remove": 2,
         "energy_samples": 24,
         "selection_samples": 8,
         "evaluation_samples": 8,
         "max_length": 32,
         "states": 6,
     }
-    return CompressConfig(str(model), str(text), **{"remove": 2, **small, **changes})
+    return CompressConfig(str(model), str(text), **{**small, **changes})
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ StockLoader.add_constructor("!function", lambda loader, node: None)
 
 def write_tasks(folder: Path, data: Path) -> Path:
     """The six default tasks, and aime25, over `data`, laid out as ORG/NAME[/CONFIG]/SPLIT.jsonl.gz."""
-    stock = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    harness = importlib.util.find_spec("lm_eval")
+    assert harness is not None
+    assert harness.origin is not None
+    stock = Path(harness.origin).parent / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     single = ("hellaswag/hellaswag", "winogrande/default", "arc/arc_challenge", "gsm8k/gsm8k", "aime/aime25")
     for name in single:

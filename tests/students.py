@@ -23,7 +23,7 @@ def losses_of(
     """The objective's losses; the gradient of the sum of the KL is left in the student."""
     with split(student) as ours, split(teacher) as theirs, training_forward(DistillationLoss(ours, theirs, **options)):
         losses: Losses = student(**inputs)
-        losses["kl"].sum().backward()
+        torch.autograd.backward(losses["kl"].sum())
     return losses
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*-minus-*.yaml"))  # the others are of distillation
 # Model -> its family and number of layers; of Nemotron the kinds: 23 Mamba, 23 mixture-of-experts, 6 attention layers.
 NEMOTRON = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-DEPTHS = {
+DEPTHS: dict[str, tuple[str, int | str]] = {
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", 32),
     "meta-llama/Llama-3.3-70B-Instruct": ("llama", 80),
     "Qwen/Qwen3-14B": ("qwen3", 40),
@@ -46,7 +46,9 @@ def test_there_is_a_file_for_every_row() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_loads_and_its_removal_exists(file: Path) -> None:
     config = CompressConfig(**CompressConfig.read(file))
-    number, kind = re.search(r"-minus-(\d+)(?:-(\w+))?$", file.stem).groups()
+    name = re.search(r"-minus-(\d+)(?:-(\w+))?$", file.stem)
+    assert name
+    number, kind = name.groups()
     assert config.remove == ({kind: int(number)} if kind else int(number))
     assert (config.calibration, config.energy_samples, config.max_length, config.seed, config.beta) == (
         "teknium/OpenHermes-2.5", 2048, 1024, 42, 0.0,
@@ -56,6 +58,7 @@ def test_a_file_loads_and_its_removal_exists(file: Path) -> None:
     counts = {"moe": 23, "attention": 6, "mamba": 23}
     assert len(blocks) == (DEPTHS[config.model][1] if not kind else sum(counts.values()))
     assert not kind or all(sum(block.kind == name for block in blocks) == count for name, count in counts.items())
+    assert not isinstance(config.remove, float)  # a share of the parameters is no row of the paper
     problem = RemovalProblem(np.eye(len(blocks)), remove=config.remove, blocks=blocks)
     allowed = [i for i, block in enumerate(blocks) if kind in (None, block.kind)]
     assert problem.energy(allowed[: int(number)]) == int(number)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockspin.journal import Journal, check_settings
 
-ENTRIES = [{"indices": [0, 1], "rows": [[0.5, -1.25], [3.0, 1e-30]]}, {"name": "möglich"}, {}]
+ENTRIES: list[dict[str, Any]] = [{"indices": [0, 1], "rows": [[0.5, -1.25], [3.0, 1e-30]]}, {"name": "möglich"}, {}]
 
 
 def test_a_journal_cut_off_at_any_byte_keeps_the_whole_entries_and_continues(tmp_path: Path) -> None:
