@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 import torch
+import transformers as tf
 from conftest import plain_loss, random_samples, tiny_model
 
 from blockspin.model.batches import make_batches, mean_loss
@@ -40,11 +42,20 @@ def test_a_memory_limit_changes_nothing_but_the_time(states: int) -> None:
     assert shared_losses(trace_model(model), EVERY, samples, memory_limit=limit) == pytest.approx(expected, rel=1e-5)
 
 
-def count_block_runs(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, removals: list[tuple[int, ...]]) -> int:
-    runs = []
+def count_block_runs(
+    monkeypatch: pytest.MonkeyPatch, model: tf.PreTrainedModel, removals: list[tuple[int, ...]]
+) -> int:
+    runs: list[int] = []
+
+    def counted(run: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            runs.append(1)
+            return run(hidden)
+
+        return forward
+
     for layer in model.model.layers:
-        original = layer.mlp.forward
-        monkeypatch.setattr(layer.mlp, "forward", lambda h, original=original: (runs.append(1), original(h))[1])
+        monkeypatch.setattr(layer.mlp, "forward", counted(layer.mlp.forward))
     traced = trace_model(model)
     assert traced.shares_passes
     runs.clear()
@@ -69,11 +80,17 @@ def test_padding_and_batch_size_make_no_difference() -> None:
 
 def test_a_model_whose_blocks_see_more_than_the_hidden_states_gets_whole_passes() -> None:
     """Here block 3 adds what entered block 0, kept aside: a pass that starts in the middle would miss it."""
-    model, kept = tiny_model("llama"), []
+    model = tiny_model("llama")
+    kept: list[torch.Tensor] = []
     first, last = model.model.layers[0], model.model.layers[3]
     run_first, run_last = first.forward, last.forward
     model.register_forward_pre_hook(lambda module, args: kept.clear())
-    first.forward = lambda h, **kwargs: (kept.append(h), run_first(h, **kwargs))[1]
+
+    def keep_and_run(hidden: torch.Tensor, **kwargs: object) -> object:
+        kept.append(hidden)
+        return run_first(hidden, **kwargs)
+
+    first.forward = keep_and_run
     last.forward = lambda h, **kwargs: run_last(h, **kwargs) + sum(kept)
     assert not trace_model(model).shares_passes
 

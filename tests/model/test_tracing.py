@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from conftest import random_samples, tiny_model
 from tiny import tiny_config, tiny_random_model
 
@@ -11,16 +12,17 @@ from blockspin.model.batches import make_batches
 from blockspin.model.passes import num_passes, removal_passes
 from blockspin.model.quality import shared_losses
 from blockspin.model.tracing import TracedModel, closed, skipped, trace_model
+from blockspin.problem import Removal
 
 BATCH = make_batches(random_samples((9, 9)), 2)[0]
 # model type -> (removals of which other blocks need something, others)
-NEEDED = {
+NEEDED: dict[str, tuple[list[Removal], list[Removal]]] = {
     "gemma3n_text": ([(2,), (3,), (0, 2)], [(0,), (0, 1), (2, 3, 4, 5)]),  # 4 and 5 read the keys of 2 and 3
     "hy_v4": ([(0, 1)], [(0,), (1,), (2, 5)]),  # the blocks after 0 and 1 take the tokens that one of them chose
 }
 
 
-def count_runs(model: torch.nn.Module) -> list[int]:
+def count_runs(model: tf.PreTrainedModel) -> list[int]:
     """A list to which every run of a block's feed-forward adds the number of the block."""
     runs: list[int] = []
     for i, layer in enumerate(model.model.layers):
@@ -65,7 +67,8 @@ def test_a_fault_in_a_pass_is_not_taken_for_a_need(error: type[Exception], monke
     """A block that fails once, on long samples only, fails the measurement; nothing is quietly run in another way."""
     model = tiny_model("llama")
     traced = trace_model(model)
-    layer, failures = model.model.layers[2], []
+    layer = model.model.layers[2]
+    failures: list[int] = []
     run = layer.forward
 
     def failing_once(hidden: torch.Tensor, **kwargs: object) -> object:
