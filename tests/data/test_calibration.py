@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -28,7 +29,8 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>")
 
 
-def load(path: Path, tokenizer: tf.PreTrainedTokenizerFast, **options: object) -> list[list[int]]:
+def load(path: Path, tokenizer: tf.PreTrainedTokenizerFast, **options: Any) -> list[list[int]]:
+    """The samples. options: those of load_calibration."""
     return [s.tolist() for s in load_calibration(path, tokenizer, progress=False, **options)]
 
 

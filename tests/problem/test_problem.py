@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockspin as bs
-from blockspin.problem import Goal, check_goal
-
-
-@dataclass(frozen=True)
-class Block:
-    index: int
-    kind: str
-    num_parameters: int
-
+from blockspin.problem import Block, Goal, check_goal
 
 BLOCKS = [Block(i, "moe" if i % 3 == 0 else "attention", 10 + 7 * (i % 4)) for i in range(7)]
 RNG = np.random.default_rng(5)
@@ -136,9 +128,9 @@ def bad_symmetry() -> np.ndarray:
         ({"remove": None, "remove_parameters": 0.6, "blocks": BLOCKS, "protect": [1, 2, 3]}, "protected"),
     ],
 )
-def test_mistakes_are_refused_with_what_is_allowed(arguments: dict[str, object], message: str) -> None:
+def test_mistakes_are_refused_with_what_is_allowed(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bs.RemovalProblem(**({"hessian": H, "remove": 3} | arguments))
+        bs.RemovalProblem(**{"hessian": H, "remove": 3, **arguments})
 
 
 def test_one_block_cannot_be_removed() -> None:

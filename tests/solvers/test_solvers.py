@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blockspin as bs
+from blockspin.problem import Block
 from blockspin.solvers import SOLVERS
 from blockspin.solvers.exact import relaxed_below
 from blockspin.solvers.moves import terms_of
@@ -29,13 +30,6 @@ from blockspin.solvers.node import FREE, bound
 OWN = ["exact", "enumerate", "tabu", "anneal"]
 PROVING = ["exact", "enumerate", "gurobi"]
 NEEDS = {"dwave-tabu": "dwave.samplers", "dwave-anneal": "dwave.samplers", "gurobi": "gurobipy"}
-
-
-@dataclass(frozen=True)
-class Block:
-    index: int
-    kind: str
-    num_parameters: int
 
 
 def blocks_for(n: int, rng: np.random.Generator) -> list[Block]:
@@ -59,7 +53,7 @@ def random_problem(seed: int, kind: str, constraint: str) -> bs.RemovalProblem:
     rng = np.random.default_rng(seed)
     n = int(rng.integers(4, 11))
     first_order = {"beta": 0.5, "gradient": rng.normal(size=n)} if rng.random() < 0.4 else {}
-    common = {"hessian": random_hessian(kind, n, rng), "blocks": blocks_for(n, rng), **first_order}
+    common: dict[str, Any] = {"hessian": random_hessian(kind, n, rng), "blocks": blocks_for(n, rng), **first_order}
     protect = [int(i) for i in rng.choice(n, size=int(rng.integers(0, 3)), replace=False)]
     if constraint == "kinds":
         free = [sum(1 for i in range(n) if i % 2 == k and i not in protect) for k in (0, 1)]
@@ -285,7 +279,7 @@ def test_enumerate_refuses_what_would_take_too_long() -> None:
         ({"time_limit": math.nan}, "positive"),
     ],
 )
-def test_mistakes_are_refused(arguments: dict[str, object], message: str) -> None:
+def test_mistakes_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bs.solve(bs.RemovalProblem(np.eye(4), remove=2), **arguments)
 
