@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from blockspin.model.tracing import trace_model
 def scaled_branches(model: torch.nn.Module, family: str, alphas: torch.Tensor) -> Iterator[None]:
     """The reference: forward hooks that multiply the named branch modules of layer i by alphas[i]."""
 
-    def scale(i: int):
-        def hook(module, args, output):
+    def scale(i: int) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return (output[0] * alphas[i], *output[1:]) if isinstance(output, tuple) else output * alphas[i]
 
         return hook
