@@ -20,13 +20,16 @@ from blockspin.evaluation.perplexity import TextPerplexity
 TEXT = "some words über and more words, in a row.\n" * 30
 
 
+ModelAndTokenizer = tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]
+
+
 @pytest.fixture
-def model_and_tokenizer(tiny_folder: Path) -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
+def model_and_tokenizer(tiny_folder: Path) -> ModelAndTokenizer:
     model = tf.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     return model, tf.AutoTokenizer.from_pretrained(tiny_folder)
 
 
-def test_perplexity_of_a_text_in_the_standard_way(model_and_tokenizer, tmp_path: Path) -> None:
+def test_perplexity_of_a_text_in_the_standard_way(model_and_tokenizer: ModelAndTokenizer, tmp_path: Path) -> None:
     """The loop that papers on compression use: windows of the whole text, the mean of their losses."""
     model, tokenizer = model_and_tokenizer
     (tmp_path / "text.txt").write_text(TEXT)
@@ -43,7 +46,7 @@ def test_perplexity_of_a_text_in_the_standard_way(model_and_tokenizer, tmp_path:
     assert found.num_bytes == len(TEXT.encode()) > len(TEXT)
 
 
-def test_bits_per_byte_is_the_code_length(model_and_tokenizer, tmp_path: Path) -> None:
+def test_bits_per_byte_is_the_code_length(model_and_tokenizer: ModelAndTokenizer, tmp_path: Path) -> None:
     """A text of one window: the bits that its tokens take after the first, times tokens / predicted tokens."""
     model, tokenizer = model_and_tokenizer
     text = "a few words to learn from"
@@ -56,29 +59,41 @@ def test_bits_per_byte_is_the_code_length(model_and_tokenizer, tmp_path: Path) -
     assert found.bits_per_byte == pytest.approx(bits * len(ids) / (len(ids) - 1) / len(text), rel=1e-5)
 
 
-def test_wikitext2_is_joined_by_blank_lines(model_and_tokenizer, tmp_path: Path, monkeypatch) -> None:
+def test_wikitext2_is_joined_by_blank_lines(
+    model_and_tokenizer: ModelAndTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = model_and_tokenizer
     rows = {"text": ["", " = Title = \n", " some words to learn from \n", ""] * 8}
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
-    found = text_perplexity(*model_and_tokenizer, window=16)
+    asked: list[tuple[tuple[str, ...], dict[str, str]]] = []
+
+    def load_dataset(*names: str, **options: str) -> dict[str, list[str]]:
+        asked.append((names, options))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = text_perplexity(model, tokenizer, window=16)
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
     (tmp_path / "joined.txt").write_text("\n\n".join(rows["text"]))
-    own = text_perplexity(*model_and_tokenizer, tmp_path / "joined.txt", window=16)
+    own = text_perplexity(model, tokenizer, tmp_path / "joined.txt", window=16)
     assert (found.loss, found.num_bytes) == (own.loss, own.num_bytes)
 
 
-def test_windows_are_no_longer_than_the_context(model_and_tokenizer, tmp_path: Path) -> None:
+def test_windows_are_no_longer_than_the_context(model_and_tokenizer: ModelAndTokenizer, tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer
     (tmp_path / "text.txt").write_text(TEXT)
-    assert text_perplexity(*model_and_tokenizer, tmp_path / "text.txt", window=2048).window == 64
+    assert text_perplexity(model, tokenizer, tmp_path / "text.txt", window=2048).window == 64
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot read the text"), ("a", "fewer than two tokens")])
-def test_texts_that_cannot_be_used(model_and_tokenizer, tmp_path: Path, content: str | None, message: str) -> None:
+def test_texts_that_cannot_be_used(
+    model_and_tokenizer: ModelAndTokenizer, tmp_path: Path, content: str | None, message: str
+) -> None:
+    model, tokenizer = model_and_tokenizer
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=message) as raised:
-        text_perplexity(*model_and_tokenizer, path)
+        text_perplexity(model, tokenizer, path)
     assert "--text" in str(raised.value)
 
 

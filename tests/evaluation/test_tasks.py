@@ -33,7 +33,7 @@ from blockspin.pipeline import compress
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "a few words", "choices": ["to learn", "from", "a few"], "answer": 0},
     {"question": "words", "choices": ["to", "words to learn from"], "answer": 1},
     {"question": "learn from", "choices": ["few", "a", "learn", "words words"], "answer": 2},
@@ -218,8 +218,10 @@ def test_rollouts_of_a_real_model_differ(tiny_folder: Path, options: dict[str, A
 
 def test_the_default_tasks_are_those_of_the_paper() -> None:
     assert EvaluateConfig().tasks == PAPER_TASKS
-    assert EvaluateConfig(rollouts={"aime25": 10}).tasks == ("aime25",)
-    assert EvaluateConfig(tasks=["mmlu"], rollouts={"aime25": 10}).tasks == ("mmlu", "aime25")
+    sampled: dict[str, Any] = {"rollouts": {"aime25": 10}}  # a mapping, as settings files have it
+    named: dict[str, Any] = {"tasks": ["mmlu"], **sampled}
+    assert EvaluateConfig(**sampled).tasks == ("aime25",)
+    assert EvaluateConfig(**named).tasks == ("mmlu", "aime25")
 
 
 def no_template(folder: Path, options: dict[str, Any]) -> None:
@@ -303,8 +305,8 @@ def test_data_that_cannot_be_had(
 
 @pytest.fixture
 def run_settings(tiny_folder: Path, text_file: Path, task_folder: Path) -> CompressConfig:
-    small = {"selection_samples": 4, "evaluation_samples": 4, "max_length": 32, "states": 3}
-    tasks = {"tasks": ("choose",), "include_path": str(task_folder), "limit": 4}
+    small: dict[str, Any] = {"selection_samples": 4, "evaluation_samples": 4, "max_length": 32, "states": 3}
+    tasks: dict[str, Any] = {"tasks": ("choose",), "include_path": str(task_folder), "limit": 4}
     return CompressConfig(str(tiny_folder), str(text_file), 1, **small, **tasks)
 
 
