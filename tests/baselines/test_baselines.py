@@ -132,7 +132,8 @@ def test_angular_distance_needs_a_run_of_blocks() -> None:
 
 def test_iterative_indices_are_those_of_the_original_model() -> None:
     """Against real removals: after each one the shortened model is measured afresh and its index mapped back."""
-    model, chosen = deep_llama(), []
+    model = deep_llama()
+    chosen: list[int] = []
     for _ in range(4):
         kept = [i for i in range(7) if i not in chosen]
         smaller = remove_blocks(model, chosen)
@@ -157,7 +158,7 @@ def test_taylor_importance_is_weight_times_gradient(batch_size: int) -> None:
     model = deep_llama()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    torch.stack([plain_loss(model, sample) for sample in SAMPLES]).mean().backward()
+    torch.autograd.backward(torch.stack([plain_loss(model, sample) for sample in SAMPLES]).mean())
     expected = [
         sum(float((p * p.grad).abs().sum().detach()) for p in layer.parameters()) for layer in model.model.layers
     ]
@@ -178,7 +179,8 @@ def test_plus_protects_the_first_four_and_last_two() -> None:
 
 
 def test_sleb_is_greedy_over_measured_losses() -> None:
-    model, chosen = deep_llama(), ()
+    model = deep_llama()
+    chosen: tuple[int, ...] = ()
     for _ in range(3):
         rest = [i for i in range(7) if i not in chosen and i != 2]
         chosen += (min(rest, key=lambda i: mean_loss(remove_blocks(model, (*chosen, i)), SAMPLES)),)
@@ -241,7 +243,7 @@ def test_a_window_of_one_block_is_the_identity() -> None:
 def test_merged_weights_are_those_of_the_formula() -> None:
     model = deep_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    merged = baselines.merge_windows(model, ((1, 3), (4, 5)))
+    merged: tf.PreTrainedModel = baselines.merge_windows(model, ((1, 3), (4, 5)))
     layers, ours = model.model.layers, merged.model.layers
     assert len(ours) == 4
     for name, weight in ours[1].named_parameters():
@@ -268,7 +270,8 @@ def similarity(model: tf.PreTrainedModel, windows: tuple[tuple[int, int], ...]) 
 
 def windows_above(model: tf.PreTrainedModel, threshold: float) -> tuple[tuple[int, int], ...]:
     """The procedure of the paper for one threshold, step by step."""
-    done, hi, lo = (), 5, 5
+    done: tuple[tuple[int, int], ...] = ()
+    hi = lo = 5
     while lo > 0:
         if similarity(model, (*done, (lo - 1, hi))) >= threshold:
             lo -= 1

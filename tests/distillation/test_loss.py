@@ -41,7 +41,7 @@ def test_loss_and_gradient_are_those_of_the_full_logits(family: str, temperature
     student.zero_grad(set_to_none=True)
     logits, target = student(**inputs).logits, teacher(**inputs).logits.detach()
     kl = reference_kl(logits, target, temperature) * inputs["attention_mask"]
-    kl.sum().backward()
+    torch.autograd.backward(kl.sum())
     torch.testing.assert_close(found["kl"], kl)
     for name, p in student.named_parameters():
         if p.grad is not None:
@@ -63,7 +63,7 @@ def test_heads_that_scale_or_cap_their_logits_run_apart(model_type: str) -> None
     torch.testing.assert_close(found, model(**inputs).logits.flatten(0, 1).detach())
 
 
-class Centred(tf.LlamaForCausalLM):
+class Centred(tf.LlamaForCausalLM):  # type: ignore[misc]
     """Its logits depend on the whole sequence, so its head cannot be run on some of the tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def test_hidden_states_are_compared_after_the_kept_blocks() -> None:
     assert expected[2].all()
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements that any result of an operation has."""
 
     elements = 0
@@ -133,7 +133,7 @@ def test_the_logits_of_all_tokens_are_never_held() -> None:
     )
     student, teacher = (tf.AutoModelForCausalLM.from_config(config) for _ in range(2))
     inputs = {"input_ids": torch.randint(0, 4000, (4, 64))}
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         losses_of(student, teacher, inputs, chunk_tokens=32)
     weights = 4000 * 16
     assert largest.elements == max(32 * 4000, weights)

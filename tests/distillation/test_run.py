@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from blockspin.data.calibration import load_calibration
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
 from blockspin.distillation.run import Distillation, distill_checkpoint, last_checkpoint
+from blockspin.evaluation.perplexity import Evaluation
 from blockspin.pipeline import compress
 from blockspin.stages import load_samples
 from blockspin.surgery.checkpoint import prune_checkpoint
@@ -45,7 +47,8 @@ def run(tiny_folder: Path, text_file: Path, student_folder: Path) -> Callable[..
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return tf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    weights: dict[str, torch.Tensor] = tf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return weights
 
 
 def test_the_result_is_a_plain_checkpoint(
@@ -169,7 +172,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         ("32 tokens|100 tokens and the student takes 64; lower --max-length", {"max_length": 100}),
         ("no blockspin.json", {"student": tiny_folder, "hidden_states": 1.0}),
     ]
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused += [("needs bitsandbytes: pip", {"teacher_quantization": "nf4"}), ("needs peft: pip", {"lora_rank": 4})]
     for message, changes in refused:
         with pytest.raises(ValueError, match=message):
@@ -207,15 +210,14 @@ def test_the_whole_workflow_in_one_call(
 ) -> None:
     from blockspin import pipeline
 
-    small = {"selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
-    training = {"batch_size": 4, "max_steps": 6, "learning_rate": 3e-3}
+    small: dict[str, Any] = {"selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
+    training = DistillConfig(batch_size=4, max_steps=6, learning_rate=3e-3)
     config = CompressConfig(str(tiny_folder), str(text_file), 2, **small, distill=training)
     left_out: list[range] = []
-    original = pipeline.distill_checkpoint
 
     def watched(*args: Any, leave_out: range) -> Distillation:
         left_out.append(leave_out)
-        return original(*args, leave_out=leave_out)
+        return distill_checkpoint(*args, leave_out=leave_out)
 
     monkeypatch.setattr(pipeline, "distill_checkpoint", watched)
     rows = compress(config, tmp_path / "run")
@@ -240,7 +242,12 @@ def test_settings_of_the_training_come_from_the_command_line(
     from blockspin.cli import app
 
     seen: list[CompressConfig] = []
-    monkeypatch.setattr(pipeline, "compress", lambda config, out: seen.append(config) or [])
+
+    def noted(config: CompressConfig, out: Path) -> list[Evaluation]:
+        seen.append(config)
+        return []
+
+    monkeypatch.setattr(pipeline, "compress", noted)
     command = ["compress", str(tiny_folder), "--remove", "2", "--calibration", str(text_file)]
     for extra in (["--distill"], ["--distill-max-steps", "7", "--batch-size", "3"], []):
         CliRunner().invoke(app, [*command, *extra])
