@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_bad_input_gives_one_line_and_code_2(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     good = {"model": tiny_folder, "--remove": 2, "--calibration": text_file, "--out": tmp_path / "run"}
-    cases = [
+    cases: list[tuple[dict[str, object], str]] = [
         ({"model": tmp_path / "absent"}, "cannot open the model"),
         ({"model": encoder}, "not a decoder-only"),
         ({"model": broken}, "truncated"),
@@ -294,6 +295,13 @@ def test_settings_bind_a_run_from_the_stage_that_used_them(
     assert len(Spectrum.load(out / "spectrum.json").states) == 4
     assert CompressConfig(**CompressConfig.read(out / "run.yaml")).states == 4
 
-    for change in ({"states": 5}, {"remove": 1}, {"budget": 1.0}, {"evaluation_samples": 4}, {"tasks": ("a",)}):
+    changes: list[dict[str, Any]] = [
+        {"states": 5},
+        {"remove": 1},
+        {"budget": 1.0},
+        {"evaluation_samples": 4},
+        {"tasks": ("a",)},
+    ]
+    for change in changes:
         with pytest.raises(ValueError, match=rf"other settings \({next(iter(change))}\)"):
             compress(replace(config, **{"states": 4, **change}), out)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from conftest import random_samples
+from numpy.typing import NDArray
 
 from blockspin import baselines
 from blockspin.energies.removals import gauss_newton
 from blockspin.model.passes import passes_of_walk
-from blockspin.model.quality import shared_qualities
+from blockspin.model.quality import measured, shared_qualities
 from blockspin.model.tracing import trace_model
-from blockspin.problem import Block, RemovalProblem
+from blockspin.problem import Block, Removal, RemovalProblem
 from blockspin.selection import ledger
 from blockspin.selection.ledger import Ledger
 from blockspin.selection.pool import cheap_choices, pool_of
@@ -64,11 +66,11 @@ def test_a_race_finds_the_best_and_spends_little_on_the_hopeless(
 ) -> None:
     book = Ledger(model, SAMPLES)
     race(book, EVERY)
-    assert book.best() == min(divergences, key=divergences.get)
+    assert book.best() == min(divergences, key=divergences.__getitem__)
     assert book.mean(book.best()) == pytest.approx(min(divergences.values()), rel=1e-4)
     full = [removed for removed, values in book.values.items() if len(values) == len(SAMPLES)]
     assert 2 <= len(full) < len(EVERY) / 4
-    assert len(book.values[max(divergences, key=divergences.get)]) == 2
+    assert len(book.values[max(divergences, key=divergences.__getitem__)]) == 2
     assert book.passes < 0.5 * passes_of_walk([(), *EVERY], LAYERS)
 
 
@@ -101,7 +103,7 @@ def test_polishing_finds_the_best_of_all_removals(
         problem = problem.with_energy(-problem.hessian)
     pool = states_as_candidates(solve(problem, states=4))
     found = run_selection(model, pool, SAMPLES, problem=problem, budget=budget, progress=False)
-    assert found.chosen.removed == min(divergences, key=divergences.get)
+    assert found.chosen.removed == min(divergences, key=divergences.__getitem__)
     assert found.chosen.loss == pytest.approx(min(divergences.values()), rel=1e-4)
     assert len(found.trials) < len(EVERY)
     assert [trial.above for trial in found.trials if trial.removed == found.chosen.removed] == [0.0]
@@ -113,9 +115,11 @@ def test_a_refit_reproduces_a_quadratic_form() -> None:
     generator = np.random.default_rng(0)
     half = generator.normal(size=(6, 6))
     truth = RemovalProblem(half + half.T, 3)
-    removals = list(combinations(range(6), 3))
+    removals: list[Removal] = list(combinations(range(6), 3))
 
-    class Book:
+    class Book(Ledger):
+        """Holds the truth of some removals; no model is run."""
+
         def __init__(self) -> None:
             self.values = {removed: np.array([truth.energy(removed)]) for removed in removals[:17]}
 
@@ -150,6 +154,7 @@ def test_the_outcome_is_not_worse_than_any_cheap_baseline(
     assert choices | {(0, 1, 2)} <= removals
     always = [candidate.removed for candidate in cheap]
     found = run_selection(model, pool, SAMPLES, always=always, budget=0, progress=False)
+    assert found.chosen.loss is not None
     assert found.chosen.loss <= min(divergences[removed] for removed in choices) + 1e-6
 
 
@@ -188,13 +193,13 @@ def test_an_interrupted_selection_continues_and_ends_the_same(
     problem, path = problem_of(model), tmp_path / "partial.jsonl"
     pool = states_as_candidates(solve(problem, states=6))
     unbroken = run_selection(model, pool, SAMPLES, problem=problem, budget=15, progress=False)
-    run, calls = ledger.measured, []
+    calls: list[object] = []
 
-    def counting(*arguments: object, **options: object) -> object:
+    def counting(*arguments: Any, **options: Any) -> NDArray[np.float64]:
         calls.append(arguments[1])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return run(*arguments, **options)
+        return measured(*arguments, **options)
 
     monkeypatch.setattr(ledger, "measured", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -222,7 +227,8 @@ def test_constraints_hold_for_all_that_is_tried(model: tf.PreTrainedModel) -> No
 def test_mistakes_are_refused(model: tf.PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="no candidates"):
         select(model, [], SAMPLES)
+    unknown: Any = "speed"
     with pytest.raises(ValueError, match="--objective"):
-        select(model, [Candidate((0,), "any")], SAMPLES, objective="speed")
+        select(model, [Candidate((0,), "any")], SAMPLES, objective=unknown)
     with pytest.raises(ValueError, match="finite"):
         select(model, [Candidate((0,), "any")], SAMPLES, objective=lambda m: float("nan"), progress=False)

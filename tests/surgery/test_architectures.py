@@ -13,12 +13,14 @@ from conftest import save_tokenizer, settings
 from safetensors.torch import load_file, save_file
 from survey import REMOVALS, cache_agrees, examine, quiet_examine
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_blocks
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.pipeline import compress
+from blockspin.problem import Removal
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.feasible import Removable
 from blockspin.surgery.memory import remove_blocks
@@ -27,7 +29,7 @@ from blockspin.surgery.renaming import Renaming
 from blockspin.surgery.shards import layer_prefix
 
 # model type -> (the kinds of its blocks, removals that must work, removals that must be refused)
-UNLIKE = {
+UNLIKE: dict[str, tuple[list[str], list[Removal], list[Removal]]] = {
     "bloom": (["attention+mlp"] * 6, [(0, 2, 5)], []),  # adds the residual inside its sub-modules
     "opt": (["attention+mlp"] * 6, [(1, 4)], []),
     "gpt_oss": (["attention+moe"] * 6, [(0, 2, 5)], []),
@@ -279,7 +281,7 @@ def test_settings_that_cannot_be_rewritten_are_refused() -> None:
         ModuleSettings(Renaming([0, 2], depth=3), "layers").rewritten({"only": "re:layers.[02].mlp"})
 
 
-class LayersWithNumbers(tf.LlamaForCausalLM):
+class LayersWithNumbers(tf.LlamaForCausalLM):  # type: ignore[misc]
     """Its layers hold a value that depends on their position and that no checkpoint holds."""
 
     def __init__(self, config: tf.LlamaConfig) -> None:
@@ -289,7 +291,7 @@ class LayersWithNumbers(tf.LlamaForCausalLM):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "slope"):
+        if isinstance(module, LlamaDecoderLayer) and hasattr(module, "slope"):
             module.slope.fill_(0.5**module.self_attn.layer_idx)
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_killed_at_any_moment_it_leaves_nothing_under_the_final_name(tmp_path: P
     def prune(kill_at: int) -> None:
         seen = itertools.count(1)
 
-        def watch(event: str, arguments: tuple) -> None:
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
             writes = (
                 event == "open" and str(arguments[0]).startswith(str(tmp_path)) and set(str(arguments[1])) & set("wa")
             )
@@ -216,7 +217,7 @@ def test_killed_at_any_moment_it_leaves_nothing_under_the_final_name(tmp_path: P
 
 
 # The settings of a quantisation method that name layers, as they are in the files of its own tools.
-QUANTISED = {
+QUANTISED: dict[str, dict[str, Any]] = {
     "fp8": {
         "tensors": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
         "config": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},

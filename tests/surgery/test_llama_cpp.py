@@ -57,7 +57,7 @@ def pruned(model_type: str, removed: tuple[int, ...], folder: Path) -> tf.PreTra
 
 def converted(converter: Path, folder: Path) -> Path:
     target = folder / "short.gguf"
-    command = [sys.executable, converter, folder / "short", "--outtype", "f32", "--outfile", target]
+    command: list[str | Path] = [sys.executable, converter, folder / "short", "--outtype", "f32", "--outfile", target]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return target
@@ -101,9 +101,10 @@ def test_llama_cpp_computes_what_transformers_computes(converter: Path, model_ty
     model = pruned(model_type, CASES[model_type], tmp_path)
     path = converted(converter, tmp_path)
     if model_type.startswith("gemma"):
-        command = [sys.executable, SCRIPTS / "complete_gguf.py", tmp_path / "short", path, tmp_path / "complete.gguf"]
+        complete = tmp_path / "complete.gguf"
+        command: list[str | Path] = [sys.executable, SCRIPTS / "complete_gguf.py", tmp_path / "short", path, complete]
         subprocess.run(command, check=True, capture_output=True)
-        path = tmp_path / "complete.gguf"
+        path = complete
     prompt = torch.randint(5, 400, (1, 24), generator=torch.Generator().manual_seed(0))
     logprobs, tokens = answer(path, prompt[0].tolist())
     with torch.no_grad():

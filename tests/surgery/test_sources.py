@@ -239,7 +239,7 @@ def test_truncated_files_are_refused(length: int, folder: Path) -> None:
         load_model(folder)
 
 
-def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
