@@ -77,6 +77,21 @@ def test_imports_go_one_way() -> None:
             assert order[other] < order[name], f"{name} imports {other}, which comes later in docs/files.md"
 
 
+def test_test_files_stand_alone() -> None:
+    """Every folder of tests is a package of the source, and what test files share is in modules that hold no tests."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        folder = path.parent.relative_to(ROOT / "tests")
+        assert (PACKAGE / folder / "__init__.py").is_file(), f"{folder} is no package of blockspin"
+        assert path.name.startswith("test_") or folder == Path(), f"{path.name} is shared, so it belongs into tests/"
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            for name in names:
+                is_test = any(part.startswith("test_") for part in name.split("."))
+                assert not is_test, f"{path.relative_to(ROOT)} imports {name}: shared things go into a helper module"
+
+
 @pytest.mark.parametrize("module", ["blockspin", "blockspin.cli", "blockspin.problem", "blockspin.solvers"])
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
