@@ -29,7 +29,7 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>")
 
 
-def load(path: Path, tokenizer: tf.PreTrainedTokenizerFast, **options: Any) -> list[list[int]]:
+def load(path: str | Path, tokenizer: tf.PreTrainedTokenizerFast, **options: Any) -> list[list[int]]:
     """The samples. options: those of load_calibration."""
     return [s.tolist() for s in load_calibration(path, tokenizer, progress=False, **options)]
 

@@ -29,7 +29,7 @@ def pruned(source: Path, removed: list[int], target: Path) -> dict[str, Any]:
 def blocks_from(source: Path, target: Path) -> list[int]:
     """Which blocks of the source those of the target are, by their weights."""
     before, after = (load_file(folder / "model.safetensors") for folder in (source, target))
-    found = []
+    found: list[int] = []
     while UP.format(len(found)) in after:
         weights = after[UP.format(len(found))]
         found.append(next(i for i in range(100) if torch.equal(before[UP.format(i)], weights)))
@@ -79,7 +79,7 @@ def test_a_record_of_a_training_alone_is_no_removal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [3.0, 3.7, "3", True, None, torch.tensor(3)])
-def test_block_numbers_are_whole_numbers(block: object, tmp_path: Path) -> None:
+def test_block_numbers_are_whole_numbers(block: Any, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     model = tiny_random_model(tiny_config("llama"))
     with pytest.raises(ValueError, match="must be a whole number"):
