@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +99,48 @@ def test_compress_as_json(command: Command, tiny_folder: Path, text_file: Path, 
     assert code == 0
     rows = json.loads(printed[: printed.index("\n]") + 2])
     assert rows == json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+
+def _in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As a user starts it: what packages print when they are imported or loaded is seen only there."""
+    command = [sys.executable, "-m", "blockspin", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_nothing_but_ours_is_printed(tiny_folder: Path, text_file: Path) -> None:
+    data = ("--data", text_file, "--num-samples", 4, *DATA)
+    plain = _in_a_process("evaluate", tiny_folder, *data, "--json")
+    assert json.loads(plain.stdout)[0]["num_blocks"] == 4
+    lines = [line for line in plain.stderr.splitlines() if line.strip()]
+    ours = ("Tokenising", "Evaluating", "Timing", "Reading", "Only")
+    assert [line for line in lines if not line.startswith(ours)] == []
+
+    quiet = _in_a_process("evaluate", tiny_folder, *data, "--quiet", "--json")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert json.loads(quiet.stdout)[0]["loss"] == json.loads(plain.stdout)[0]["loss"]
+
+
+def test_errors_are_told_however_quiet(command: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    given = ("prune", tiny_folder, "--blocks", "99", "--out", tmp_path / "out")
+    quiet = _in_a_process(*given, "--quiet")
+    assert (quiet.returncode, quiet.stderr.count("\n")) == (2, 1)
+    assert quiet.stderr.startswith("Error:")
+    code, printed = command(*given, "--quiet", "--verbose")
+    assert (code, "exclude one another" in printed) == (2, True)
+
+    verbose = _in_a_process(*given, "--verbose")
+    assert verbose.returncode == 2
+    assert "Traceback" in verbose.stderr
+    assert "Traceback" not in _in_a_process(*given).stderr
+
+
+def test_shells_complete_commands() -> None:
+    environment = {
+        **os.environ,
+        "_BLOCKSPIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "blockspin co",
+        "COMP_CWORD": "1",
+    }
+    script = "from blockspin.cli import app; app(prog_name='blockspin')"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["compress", "compare"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -11,6 +13,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 console = Console(stderr=True)
+logger = logging.getLogger("blockspin")  # what only --verbose shows
+
+
+def set_messages(quiet: bool, verbose: bool) -> None:
+    """What a command says on standard error besides errors. Call it before transformers is imported.
+
+    quiet: nothing. verbose: also what other packages have to say, and where an error came from.
+
+    Raises:
+        ValueError: both are wanted.
+    """
+    if quiet and verbose:
+        raise ValueError("--quiet and --verbose exclude one another; give one of them")
+    console.quiet = quiet
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        logger.setLevel(logging.DEBUG)
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        return
+
+    # What matters of their messages is checked and said in a line of ours.
+    logger.setLevel(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def terminal_width() -> int:

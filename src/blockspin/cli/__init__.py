@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from ..progress import console
+from ..progress import console, logger
 from . import quality, runs, stages  # noqa: F401  (each adds its commands to the application)
 from .app import app
 
@@ -22,6 +22,7 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, OSError) as error:
+        logger.debug("The error came from here:", exc_info=True)
         _fail(str(error))
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')} (see --help)")

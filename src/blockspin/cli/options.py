@@ -11,9 +11,15 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 import typer
 
+from ..progress import set_messages
 from ..settings import Rule, SettingError, Settings, flag, types_of
 
 S = TypeVar("S", bound=Settings)
+
+_MESSAGES = {
+    "quiet": "No bars and no messages; results and errors only.",
+    "verbose": "Also the messages of other packages, and where an error came from.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     A parameter `settings: DataSettings` receives the whole settings; `settings: Given[DataSettings]` only those that
     were given. `Annotated[DataSettings, Options(...)]` leaves some out, or calls them otherwise. Where two parameters
-    have a setting of the same name, one option is for both.
+    have a setting of the same name, one option is for both. Every command gets --quiet and --verbose as well.
     """
     own: list[inspect.Parameter] = []
     groups: dict[str, _Group] = {}
@@ -65,10 +71,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             settings[name] = group.read(arguments)
         for option in made:
             del arguments[option]
+        set_messages(**{name: arguments.pop(name) for name in _MESSAGES})
         command(**arguments, **settings)
 
     # Typer reads the signature and the annotations.
-    signature = inspect.Signature([*own, *made.values()])
+    signature = inspect.Signature([*own, *made.values(), *map(_message_option, _MESSAGES)])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     return run
@@ -136,6 +143,12 @@ def _option(name: str, kind: type[Settings], found: Field[Any]) -> inspect.Param
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, option]
     )
+
+
+def _message_option(name: str) -> inspect.Parameter:
+    """A switch for what is said on standard error."""
+    option = typer.Option(flag(name), help=_MESSAGES[name], rich_help_panel="Messages")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
 def _panel(kind: type[Settings], name: str) -> str:

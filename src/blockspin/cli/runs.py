@@ -21,6 +21,7 @@ _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
 
 
 @app.command()
+@with_settings
 def demo(
     out: Out = Path("blockspin-demo"),
     remove: Annotated[str, typer.Option("--remove", help="How many of its blocks go.")] = "8",
@@ -123,6 +124,7 @@ def compare(
 
 
 @app.command()
+@with_settings
 def report(
     out: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
     json: AsJson = False,

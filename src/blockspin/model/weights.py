@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import set_tqdm_hook
 
 from ..errors import first_line
 
@@ -282,14 +283,17 @@ def _holds(name: str, owners: set[str]) -> bool:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without transformers' own table of what is missing: what matters of it becomes one line."""
+    """Without transformers' own table of what is missing, of which what matters becomes one line, and without its bar
+    of the tensors that are loaded; bars of downloads stay."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    hook = set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
     try:
         yield
     finally:
         logger.setLevel(level)
+        set_tqdm_hook(hook)
 
 
 def _some(names: Sequence[str]) -> str:
