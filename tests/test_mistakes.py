@@ -1,17 +1,25 @@
-"""Files and names that are not right: one line that says what is wrong, exit code 2, nothing written or left behind."""
+"""What is not right, or ends too early: one line that says so, exit code 2, nothing written or left behind."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
+import resource
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command, save_tiny
+from rich.console import Console
+from safetensors.torch import load_file
 
 from blockspin import hub
+from blockspin.progress import bar
 
 
 @pytest.fixture
@@ -140,3 +148,114 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
         assert (code, printed.count("\n")) == (2, 1), printed
         assert "org/absent" in printed
     assert sum(waited) < 1
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond a few blocks, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_full_disk_while_pruning(
+    refuses: Any, request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "bin":
+        torch.save(load_file(tiny_folder / "model.safetensors"), tiny_folder / "pytorch_model.bin")
+        (tiny_folder / "model.safetensors").unlink()
+    request.getfixturevalue("small_disk")
+    line = refuses("prune", tiny_folder, "--blocks", 1, "--out", tmp_path / "short")
+    assert "cannot write" in line
+    assert "File too large" in line
+
+
+def test_a_full_disk_while_training(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Whether it is met when a checkpoint is written on the way, or the result: one line, and later it continues."""
+    assert command("prune", tiny_folder, "--blocks", "1,2", "--out", tmp_path / "short")[0] == 0
+    sizes = ("--max-length", 16, "--max-steps", 4, "--batch-size", 2)
+    training = ("distill", tmp_path / "short", "--teacher", tiny_folder, "--data", text_file, *sizes)
+    request.getfixturevalue("small_disk")
+    for save_steps in (2, 100):
+        out = tmp_path / f"taught-{save_steps}"
+        code, printed = command(*training, "--save-steps", save_steps, "--out", out)
+        errors = [line for line in printed.splitlines() if line.startswith("Error:")]
+        assert (code, len(errors), "cannot write" in printed) == (2, 1, True), printed
+        assert not out.exists()
+
+
+def test_a_logger_that_is_not_there(refuses: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    training = ("distill", tiny_folder, "--teacher", tiny_folder, "--data", text_file, "--out", tmp_path / "taught")
+    assert "no such logger" in refuses(*training, "--report-to", "nonsense")
+    missing = next(name for name in ("wandb", "comet_ml", "mlflow") if importlib.util.find_spec(name) is None)
+    assert f"--report-to {missing}" in refuses(*training, "--report-to", missing)
+
+
+def test_what_ctrl_c_ends_continues_with_the_same_command(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = energies_of(tiny_folder, text_file, tmp_path / "e.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("blockspin.stages.estimate_energies", interrupt)
+        code, printed = command(*arguments)
+    assert (code, "Interrupted. Run the same command again to continue." in printed) == (130, True)
+    assert command(*arguments)[0] == 0
+
+
+def test_an_end_of_a_file_is_no_bare_word(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*arguments: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr("blockspin.energies.load_energies", end)
+    code, printed = command("solve", tmp_path / "e", "--remove", 1)
+    assert (code, "Error: a file ends before it should" in printed) == (2, True)
+
+
+def test_a_finished_prune_shows_its_result(command: Command, refuses: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short"
+    assert command("prune", tiny_folder, "--blocks", "1,2", "--out", out)[0] == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    code, printed = command("prune", tiny_folder, "--blocks", "1-2", "--out", out)
+    assert (code, f"The smaller model is in {out}" in printed) == (0, True)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
+
+    # Another removal, another model, and the same model changed.
+    assert "exists already" in refuses("prune", tiny_folder, "--blocks", "1,3", "--out", out)
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    assert "exists already" in refuses("prune", other, "--blocks", "1,2", "--out", out)
+    change_config(tiny_folder, rms_norm_eps=0.5)
+    assert "exists already" in refuses("prune", tiny_folder, "--blocks", "1,2", "--out", out)
+
+
+def test_a_finished_training_shows_its_result(
+    command: Command, refuses: Any, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    assert command("prune", tiny_folder, "--blocks", "1,2", "--out", tmp_path / "short")[0] == 0
+    sizes = ("--max-length", 16, "--max-steps", 2, "--batch-size", 2)
+    training = ("distill", tmp_path / "short", "--teacher", tiny_folder, "--data", text_file, *sizes)
+    code, printed = command(*training, "--out", tmp_path / "taught")
+    assert code == 0
+    said = printed[printed.rindex("Perplexity") :]
+    before = (tmp_path / "taught" / "model.safetensors").stat().st_mtime_ns
+    code, printed = command(*training, "--out", tmp_path / "taught")
+    assert (code, printed[printed.rindex("Perplexity") :]) == (0, said)
+    assert (tmp_path / "taught" / "model.safetensors").stat().st_mtime_ns == before
+    assert "exists already" in refuses(*training, "--seed", 7, "--out", tmp_path / "taught")
+
+
+def test_a_bar_never_shows_more_than_all() -> None:
+    console = Console(width=100, file=io.StringIO(), force_terminal=True)
+    progress = bar()
+    task = progress.add_task("Work", total=4)
+    for done, shown in ((1, "1/4"), (4, "4/4"), (7.5, "4/4")):
+        progress.update(task, completed=done)
+        with console.capture() as captured:
+            console.print(progress.make_tasks_table(progress.tasks))
+        assert shown in captured.get()

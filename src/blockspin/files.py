@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# How safetensors and PyTorch say that the system refused to write: only the text tells.
+_NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|file write failed|No space left")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Say in one line, as a ValueError, that something below could not be written (disk full, read-only folder, ...).
+
+    path: what the body writes.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except OSError as error:
+        raise _not_written(path, error.strerror or str(error)) from error
+    except Exception as error:  # the classes of other packages are not known here
+        if not _NOT_WRITTEN.search(str(error)):
+            raise
+        raise _not_written(path, str(error).strip().splitlines()[-1]) from error
 
 
 @contextmanager
@@ -20,24 +42,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        yield temporary
-        _synchronise(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        _remove(temporary)
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place (--out)") from error
-    except BaseException:
-        _remove(temporary)
-        raise
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            yield temporary
+            _synchronise(temporary)
+            temporary.replace(path)
+        except BaseException:
+            _remove(temporary)
+            raise
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _not_written(path: str | Path, reason: str) -> ValueError:
+    return ValueError(f"cannot write {path}: {reason}; make room, or choose another place (--out)")
 
 
 def _remove(path: Path) -> None:

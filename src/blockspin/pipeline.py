@@ -16,6 +16,7 @@ from .distillation.run import distill_checkpoint
 from .evaluation.perplexity import Evaluation, evaluate_models
 from .evaluation.tasks import scorer
 from .files import write_json
+from .lock import locked
 from .model.loading import load_config, load_model, load_tokenizer
 from .preflight import check_before, open_run
 from .solvers.candidates import random_candidate, states_as_candidates
@@ -55,16 +56,17 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
     out = Path(out)
-    open_run(config, out)
-    if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-        rows = list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
-    else:
-        rows = shorten(config, out)
+    with locked(out):
+        open_run(config, out)
+        if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
+            rows = list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
+        else:
+            rows = shorten(config, out)
 
-    if config.distill is not None and rows[-1].name != "distilled":
-        chosen = next(row for row in rows if row.name.startswith("chosen"))
-        rows.append(distillation_stage(config, out, chosen.removed))
-        write_rows(rows, out)
+        if config.distill is not None and rows[-1].name != "distilled":
+            chosen = next(row for row in rows if row.name.startswith("chosen"))
+            rows.append(distillation_stage(config, out, chosen.removed))
+            write_rows(rows, out)
     return rows
 
 

@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -40,6 +49,15 @@ def set_messages(quiet: bool, verbose: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+class _StepsColumn(MofNCompleteColumn):
+    """Steps done and in all. The last step may go past the end, as that of a budget does; it is shown as the end."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or task.completed <= task.total:
+            return super().render(task)
+        return Text(f"{int(task.total)}{self.separator}{int(task.total)}", style="progress.download")
+
+
 def terminal_width() -> int:
     """Characters in a line of standard output: the terminal's or COLUMNS, else 80."""
     return Console().width
@@ -50,7 +68,7 @@ def bar(show: bool = True) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _StepsColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -15,6 +15,7 @@ __all__ = ["app", "main"]
 
 # What typer raises for options that do not exist, are missing or are of the wrong type.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+_INTERRUPTED = 130  # the exit code of a process that Ctrl-C ends
 
 
 def main() -> None:
@@ -24,11 +25,16 @@ def main() -> None:
     except (ValueError, OSError) as error:
         logger.debug("The error came from here:", exc_info=True)
         _fail(str(error))
+    except MemoryError:
+        _fail("there is not enough memory; lower --batch-size or --max-length, or free some")
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')} (see --help)")
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:  # what typer makes of an EOFError
+        _fail("a file ends before it should; download or make it again")
+
+    # Typer makes this code of Ctrl-C.
+    if code == _INTERRUPTED:
         console.print("Interrupted. Run the same command again to continue.")
-        sys.exit(130)
     sys.exit(code or 0)
 
 

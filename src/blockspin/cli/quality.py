@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..config import CompressConfig, DataSettings, DistillConfig, EvaluateConfig
+from ..lock import locked
 from ..progress import console
 from .app import AsJson, Out, SettingsFile, app, load_samples, show, show_json
 from .options import Given, with_settings
@@ -60,18 +61,19 @@ def evaluate(
 
     named = "tasks" in settings.values or "rollouts" in settings.values
     batch_size = 1 if config.batch_size == "auto" else int(config.batch_size)
-    result = evaluate_side_by_side(
-        models,
-        config,
-        tasks=named or not (data or text or cost),
-        samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
-        texts=text or (),
-        window=window,
-        cost=Workload(batch_size, length, new_tokens) if cost else None,
-        show=no_table if json else show,
-    )
-    if out is not None:
-        result.save(out)
+    with locked(out):
+        result = evaluate_side_by_side(
+            models,
+            config,
+            tasks=named or not (data or text or cost),
+            samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
+            texts=text or (),
+            window=window,
+            cost=Workload(batch_size, length, new_tokens) if cost else None,
+            show=no_table if json else show,
+        )
+        if out is not None:
+            result.save(out)
     if json:
         show_json(result.as_json())
 

@@ -16,6 +16,7 @@ from ..config import (
     parse_indices,
     parse_remove,
 )
+from ..lock import locked
 from ..progress import console, terminal_width
 from ..tables import ranges
 from .app import (
@@ -73,10 +74,11 @@ def energies(
     """
     from ..stages import energies_stage
 
-    refuse_existing(out)
-    samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
-    metadata = {"model": model, "calibration": calibration}
-    result = energies_stage(energy, open_model(model, loading), samples, out, metadata)
+    with locked(out):
+        refuse_existing(out)
+        samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
+        metadata = {"model": model, "calibration": calibration}
+        result = energies_stage(energy, open_model(model, loading), samples, out, metadata)
     console.print(f"{energy.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
 
 
@@ -98,11 +100,12 @@ def solve(
     from ..stages import find_states, pose_problem
 
     goal, found = parse_remove(remove), load_energies(file)
-    problem = pose_problem(found, goal, solving)
-    spectrum = find_states(problem, solving)
-    trust = robustness(found, problem, seed=solving.seed)
-    if out is not None:
-        spectrum.save(out)
+    with locked(out):
+        problem = pose_problem(found, goal, solving)
+        spectrum = find_states(problem, solving)
+        trust = robustness(found, problem, seed=solving.seed)
+        if out is not None:
+            spectrum.save(out)
 
     if json:
         shown = spectrum.as_json()
@@ -136,17 +139,18 @@ def select(
     from ..stages import find_states, pose_problem, selection_stage
     from ..surgery.feasible import Removable, protect_what_must_stay
 
-    refuse_existing(out)
-    goal, found = parse_remove(remove), load_energies(energies)
-    model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
-    removable = Removable(model_config, trust_remote_code=loading.trust_remote_code)
-    problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
-    spectrum = find_states(problem, solving)
+    with locked(out):
+        refuse_existing(out)
+        goal, found = parse_remove(remove), load_energies(energies)
+        model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
+        removable = Removable(model_config, trust_remote_code=loading.trust_remote_code)
+        problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
+        spectrum = find_states(problem, solving)
 
-    samples = load_samples(model, data, choosing.selection_samples, drawing, loading)
-    selection = selection_stage(
-        choosing, open_model(model, loading), found, problem, spectrum, samples, samples, removable, out
-    )
+        samples = load_samples(model, data, choosing.selection_samples, drawing, loading)
+        selection = selection_stage(
+            choosing, open_model(model, loading), found, problem, spectrum, samples, samples, removable, out
+        )
     if json:
         show_json(selection.as_json())
     else:
@@ -165,4 +169,4 @@ def prune(
     from ..surgery.checkpoint import prune_checkpoint
 
     prune_checkpoint(model, parse_indices(blocks), out, trust_remote_code=loading.trust_remote_code)
-    console.print(f"Wrote {out}.", soft_wrap=True)
+    console.print(f"The smaller model is in {out}.", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 
 from ..model.blocks import find_stack
 from ..model.residual import stream_of
+
+KEEP_SECONDS = 5.0  # between two times that a cost is kept
 
 
 @dataclass
@@ -27,12 +29,17 @@ class MethodCost:
 
 
 @contextmanager
-def counted(model: nn.Module, tokens: int) -> Iterator[MethodCost]:
-    """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens."""
+def counted(model: nn.Module, tokens: int, keep: Callable[[MethodCost], None] | None = None) -> Iterator[MethodCost]:
+    """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens.
+
+    keep: is given what was counted so far, every few seconds: for costs that outlive the process.
+    """
     cost, started = MethodCost(), time.perf_counter()
+    kept = started
     layers = find_stack(model).layers
 
     def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal kept
         before = stream_of(args, kwargs)  # (batch, length, width)
         after = output[0] if isinstance(output, tuple) else output
         if after is before:  # a bypassed block hands on the very tensor that it got
@@ -45,6 +52,11 @@ def counted(model: nn.Module, tokens: int) -> Iterator[MethodCost]:
             runs += 2 if trains else 1
         batch_tokens = after.shape[0] * after.shape[1]
         cost.passes += runs * batch_tokens / len(layers) / tokens
+
+        now = time.perf_counter()
+        if keep is not None and now - kept > KEEP_SECONDS:
+            cost.seconds, kept = now - started, now
+            keep(cost)
 
     with ExitStack() as hooks:
         for layer in layers:

@@ -82,10 +82,13 @@ class Setup:
     energies: dict[str, Energies] = field(default_factory=dict)
     _statistics: dict[str, Any] = field(default_factory=dict)
 
-    def counting(self) -> AbstractContextManager[MethodCost]:
-        """A context that counts what runs inside, in passes over the calibration samples."""
+    def counting(self, keep: Callable[[MethodCost], None] | None = None) -> AbstractContextManager[MethodCost]:
+        """A context that counts what runs inside, in passes over the calibration samples.
+
+        keep: is given what was counted so far, every few seconds.
+        """
         tokens = sum(len(sample) for sample in self.samples.calibration)
-        return counted(self.traced.model, tokens)
+        return counted(self.traced.model, tokens, keep)
 
     def read(self, statistic: Statistic[T]) -> T:
         """A statistic, measured now if this is the first time that it is read."""

@@ -19,6 +19,7 @@ from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score
 from ..evaluation.tasks import scorer
 from ..journal import check_settings
+from ..lock import locked
 from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
@@ -52,13 +53,17 @@ def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) 
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
     out = Path(out)
-    file = out / "comparison.json"
-    comparison = open_comparison(config, out)
-    measured = {row.goal for row in comparison.rows}
-    missing = {name: goal for name, goal in goals.items() if name not in measured}
-    if not missing:
-        return comparison
+    with locked(out):
+        comparison = open_comparison(config, out)
+        measured = {row.goal for row in comparison.rows}
+        missing = {name: goal for name, goal in goals.items() if name not in measured}
+        if missing:
+            complete(comparison, config, missing, out)
+    return comparison
 
+
+def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str, Goal], out: Path) -> None:
+    """Run and measure the methods that the comparison has no choices of yet, for goals that are not measured yet."""
     # Everything that can be refused is checked before the settings are recorded.
     remote = config.trust_remote_code
     model_config = load_config(config.model, trust_remote_code=remote)
@@ -69,15 +74,14 @@ def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) 
     score = scorer(config, tokenizer, out / "scores")
     model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
     removable = Removable(model_config, trust_remote_code=remote)
+    file = out / "comparison.json"
     comparison.save(file)
 
-    # What statistics cost is measured again with them; energies are read from their files.
-    comparison.costs = {name: cost for name, cost in comparison.costs.items() if name.startswith("energy ")}
     setup = Setup(trace_model(model), samples, config, removable, comparison.costs)
     for name in dict.fromkeys([config.energy, PAPER]):
-        setup.energies[name] = energies_of(setup, name, out)
+        setup.energies[name] = energies_of(setup, name, out, lambda: comparison.save(file))
 
-    for name, goal in missing.items():
+    for name, goal in goals.items():
         case = pose_case(setup, name, goal, out)
         finished = {choice.method for choice in comparison.choices_for(name)}
         for method in methods(config):
@@ -88,7 +92,6 @@ def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) 
         comparison.landscape[name] = landscape(case)
         comparison.rows += measure(setup, name, comparison.choices_for(name), score)
         comparison.save(file)
-    return comparison
 
 
 def open_comparison(config: CompressConfig, out: Path) -> Comparison:
@@ -107,19 +110,31 @@ def open_comparison(config: CompressConfig, out: Path) -> Comparison:
     return Comparison(json.loads(json.dumps(settings)))
 
 
-def energies_of(setup: Setup, name: str, out: Path) -> Energies:
-    """An energies file, and what it cost; an interrupted estimate counts from where it continued."""
-    config = setup.config
-    with setup.counting() as cost:
+def energies_of(setup: Setup, name: str, out: Path, save: Callable[[], None]) -> Energies:
+    """An energies file, and what it cost: an interrupted estimate adds to what was spent before.
+
+    save: writes the comparison, whose costs are those of `setup`.
+    """
+    config, key, path = setup.config, f"energy {name}", out / f"{name}.safetensors"
+    before = setup.costs.get(key, MethodCost())
+    was_there = path.is_file()
+
+    def keep(cost: MethodCost) -> None:
+        setup.costs[key] = before + cost
+        save()
+
+    with setup.counting(None if was_there else keep) as cost:
         energies = energies_stage(
             replace(config, energy=name),
             setup.traced.model,
             setup.samples.calibration[: config.samples_for(name)],
-            out / f"{name}.safetensors",
+            path,
             origin(config),
         )
-    # Where the file was there already, what its estimate cost is known from the run that made it.
-    setup.costs.setdefault(f"energy {name}", cost)
+    if was_there:
+        setup.costs.setdefault(key, cost)
+    else:
+        keep(cost)
     return energies
 
 

@@ -10,8 +10,10 @@ import psutil
 import torch
 from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..config import DistillConfig
+from ..errors import first_line
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 from ..surgery.provenance import kept_blocks_of
@@ -73,6 +75,15 @@ def check_requirements(config: DistillConfig) -> None:
     for option, package in needed:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{option} needs {package}: pip install 'blockspin[distill]', or leave it out")
+
+    for name in config.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report-to {name}: there is no such logger; choose from {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except Exception as error:  # each logger has its own way to say that its package is missing
+            raise ValueError(f"--report-to {name}: {first_line(error)}") from error
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:

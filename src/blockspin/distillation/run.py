@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
 from ..data.packing import Windows, write_windows
-from ..files import replacing, write_json
+from ..files import replacing, write_json, writing
 from ..journal import check_settings
+from ..lock import locked
+from ..model import fingerprint
 from ..model.batches import frozen
 from ..model.loading import load_config, load_model, model_without_weights, vocabulary_size
 from ..model.quantization import nf4
@@ -107,11 +109,27 @@ def distill_checkpoint(
     # Everything that can be refused is refused before anything is loaded or written.
     if config.teacher is None or config.data is None:
         raise ValueError("distillation needs a teacher and data (--teacher, --data)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; choose another place (--out) or remove it")
     config = replace(config, teacher_quantization=choose_quantization(config))
-    tokenizer = check_training(student, config, state)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        finished = finished_training(out, student, config)
+        if finished is None:
+            raise ValueError(f"{out} exists already; choose another place (--out) or remove it")
+        return finished
 
+    tokenizer = check_training(student, config, state)
+    with locked(out if state.is_main_process else None), writing(out):
+        return _train_checkpoint(student, out, config, leave_out, tokenizer, state)
+
+
+def _train_checkpoint(
+    student: Path,
+    out: Path,
+    config: DistillConfig,
+    leave_out: range,
+    tokenizer: PreTrainedTokenizerBase,
+    state: PartialState,
+) -> Distillation:
+    """The training of `distill_checkpoint`, after its checks."""
     folder = out.with_name(f"{out.name}-training")
     with state.main_process_first():
         samples, validation = _data(config, tokenizer, folder, student, leave_out, state.num_processes)
@@ -123,13 +141,26 @@ def distill_checkpoint(
     stored = load_config(student, trust_remote_code=config.trust_remote_code)
     weights = _merged_weights(model, trainer, config, getattr(stored, "dtype", None) or model.dtype)
     if state.is_main_process:
-        _write(model, weights, student, out, result, asdict(config))
+        _write(model, weights, student, out, result, config)
         logs = folder / "runs"  # of TensorBoard
         if logs.is_dir():
             shutil.copytree(logs, out.with_name(f"{out.name}-logs"), dirs_exist_ok=True)
         shutil.rmtree(folder)
     state.wait_for_everyone()
     return result
+
+
+def finished_training(out: Path, student: Path, config: DistillConfig) -> Distillation | None:
+    """What the same training wrote to `out` when it was done; None where there is something else."""
+    try:
+        about = json.loads((out / "blockspin.json").read_text())["distillation"]
+        history = json.loads((out / "distillation.json").read_text())
+        stored = [about["student"], about["settings"]]
+        result = Distillation(about["steps"], about["before"], about["after"], history)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    wanted = json.loads(json.dumps([fingerprint.of_model(student), asdict(config)]))
+    return result if stored == wanted else None
 
 
 def _train(
@@ -313,10 +344,21 @@ def _merged_weights(
 
 
 def _write(
-    student: PreTrainedModel, weights: dict[str, Tensor], source: Path, out: Path, result: Distillation, config: Any
+    student: PreTrainedModel,
+    weights: dict[str, Tensor],
+    source: Path,
+    out: Path,
+    result: Distillation,
+    config: DistillConfig,
 ) -> None:
     """The checkpoint: the student's own files, but for the weights."""
-    summary = {"steps": result.steps, "before": result.before, "after": result.after, "settings": config}
+    summary = {
+        "student": fingerprint.of_model(source),
+        "steps": result.steps,
+        "before": result.before,
+        "after": result.after,
+        "settings": asdict(config),
+    }
     about = source / "blockspin.json"
     known = json.loads(about.read_text()) if about.is_file() else {}
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import first_line
 from ..files import replacing, write_json
+from ..lock import locked
 from ..model.blocks import check_images, check_removal, find_stack
 from ..model.loading import find_source, load_config, model_without_weights
 from ..model.weights import (
@@ -33,7 +34,7 @@ from ..progress import console
 from .layer_config import Shortened, shorten_config
 from .patterns import ModuleSettings, module_settings
 from .proof import check_attention, tied_names
-from .provenance import RECORD, record_removal
+from .provenance import RECORD, record_removal, tells_of
 from .shards import Shard, plan_shards, write_shards
 
 _WEIGHTS = {
@@ -57,7 +58,7 @@ def prune_checkpoint(
     Only names change: the bytes of each tensor are copied, whatever its dtype. Entries of a quantisation configuration
     that name layers follow. The tokenizer and the other small files are taken along, and `blockspin.json` says what
     was removed from what, also in numbers of the original where the source was shortened before. PyTorch `.bin`
-    weights become safetensors. The target appears when it is whole.
+    weights become safetensors. The target appears when it is whole; the same call again leaves it as it is.
 
     Only the weights that transformers would load are read: one file, or the shards that the index names. Others in the
     folder (of an adapter, an older save, another format) are left behind, and a message says which. Before anything is
@@ -68,14 +69,15 @@ def prune_checkpoint(
 
     Raises:
         ValueError: the source is unusable (weights are missing, broken or do not belong to the configuration), the
-            target exists, the removal cannot be expressed, or the disk is full.
+            target exists and is something else, the removal cannot be expressed, or the disk is full.
     """
-    target = Path(target)
+    target, folder, removed = Path(target), local_folder(source), list(removed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if tells_of(target, folder, source, removed):
+            return
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
-    folder = local_folder(source)
 
-    with _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
+    with locked(target), _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
         shortened, kept = plan.shortened, plan.shortened.renaming.kept
         record = record_removal(folder, source, plan.removed, kept, plan.left_behind, details or {})
         temporary.mkdir()

@@ -15,6 +15,7 @@ import transformers
 
 from .. import __version__
 from ..errors import first_line
+from ..model import fingerprint
 from ..problem import Removal
 
 RECORD = "blockspin.json"
@@ -57,10 +58,24 @@ def record_removal(
         "original": original,
         "earlier": earlier,
         "left_behind": list(left_behind),
+        "fingerprint": fingerprint.of_model(folder),
         "blockspin": __version__,
         "transformers": transformers.__version__,
     }
     return record | details
+
+
+def tells_of(target: Path, folder: Path, source: str | Path, removed: Sequence[int]) -> bool:
+    """Whether the record in `target` says that it was made by this removal, from `folder` as it is now.
+
+    Raises:
+        ValueError: the record is not readable.
+    """
+    record = read_record(target)
+    if record is None or "distillation" in record:  # trained since
+        return False
+    same_removal = record["removed"] == sorted(removed) and record.get("source") == str(source)
+    return same_removal and record.get("fingerprint") == fingerprint.of_model(folder)
 
 
 def _since_original(earlier: Sequence[dict[str, Any]], kept: Sequence[int]) -> dict[str, Any]:
