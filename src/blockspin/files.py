@@ -15,15 +15,22 @@ from typing import Any
 _NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|file write failed|No space left")
 
 
+class WriteError(ValueError):
+    """The system refused to write an output."""
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Say in one line, as a ValueError, that something below could not be written (disk full, read-only folder, ...).
+    """Say in one line that something could not be written (disk full, read-only folder, ...).
 
     path: what the body writes.
+
+    Raises:
+        WriteError: it could not be written.
     """
     try:
         yield
-    except ValueError:
+    except WriteError:
         raise
     except OSError as error:
         raise _not_written(path, error.strerror or str(error)) from error
@@ -38,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` when the body succeeds.
 
     Raises:
-        ValueError: the output cannot be written (disk full, read-only folder, ...); nothing is left behind.
+        WriteError: the output cannot be written (disk full, read-only folder, ...); nothing is left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
@@ -60,8 +67,8 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _not_written(path: str | Path, reason: str) -> ValueError:
-    return ValueError(f"cannot write {path}: {reason}; make room, or choose another place (--out)")
+def _not_written(path: str | Path, reason: str) -> WriteError:
+    return WriteError(f"cannot write {path}: {reason}; make room, or choose another place (--out)")
 
 
 def _remove(path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
 from ..errors import first_line
-from ..files import writing
+from ..files import WriteError, writing
 
 LENGTH_BYTES = 8  # of a safetensors file: the length of its header, before the header and the data
 
@@ -159,10 +159,12 @@ def convert_bin(paths: Sequence[Path], folder: Path) -> list[Path]:
                 memory = tensors[name].untyped_storage().data_ptr()
                 tensors[name] = tensors[name].clone() if memory in seen else tensors[name].contiguous()
                 seen.add(memory)
+            with writing(converted):
+                save_file(tensors, converted, metadata={"format": "pt"})
+        except WriteError:
+            raise
         except Exception as error:  # the unpickler raises errors of many kinds
             raise ValueError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from error
-        with writing(converted):
-            save_file(tensors, converted, metadata={"format": "pt"})
         written.append(converted)
     return written
 
