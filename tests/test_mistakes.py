@@ -259,3 +259,13 @@ def test_a_bar_never_shows_more_than_all() -> None:
         with console.capture() as captured:
             console.print(progress.make_tasks_table(progress.tasks))
         assert shown in captured.get()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_too_little_memory(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("blockspin.energies.load_energies", fail)
+    code, printed = command("solve", tmp_path / "e", "--remove", 1)
+    assert (code, "not enough memory; lower --batch-size" in printed) == (2, True)

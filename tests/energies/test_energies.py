@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 import transformers as tf
 from conftest import plain_loss, random_samples, tiny_model
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from blockspin.config import ENERGY_NAMES
 from blockspin.energies import ENERGIES, estimate_energies, load_energies
@@ -237,3 +239,46 @@ def test_only_gradients_have_a_first_order_term() -> None:
     model = tiny_model("llama")
     assert gauss_newton(model, SAMPLES[:1], progress=False).mean_gradient is None
     assert estimate_gradients(model, SAMPLES[:1], progress=False).mean_gradient is not None
+
+
+def test_a_file_whose_numbers_cannot_be_is_refused(tmp_path: Path) -> None:
+    """What a hand or a fault may have changed: counts, shapes, types and the header."""
+    model, path = tiny_model("llama"), tmp_path / "e.safetensors"
+    gauss_newton(model, SAMPLES, progress=False).save(path)
+    arrays = load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["blockspin"])
+    matrices, tokens = arrays["matrices"], arrays["tokens"]
+
+    def written(header: object, **changes: np.ndarray) -> Path:
+        save_file({**arrays, **changes}, path, metadata={"blockspin": json.dumps(header)})
+        return path
+
+    assert load_energies(written(header)).blocks == tuple(find_blocks(model))
+    for changes, message in (
+        ({"tokens": -tokens}, "tokens holds -"),
+        ({"tokens": 0 * tokens}, "tokens holds 0"),
+        ({"tokens": tokens[:0], "matrices": matrices[:0]}, "no samples"),
+        ({"tokens": tokens[:2]}, "different number"),
+        ({"tokens": np.array(3)}, "no samples"),
+        ({"matrices": matrices[:, :3, :3]}, "shape"),
+        ({"matrices": matrices[:, 0]}, "shape"),
+        ({"matrices": matrices > 0}, "holds bool"),
+        ({"extra": tokens}, "is not a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_energies(written(header, **changes))
+    for change in (
+        {"blocks": header["blocks"][::-1]},
+        {"blocks": [{**block, "num_parameters": -1} for block in header["blocks"]]},
+        {"blocks": [{**block, "kind": 3} for block in header["blocks"]]},
+        {"blocks": 5},
+        {"kind": []},
+        {"kind": "gradients"},
+        {"metadata": None},
+    ):
+        with pytest.raises(ValueError, match="is not a file of energies"):
+            load_energies(written({**header, **change}))
+    for header in ([], 5, None, {}):
+        with pytest.raises(ValueError, match="is not a file of energies"):
+            load_energies(written(header))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -340,3 +341,17 @@ print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum(sum(k.stats.
     misses, hits = misses_and_hits()
     assert misses > 0
     assert hits == 0
+
+
+def test_what_gurobi_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that stands for one without a licence."""
+
+    class GurobiError(Exception):
+        pass
+
+    def refuse(**options: object) -> None:
+        raise GurobiError("Model too large for size-limited license")
+
+    monkeypatch.setitem(sys.modules, "gurobipy", SimpleNamespace(GurobiError=GurobiError, Env=refuse))
+    with pytest.raises(ValueError, match=r"solver='gurobi' failed \(Model too large .*\(--solver\)"):
+        bs.solve(bs.RemovalProblem(np.eye(4), 2), solver="gurobi")

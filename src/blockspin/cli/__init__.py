@@ -25,12 +25,14 @@ def main() -> None:
     except (ValueError, OSError) as error:
         logger.debug("The error came from here:", exc_info=True)
         _fail(str(error))
-    except MemoryError:
+    except typer.Abort:  # what typer makes of an EOFError
+        _fail("a file ends before it should; download or make it again")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # that of PyTorch
+            raise
         _fail("there is not enough memory; lower --batch-size or --max-length, or free some")
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')} (see --help)")
-    except typer.Abort:  # what typer makes of an EOFError
-        _fail("a file ends before it should; download or make it again")
 
     # Typer makes this code of Ctrl-C.
     if code == _INTERRUPTED:

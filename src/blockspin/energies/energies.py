@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,8 +17,6 @@ from safetensors.numpy import save
 from ..files import replacing
 from ..journal import Journal
 from ..problem import Block, Floats
-
-IN_HEADER = ("blocks", "metadata")  # the fields that are no arrays
 
 
 class Energies(ABC):
@@ -34,6 +32,7 @@ class Energies(ABC):
     metadata: dict[str, str]
 
     kinds: ClassVar[dict[str, type[Any]]] = {}  # every kind, by the name that files hold
+    ranks: ClassVar[dict[str, int]]  # of each array: 1 is (num_samples,), 2 (num_samples, N), 3 (num_samples, N, N)
 
     def __init_subclass__(cls) -> None:
         Energies.kinds[cls.__name__.lower()] = cls
@@ -60,7 +59,7 @@ class Energies(ABC):
         """
         blocks = [asdict(block) for block in self.blocks]
         description = {"kind": type(self).__name__.lower(), "blocks": blocks, "metadata": self.metadata}
-        arrays = {name: getattr(self, name) for name in array_names(type(self))}
+        arrays = {name: getattr(self, name) for name in self.ranks}
 
         # One entry, because the order of several is not fixed: equal energies make equal files.
         header = {"blockspin": json.dumps(description)}
@@ -80,23 +79,59 @@ class Energies(ABC):
             raise ValueError(f"no {wanted} file at {path}; {remedy}")
         try:
             with safe_open(path, framework="numpy") as file:
-                description = json.loads((file.metadata() or {}).get("blockspin", "{}"))
+                text = (file.metadata() or {}).get("blockspin", "{}")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        except SafetensorError as error:
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
             raise ValueError(f"{path} is truncated or not a safetensors file ({error}); compute it again") from error
 
-        kind: Any = Energies.kinds.get(description.get("kind"))
-        fits = kind is not None and issubclass(kind, cls) and set(arrays) == set(array_names(kind))
-        if not fits:
+        described = _description(text)
+        kind: Any = None if described is None else Energies.kinds.get(described[0])
+        fits = kind is not None and issubclass(kind, cls) and set(arrays) == set(kind.ranks)
+        if described is None or not fits:
             raise ValueError(f"{path} is not a file of {wanted} of blockspin; {remedy}")
-        blocks = tuple(Block(**entry) for entry in description["blocks"])
-        energies: Self = kind(blocks=blocks, metadata=description["metadata"], **arrays)
+
+        _, blocks, metadata = described
+        fault = _fault(kind, arrays, len(blocks))
+        if fault is not None:
+            raise ValueError(f"{path}: {fault}; compute the file again")
+        energies: Self = kind(blocks=blocks, metadata=metadata, **arrays)
         return energies
 
 
-def array_names(kind: type[Energies]) -> list[str]:
-    """The fields of a kind of energies that are arrays."""
-    return [field.name for field in fields(kind) if field.name not in IN_HEADER]  # type: ignore[arg-type]
+def _description(text: str) -> tuple[str, tuple[Block, ...], dict[str, str]] | None:
+    """Kind, blocks and metadata in the header of a file; None where it is no header of energies."""
+    try:
+        values = json.loads(text)
+        blocks = tuple(Block(**entry) for entry in values["blocks"])
+        kind, metadata = values["kind"], values["metadata"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+    for position, block in enumerate(blocks):
+        sound = block.index == position and isinstance(block.kind, str) and type(block.num_parameters) is int
+        if not sound or block.num_parameters < 0:
+            return None
+    return (kind, blocks, metadata) if isinstance(kind, str) and isinstance(metadata, dict) else None
+
+
+def _fault(kind: type[Energies], arrays: dict[str, NDArray[Any]], num_blocks: int) -> str | None:
+    """What is wrong with the arrays of a kind of energies of so many blocks; None if nothing is.
+
+    Numbers that are not finite are no fault here: they mean "not measured", or are found when the form is used.
+    """
+    samples = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+    if len(samples) != 1 or 0 in samples:
+        return "it has no samples, or a different number in each of its arrays"
+
+    for name, array in arrays.items():
+        expected = (*samples, *[num_blocks] * (kind.ranks[name] - 1))
+        if array.shape != expected:
+            return f"{name} has the shape {array.shape}, not {expected}"
+        if array.dtype.kind not in "fi":
+            return f"{name} holds {array.dtype}, not numbers"
+        if array.dtype.kind == "i" and array.min() < 1:
+            return f"{name} holds {array.min()}; every sample has one or more"
+    return None
 
 
 def finished_rows(journal: Journal) -> Iterator[tuple[int, NDArray[np.float32]]]:

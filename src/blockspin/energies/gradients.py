@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Gradients(Energies):
     losses: (num_samples,) float32, token-mean cross-entropy of each sample under the whole model, in nats.
     metadata: where the gradients come from (model, calibration set, seed, ...), as text.
     """
+
+    ranks: ClassVar[dict[str, int]] = {"matrix": 2, "losses": 1}
 
     matrix: NDArray[np.float32]
     blocks: tuple[Block, ...]

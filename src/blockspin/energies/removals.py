@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Interactions(Energies):
     tokens: (num_samples,) int64, predicted tokens of each sample: its weight in the mean.
     blocks: the blocks of the model. metadata: where the numbers come from, as text.
     """
+
+    ranks: ClassVar[dict[str, int]] = {"matrices": 3, "tokens": 1}
 
     matrices: NDArray[np.float32]
     tokens: NDArray[np.int64]

@@ -13,12 +13,22 @@ from .spectrum import SearchResult, Statistics
 
 
 def gurobi(problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
-    """The lowest removals, proven to Gurobi's own tolerances; needs the extra 'solvers' and a licence for the size."""
+    """The lowest removals, proven to Gurobi's own tolerances; needs the extra 'solvers' and a licence for the size.
+
+    Raises:
+        ValueError: it is not installed, has no licence, or found nothing in the time it had.
+    """
     try:
         import gurobipy as gp
     except ImportError:
         raise ValueError("solver='gurobi' needs gurobipy: pip install 'blockspin[solvers]'") from None
+    try:
+        return _optimised(gp, problem, states, time_limit, seed)
+    except gp.GurobiError as error:
+        raise ValueError(f"solver='gurobi' failed ({error}); choose another (--solver)") from error
 
+
+def _optimised(gp: Any, problem: RemovalProblem, states: int, time_limit: float | None, seed: int) -> SearchResult:
     # Scaled to about 1, because Gurobi's tolerances are absolute.
     r = problem.reduced
     scale = max(float(np.abs(r.quadratic).max()), float(np.abs(r.linear).max())) or 1.0
@@ -40,7 +50,7 @@ def gurobi(problem: RemovalProblem, states: int, time_limit: float | None, seed:
         statistics: Statistics = {"nodes": float(model.NodeCount), "pool": int(model.SolCount)}
 
     if not len(rows):
-        raise RuntimeError(f"Gurobi found no removal within {time_limit} s")
+        raise ValueError(f"Gurobi found no removal within {time_limit} s; give it longer (--time-limit)")
     if not done:
         return SearchResult(rows, least + r.constant, statistics | {"stopped": "time limit"})
 
