@@ -268,7 +268,7 @@ def test_a_file_whose_numbers_cannot_be_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_energies(written(header, **changes))
-    for change in (
+    odd: list[dict[str, object]] = [
         {"blocks": header["blocks"][::-1]},
         {"blocks": [{**block, "num_parameters": -1} for block in header["blocks"]]},
         {"blocks": [{**block, "kind": 3} for block in header["blocks"]]},
@@ -276,7 +276,8 @@ def test_a_file_whose_numbers_cannot_be_is_refused(tmp_path: Path) -> None:
         {"kind": []},
         {"kind": "gradients"},
         {"metadata": None},
-    ):
+    ]
+    for change in odd:
         with pytest.raises(ValueError, match="is not a file of energies"):
             load_energies(written({**header, **change}))
     for header in ([], 5, None, {}):
