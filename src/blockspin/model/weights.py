@@ -71,6 +71,7 @@ def weight_paths(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, the index is not readable, or it names files that are missing or elsewhere.
     """
+    # A configuration may name the file itself.
     named = _read_json(folder / "config.json").get("transformers_weights")
     for name in [str(named)] if named else _NAMES:
         path = _inside(folder, name)
@@ -86,8 +87,12 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is no index of weights: it has no weight_map; download it again")
 
-    paths = [_inside(index.parent, str(name)) for name in sorted(set(map(str, weight_map.values())))]
-    missing = [path.name for path in paths if not path.is_file()]
+    paths, missing = [], []
+    for name in sorted(set(map(str, weight_map.values()))):
+        path = _inside(index.parent, name)
+        paths.append(path)
+        if not path.is_file():
+            missing.append(name)
     if missing:
         raise ValueError(f"{index.parent} lacks {_some(missing)}, which {index.name} names; download the model again")
     return paths
@@ -119,6 +124,7 @@ def read_headers(paths: Sequence[Path]) -> list[WeightFile]:
     holders: dict[str, Path] = {}
     for path in paths:
         file = _read_header(path)
+        # transformers would silently take the later one.
         for name in file.tensors:
             if name in holders:
                 raise ValueError(f"{holders[name]} and {path} both hold {name}; it is not clear which one is meant")
@@ -234,6 +240,8 @@ def report_loading(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], 
     """
     config = copy.deepcopy(model.config)
     quantised = _drop_quantisation(config)
+
+    # With tensors that have no content, transformers renames, joins and compares as it does with real ones.
     empty = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
     try:
         with silenced():
@@ -251,14 +259,20 @@ def report_loading(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], 
         ) from error
 
     report = reported(found)
-    if quantised:
-        owners = {name.rpartition(".")[0] for name in report.unexpected}
-        return LoadingReport(
-            [name for name in report.missing if not _holds(name, owners)],
-            report.unexpected,
-            [name for name in report.mismatched if not _holds(name, owners)],
-        )
-    return report
+    return _without_quantised(report) if quantised else report
+
+
+def _without_quantised(report: LoadingReport) -> LoadingReport:
+    """A report that leaves out modules with tensors that the model does not know: scales, packed weights, ..."""
+    owners = {name.rpartition(".")[0] for name in report.unexpected}
+
+    def is_plain(name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return not any(owner == module or owner.startswith(f"{module}.") for owner in owners)
+
+    return LoadingReport(
+        list(filter(is_plain, report.missing)), report.unexpected, list(filter(is_plain, report.mismatched))
+    )
 
 
 def reported(loading_info: Mapping[str, Any]) -> LoadingReport:
@@ -277,12 +291,6 @@ def _drop_quantisation(config: PretrainedConfig) -> bool:
             del part.quantization_config
             found = True
     return found
-
-
-def _holds(name: str, owners: set[str]) -> bool:
-    """Whether the module of a tensor, or a module inside it, has tensors that the model does not know."""
-    module = name.rpartition(".")[0]
-    return any(owner == module or owner.startswith(f"{module}.") for owner in owners)
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import first_line
 from ..files import replacing, write_json
 from ..lock import locked
-from ..model.blocks import check_images, check_removal, find_stack
+from ..model.blocks import find_stack
 from ..model.loading import find_source, load_config, model_without_weights
 from ..model.weights import (
     LoadingReport,
+    WeightFile,
     check_complete,
     convert_bin,
     read_headers,
@@ -33,7 +34,7 @@ from ..problem import Removal
 from ..progress import console
 from .layer_config import Shortened, shorten_config
 from .patterns import ModuleSettings, module_settings
-from .proof import check_attention, tied_names
+from .proof import split_blocks, tied_names
 from .provenance import RECORD, record_removal, tells_of
 from .shards import Shard, plan_shards, write_shards
 
@@ -78,6 +79,7 @@ def prune_checkpoint(
         raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
 
     with locked(target), _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
+        # Everything that can be refused is refused before the first byte is written.
         shortened, kept = plan.shortened, plan.shortened.renaming.kept
         record = record_removal(folder, source, plan.removed, kept, plan.left_behind, details or {})
         temporary.mkdir()
@@ -108,6 +110,7 @@ def _changes_order(config: PretrainedConfig, kept: Sequence[int]) -> bool:
     has_windows = any(re.match("sliding|chunked", str(kind)) for kind in kinds)
     rotated = getattr(text, "no_rope_layers", None) or []
 
+    # A runtime that assumes the usual order of the model type goes wrong where a position differs.
     for entries in (kinds if has_windows else [], rotated):
         for position, i in enumerate(kept):
             if i < len(entries) and entries[i] != entries[position]:
@@ -154,19 +157,8 @@ def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> I
         return model_without_weights(config, trust_remote_code=trust_remote_code)
 
     model = build(config)
-    stack_name, stack = find_stack(model)
-    removed = check_removal(removed, len(stack))
-    kept = [i for i in range(len(stack)) if i not in removed]
-    check_attention(model, kept)
-    check_images(model, removed)
+    removed, kept = split_blocks(model, removed)
     shortened = shorten_config(config, kept, build, json.loads((folder / "config.json").read_text()))
-
-    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
-    inside = {}
-    for name, tensor in tensors.items():
-        if name.startswith(f"{stack_name}."):
-            inside[name.removeprefix(f"{stack_name}.")] = tensor.shape
-    sliced = {name: (dimension, tuple(tensors[name].shape)) for name, dimension in shortened.slices.items()}
 
     paths = weight_paths(folder)
     left_behind = _left_behind(folder, paths)
@@ -174,12 +166,27 @@ def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> I
         if paths[0].suffix == ".bin":
             paths = convert_bin(paths, Path(converted))
         files = read_headers(paths)
+
+        # transformers decides, before and after, whether every tensor of the model gets its weights.
         before = report_loading(model, tensor_shapes(files), folder)
         check_complete(before, model, folder)
 
-        shards = plan_shards(files, shortened.renaming, stack_name, sliced, tied_names(model), inside)
+        shards = _plan_shards(files, model, shortened)
         _check_plan(shards, shortened, before, folder)
         yield _Plan(removed, shortened, shards, module_settings(model, shortened.renaming), left_behind)
+
+
+def _plan_shards(files: Sequence[WeightFile], model: PreTrainedModel, shortened: Shortened) -> list[Shard]:
+    """What to copy of the weights of a model."""
+    stack_name = find_stack(model).name
+    inside = {}  # shapes of the tensors of the layers, by their names inside the stack
+    sliced = {}  # tensors outside the layers with a slice for each: the dimension, and the shape
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
+        if name.startswith(f"{stack_name}."):
+            inside[name.removeprefix(f"{stack_name}.")] = tensor.shape
+        if name in shortened.slices:
+            sliced[name] = (shortened.slices[name], tuple(tensor.shape))
+    return plan_shards(files, shortened.renaming, stack_name, sliced, tied_names(model), inside)
 
 
 def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingReport, folder: Path) -> None:
@@ -191,6 +198,7 @@ def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingRe
             shapes[entry.name] = entry.header["shape"]
     after = report_loading(shortened.model, shapes, folder)
 
+    # Tensors that the model does not take (for multi-token prediction, ...) may be in both.
     if after.missing or after.mismatched or len(after.unexpected) > len(before.unexpected):
         faults = [*after.missing, *after.mismatched, *sorted({*after.unexpected} - {*before.unexpected})]
         raise ValueError(

@@ -129,6 +129,7 @@ def _rewritten(
     result = copy.deepcopy(values)
     text = _text_values(result)
 
+    # The number of layers; some classes know it under more than one name.
     depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
     if not depth_names:  # not written: the class has it by default
         text_config = config.get_text_config(decoder=True)
@@ -140,6 +141,7 @@ def _rewritten(
     for name in depth_names:
         text[name] = len(kept)
 
+    # What the quantisation says of modules, for the whole model or for the decoder.
     for part in [result] if text is result else [result, text]:
         if "quantization_config" in part:
             part["quantization_config"] = module_settings(original, renaming).rewritten(part["quantization_config"])
@@ -164,19 +166,24 @@ def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, code: str) 
         return _shorten_table(name, value, kept, depth, code)
     if isinstance(value, str):
         letter_a_layer = len(value) == depth and "pattern" in name
-        return "".join(value[i] for i in kept) if letter_a_layer else value
+        return "".join(_of_kept(value, kept)) if letter_a_layer else value
     if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
         return value
 
     if _LISTS_INDICES.search(name) and _are_indices(value, depth, first=0):
         return _new_indices(value, kept, first=0)
-    if _are_runs(value):
+    if _are_runs(value):  # in GPT-Neo: [[["global", "local"], 12]]
         entries: list[Any] = []
         for pattern, times in value:
             entries += pattern * times
         if len(entries) == depth:
-            return [[[entries[i] for i in kept], 1]]
-    return [value[i] for i in kept] if len(value) == depth and _is_by_layer(name, code) else value
+            return [[_of_kept(entries, kept), 1]]
+    return _of_kept(value, kept) if len(value) == depth and _is_by_layer(name, code) else value
+
+
+def _of_kept(entries: Sequence[Any], kept: Sequence[int]) -> list[Any]:
+    """The entries of the kept layers; a list that is shorter than the depth is repeated."""
+    return [entries[i % len(entries)] for i in kept]
 
 
 def _is_by_layer(name: str, code: str) -> bool:
@@ -198,6 +205,7 @@ def _shorten_table(name: str, table: dict[Any, Any], kept: Sequence[int], depth:
                 shortened[type(key)(kept.index(int(key)))] = table[key]
         return shortened
 
+    # Lists of indices that count from 1 (Kimi Linear); one of them has the last layer.
     from_one = []
     for key, value in table.items():
         if _are_indices(value, depth, first=1) and _is_by_layer(f"{name}.{key}", code):
@@ -268,7 +276,7 @@ def _search(
 def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorough: bool) -> list[Any]:
     """What a whole number that speaks of layers might become; also a repeated pattern or a depth-dependent scale."""
     if isinstance(value, list | tuple) and 0 < len(value) < depth and _LISTS_INDICES.search(name):
-        return [[value[i % len(value)] for i in kept]]  # a pattern that is repeated over the layers, written out
+        return [_of_kept(value, kept)]  # a pattern that is repeated over the layers, written out
     if isinstance(value, float) and "depth" in name:
         return [value * math.sqrt(len(kept) / depth), value * len(kept) / depth]
 
@@ -276,6 +284,7 @@ def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorou
         return []
     if not 0 <= value <= depth:
         return []
+    # A count of first or last layers; whatever it is, a period may have to change too.
     among_first = len([i for i in kept if i < value])
     among_last = len([i for i in kept if i >= depth - value])
     periods = range(min(_LONGEST_PERIOD, depth) + 1) if thorough else ()

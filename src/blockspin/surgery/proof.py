@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from ..model.blocks import DEPTH, find_blocks, find_stack
+from ..model.blocks import DEPTH, check_images, check_removal, find_blocks, find_stack
+from ..problem import Removal
 from .renaming import Renaming
 
 _POSITION = re.compile(r"layer_?(id|idx|index|number)$", re.IGNORECASE)
@@ -51,6 +52,20 @@ def differences(
     return chain([first], found)
 
 
+def split_blocks(model: nn.Module, removed: Iterable[int]) -> tuple[Removal, list[int]]:
+    """The removed and the kept blocks of a model, in order.
+
+    Raises:
+        ValueError: unusable indices, or a removal that no model of this kind survives, whatever its configuration.
+    """
+    depth = len(find_stack(model).layers)
+    removed = check_removal(removed, depth)
+    kept = sorted({*range(depth)} - {*removed})
+    check_attention(model, kept)
+    check_images(model, removed)
+    return removed, kept
+
+
 def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
     """The cache of a hybrid model counts tokens in its attention layers: one of them must stay.
 
@@ -67,6 +82,7 @@ def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
     if not set(attending) & set(kept):
         raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
 
+    # Where the attention layers are afterwards, and whether a cache of the model's own still counts there.
     positions = [position for position, i in enumerate(kept) if i in attending]
     for cache in _own_caches(model):
         if _counts_tokens(cache, attending) and not _counts_tokens(cache, positions):
@@ -120,6 +136,7 @@ def find_slots(original: nn.Module, model: nn.Module, kept: Sequence[int]) -> di
 
     slots: dict[str, list[int | None]] = {}
     for name in dict.fromkeys(chain.from_iterable(before)):
+        # The layers that have the list, and those of them that are kept.
         users = [i for i, lengths in enumerate(before) if name in lengths]
         left = [i for i in users if i in kept]
         lengths_before = {before[i][name] for i in users}
@@ -158,12 +175,12 @@ def _layer_differences(original: nn.Module, model: nn.Module, renaming: Renaming
 
 def _make_differences(before: nn.Module, after: nn.Module, i: int, renaming: Renaming) -> Iterator[str]:
     """Names of what differs between two layers: module types, shapes, plain attributes (sliding window, ...)."""
-    shapes_before = _renamed({name: tuple(tensor.shape) for name, tensor in _tensors(before)}, renaming)
-    shapes_after = {name: tuple(tensor.shape) for name, tensor in _tensors(after)}
+    shapes_before, shapes_after = _renamed(_shapes(before), renaming), _shapes(after)
     for name in sorted(shapes_before.keys() | shapes_after.keys()):
         if shapes_before.get(name) != shapes_after.get(name):
             yield name
 
+    # The same modules with the same settings: what is no tensor, such as the width of a window.
     modules_before = _renamed(dict(before.named_modules(remove_duplicate=False)), renaming)
     modules_after = dict(after.named_modules(remove_duplicate=False))
     for name in sorted(modules_before.keys() | modules_after.keys()):
@@ -221,6 +238,7 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
     Where a list calls layers "shared", each uses what the last layer before it that is not shared has computed.
     Otherwise a forward argument that starts with "prev" is something that the block before has computed.
     """
+    # Layers that take the choice of tokens from an earlier one (HY-V4).
     sharing = list(filter(_says_who_shares, vars(config.get_text_config(decoder=True)).values()))
     for entries in sharing:
         for i in kept:
@@ -232,6 +250,7 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
     if sharing:
         return
 
+    # Layers that are handed something besides the hidden states by the one before (ZAYA).
     for i, layer in enumerate(find_stack(original).layers):
         takes = [name for name in inspect.signature(layer.forward).parameters if name.startswith("prev")]
         if takes and i in kept and i > 0 and i - 1 not in kept:
@@ -269,6 +288,7 @@ def _outside_differences(original: nn.Module, model: nn.Module, kept: Sequence[i
         elif before[name].shape != after[name].shape and name not in slices:
             yield f"{name} would change its shape"
 
+    # Numbers that depend on the depth, such as the scale of the residual stream.
     stack_name = find_stack(original).name
     modules_after = dict(model.named_modules())
     for name, module in original.named_modules():
@@ -338,6 +358,7 @@ def _computed_buffers(model: PreTrainedModel, layer: nn.Module) -> dict[str, Ten
         if inside:  # a module that owns such buffers, or one around it, computes them
             model._init_weights(module)
 
+    # Take the values out, and leave the layer without weights as it was.
     computed: dict[str, Tensor] = {}
     for (name, module, key), buffer in zip(owners, empty, strict=True):
         value = module._buffers[key]
@@ -347,9 +368,14 @@ def _computed_buffers(model: PreTrainedModel, layer: nn.Module) -> dict[str, Ten
     return computed
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters and buffers."""
+    shapes = {}
+    for name, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        shapes[name] = tuple(tensor.shape)
+    return shapes
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

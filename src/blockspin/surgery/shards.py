@@ -76,12 +76,15 @@ def plan_shards(
         ValueError: no tensors are named like the layers.
     """
     shapes = tensor_shapes(files)
+
+    # How the checkpoint calls the layers, and what it calls each tensor afterwards.
     prefix = layer_prefix(shapes, stack_name, renaming.depth, inside)
     new_names = _new_names(shapes, prefix, renaming, stack_name, tied)
 
     shards = []
     for file in files:
         entries = []
+        # In the order of their bytes, so that neighbours are read in one go.
         for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1]["data_offsets"]):
             new_name = new_names[name]
             if new_name is None:
@@ -128,6 +131,7 @@ def _entry(new_name: str, tensor: dict[str, Any], start: int, dimension: int | N
     if dimension is None:
         return Entry(new_name, tensor, begin, end)
 
+    # Seen as rows of slices, of which each row keeps the same ones.
     shape = list(tensor["shape"])
     rows = math.prod(shape[:dimension])
     shape[dimension] = shape[dimension] // renaming.depth * len(renaming.kept)
@@ -166,6 +170,7 @@ def layer_prefix(
             right += found is not None and tuple(found) == tuple(shape)
         return right, named, shared_parts(prefix)
 
+    # Lists that are long enough and called alike; what is in them decides.
     agreements = {}
     for prefix, found in indices.items():
         if found >= set(range(depth)) and shared_parts(prefix) > 0:
@@ -187,6 +192,7 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
     with bar(progress) as display:
         task = display.add_task("Writing (MiB)", total=total / 2**20)
         for number, shard in enumerate(shards, 1):
+            # The names that transformers gives its files.
             single = len(shards) == 1
             name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
             with shard.path.open("rb") as source, (target / name).open("wb") as file:
