@@ -42,6 +42,7 @@ def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_pat
         "candidates.json",
         "checkpoint",
         "evaluation.json",
+        "report.html",
     }
     selection = Selection.load(tmp_path / "run" / "candidates.json")
     chosen = selection.chosen

@@ -10,15 +10,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from .config import CompressConfig
 from .data.calibration import tokenise
 from .distillation.run import distill_checkpoint
-from .evaluation.perplexity import Evaluation, evaluate_models
+from .evaluation.perplexity import Evaluation, evaluate_models, results_table
 from .evaluation.tasks import scorer
 from .files import write_json
 from .lock import locked
+from .machine import describe_machine
 from .model.loading import load_config, load_model, load_tokenizer
 from .preflight import check_before, open_run
+from .run_origin import describe_samples, public_name
+from .run_report import write_run_report
 from .solvers.candidates import random_candidate, states_as_candidates
 from .stages import (
     checkpoint_stage,
@@ -31,6 +36,7 @@ from .stages import (
     selection_stage,
     spectrum_stage,
 )
+from .surgery.card import add_results
 from .surgery.checkpoint import checkpoint_bytes
 from .surgery.feasible import Removable, protect_what_must_stay
 
@@ -47,6 +53,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     checkpoint/           the smaller model, for from_pretrained of the class that opens the original
     distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
+    report.html           all of it as one page
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
     Returns the rows of evaluation.json: original, CBO:0 (the lowest state that can be saved), the chosen state, random,
@@ -67,6 +74,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
             chosen = next(row for row in rows if row.name.startswith("chosen"))
             rows.append(distillation_stage(config, out, chosen.removed))
             write_rows(rows, out)
+            write_run_report(out)
     return rows
 
 
@@ -106,7 +114,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         removable,
         out / "candidates.json",
     )
-    checkpoint_stage(config, selection.chosen, energies, out / "checkpoint")
+    about = {**describe_machine(), **describe_samples(samples)}
+    checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint")
 
     # The report: what was chosen between the lowest state and a random removal.
     chosen = replace(selection.chosen, source=f"chosen ({selection.chosen.source})")
@@ -114,8 +123,18 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     lowest = removable.first_of(states_as_candidates(spectrum))
     compared = [*lowest, chosen, *removable.first_of(drawn)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
+    add_results(out / "checkpoint", results_table(rows), measured_on(config, samples.evaluation))
     write_rows(rows, out)
+    write_run_report(out)
     return rows
+
+
+def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:
+    """What a table of results was measured on, in a sentence."""
+    source = config.evaluation or config.calibration
+    name = public_name(source)
+    size = f"{len(samples)} samples ({sum(map(len, samples)):,} tokens)"
+    return f"Measured on {size} of {name} that nothing was chosen on; ± one standard error."
 
 
 def write_rows(rows: Sequence[Evaluation], out: Path) -> None:

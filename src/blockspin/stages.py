@@ -189,11 +189,18 @@ def selection_stage(
     return Selection.load(path)
 
 
-def checkpoint_stage(config: CompressConfig, chosen: Candidate, energies: Energies, path: Path) -> None:
-    """The smaller checkpoint, if it is not there."""
+def checkpoint_stage(
+    config: CompressConfig, chosen: Candidate, energies: Energies, about: dict[str, str], path: Path
+) -> None:
+    """The smaller checkpoint, if it is not there. about: machine, date and data, for its record."""
     if path.is_dir():
         return
-    details = {"candidate": asdict(chosen), "blocks": list(map(asdict, energies.blocks))}
+    details = {
+        "candidate": asdict(chosen),
+        "objective": config.objective,
+        "blocks": list(map(asdict, energies.blocks)),
+        "about": about,
+    }
     prune_checkpoint(config.model, chosen.removed, path, details=details, trust_remote_code=config.trust_remote_code)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.solvers.candidates import Candidate
 from blockspin.surgery.memory import remove_blocks
+from blockspin.tables import ranges
 
 SAMPLES: dict[str, Any] = {"energy_samples": 12, "selection_samples": 4, "evaluation_samples": 6}
 SMALL = {**SAMPLES, "max_length": 16, "states": 6, "budget": 1.0}
@@ -165,14 +166,45 @@ def test_the_tables_hold_every_row(finished: Path) -> None:
 
 def test_the_page_needs_no_other_file(finished: Path) -> None:
     page = (finished / "out" / "report.html").read_text()
-    sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 6
     assert "://" not in page
-    for source in sources:
-        kind, data = source.split(",", 1)
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data).startswith(b"\x89PNG")
-    assert page.count("<tr>") == 1 + len(averaged(Comparison.load(finished / "out" / "comparison.json").rows))
+    assert str(finished) not in page
+    for source in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert source.startswith(("#", "data:image/png;base64,"))
+
+    # Identifiers of figures do not meet, and what they refer to is there.
+    identifiers = re.findall(r' id="([^"]*)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(identifiers)
+    assert page.count("<figure>") == 5
+
+    rows = averaged(Comparison.load(finished / "out" / "comparison.json").rows)
+    assert len(re.findall("<tr[ >]", page)) == len(GOALS) + len(rows)
+    assert len(re.findall("<tr class=ours>", page)) == len(GOALS)
+
+
+def test_the_page_says_what_is_in_the_rows(finished: Path) -> None:
+    """The headline, the order of the tables and the block maps, against the rows themselves."""
+    page = (finished / "out" / "report.html").read_text()
+    comparison = Comparison.load(finished / "out" / "comparison.json")
+    of_two = [row for row in comparison.rows if row.goal == "2"]
+    original = next(row for row in of_two if row.method == "original")
+    ours = next(row for row in of_two if row.method == "CBO, selected")
+    rise = 100 * (math.exp(ours.loss - original.loss) - 1)
+    assert f"perplexity rises by {rise:.1f}%" in page
+    assert f"keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters" in page
+
+    for table in page.split("<table>")[1:]:
+        column = [
+            float(value) for value in re.findall(r'<tr[^>]*><td class="word">.*?</td><td class="">([\d.]+)', table)
+        ]
+        assert len(column) > 10
+        assert column[1:] == sorted(column[1:])
+
+    strips = re.findall(r'aria-label="removed: ([^"]*)"', page)
+    expected = [ranges(row.removed) for row in averaged(comparison.rows) if row.removed]
+    assert len(strips) == len(expected)
+    for name, setting in (("calibration text", "12 samples"), ("evaluation text", "6 samples")):
+        assert f"<dt>{name}</dt><dd>{setting}" in page
 
 
 def test_rank_correlation() -> None:

@@ -67,6 +67,9 @@ def compress(
     distill: Annotated[
         bool, typer.Option("--distill", help="Train the result with the original as its teacher, and evaluate again.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: passes, time, memory, disk; writes nothing.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation; with --distill, training.
@@ -85,7 +88,10 @@ def compress(
     missing = [name for name in ("model", "remove", "calibration") if name not in values]
     if missing:
         raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
-    _compress(CompressConfig(**values), out, json)
+    if dry_run:
+        _show_plan(CompressConfig(**values), json)
+    else:
+        _compress(CompressConfig(**values), out, json)
 
 
 @app.command()
@@ -126,16 +132,32 @@ def compare(
 @app.command()
 @with_settings
 def report(
-    out: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    out: Annotated[Path, typer.Argument(help="The folder of a comparison or a run.")],
     json: AsJson = False,
 ) -> None:
-    """Make the tables, figures and the HTML page of a comparison again."""
+    """Make the HTML page of a comparison or a run again; of a comparison also its tables and figures."""
     from ..comparison.report import write_report
     from ..comparison.results import Comparison
 
+    if (out / "run.yaml").is_file():
+        from ..run_report import write_run_report
+
+        console.print(f"Wrote {write_run_report(out)}.", soft_wrap=True)
+        return
     page = write_report(out)
     _show_rows(Comparison.load(out / "comparison.json").rows, json)
     console.print(f"Wrote {page}.", soft_wrap=True)
+
+
+def _show_plan(config: CompressConfig, json: bool) -> None:
+    from ..plan import plan_run
+
+    plan = plan_run(config)
+    if json:
+        show_json(plan.as_json())
+        return
+    show(plan.table())
+    typer.echo(plan.summary())
 
 
 def _show_rows(rows: Sequence[Row], json: bool) -> None:

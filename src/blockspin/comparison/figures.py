@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
@@ -28,6 +27,14 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
     "#000000",
 )
 PALE = "#EEEEEE"  # blocks that stay
+MUTE, LINE = "#B4BCC6", "#E3E6EA"  # what is there without being looked at; grid lines
+OURS = "CBO, selected"
+NAMED = 3  # other methods that get a colour
+TOP = 3.0  # times the worst of those is where the axis ends
+OBJECTIVES = {
+    "kl": "KL divergence from the original (nats a token)",
+    "loss": "loss above the original's (nats a token)",
+}
 COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
 MARKERS = "os^DvP*X"
 
@@ -159,57 +166,94 @@ def spectrum_figure(spectra: Mapping[str, Spectrum], tabu: Mapping[str, Spectrum
     return figure
 
 
-def loss_figure(rows: Sequence[Row]) -> Figure:
-    """A line per method: increase of the loss (log scale) against the share of the parameters that is gone."""
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
-    axes = figure.add_subplot()
-    shown = averaged(rows)
-    original = next(row for row in shown if row.method == ORIGINAL)
+def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False) -> Figure:
+    """The objective against the share of the parameters that is gone, with standard errors, both methods and goals.
 
-    # In the order of the losses where most is gone, so that the legend reads as the lines end.
-    ranked = sorted(shown, key=lambda row: (-_percent_gone(row, original), row.loss))
-    names = list(dict.fromkeys(row.method for row in ranked if row.method != ORIGINAL))
-    for place, name in enumerate(names):
-        own = [row for row in shown if row.method == name]
-        points = sorted((_percent_gone(row, original), max(row.loss - original.loss, LEAST_LOSS)) for row in own)
-        ours = name.startswith("CBO")
-        axes.plot(
-            *zip(*points, strict=True),
-            label=name,
-            color=COLOURS[place % len(COLOURS)],
-            marker=MARKERS[place % len(MARKERS)],
-            lw=2.4 if ours else 1.2,
-            ls="-" if ours else "--",
-            ms=6,
+    Ours and the best others have a colour each; the rest is pale, so that the picture can be read.
+    """
+    shown = [row for row in averaged(rows) if row.method != ORIGINAL]
+    original = next(row for row in rows if row.method == ORIGINAL)
+    coloured = named_in_figure(shown, original, objective)
+
+    figure = Figure(figsize=(4.4, 4.7) if narrow else (8.4, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row.method for row in shown):
+        own = sorted((row for row in shown if row.method == method), key=lambda row: _percent_gone(row, original))
+        values = [measured(row, original, objective) for row in own]
+        x = [_percent_gone(row, original) for row in own]
+        y = [max(value, LEAST_LOSS) for value, _ in values]
+        if method not in coloured:
+            axes.plot(x, y, color=MUTE, lw=0.9, marker=".", ms=4, zorder=1)
+            continue
+
+        place = coloured.index(method)
+        errors = [error or 0.0 for _, error in values]
+        axes.errorbar(
+            x,
+            y,
+            # The axis is logarithmic: an error below zero ends at a tenth of the value.
+            yerr=np.array([np.minimum(errors, 0.9 * np.array(y)), errors]),  # (2, goals) below and above
+            label=method,
+            color=COLOURS[place],
+            marker=MARKERS[place],
+            lw=2.6 if is_ours(method) else 1.5,
+            ms=7 if is_ours(method) else 5,
+            capsize=3,
+            zorder=3 if is_ours(method) else 2,
         )
 
-    axes.set(yscale="log", xlabel="parameters removed (%)", ylabel="loss above the original's (nats, log scale)")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, title="lowest loss first")
+    if len(coloured) < len({row.method for row in shown}):
+        axes.plot([], [], color=MUTE, lw=0.9, marker=".", ms=4, label="other methods")
+    axes.set(yscale="log", xlabel="parameters removed (%)", ylabel=OBJECTIVES[objective])
+    _label_one_two_five(axes.yaxis)
+    axes.grid(color=LINE, lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    # What is far worse than all that have a colour would press those together.
+    worst = max(measured(row, original, objective)[0] for row in shown if row.method in coloured)
+    axes.set_ylim(top=min(axes.get_ylim()[1], TOP * max(worst, LEAST_LOSS)))
+
+    handles, labels = axes.get_legend_handles_labels()
+    ordered = sorted(zip(labels, handles, strict=True), key=lambda pair: ([*coloured, pair[0]]).index(pair[0]))
+    figure.legend(
+        [handle for _, handle in ordered],
+        [label for label, _ in ordered],
+        loc="outside lower center",
+        ncols=2 if narrow else len(ordered),
+        fontsize=9.5,
+        frameon=False,
+    )
     return figure
 
 
-def blocks_figure(rows: Sequence[Row], depth: int) -> Figure:
-    """For each goal a panel: the methods as rows, removed blocks filled; blocks that hold merged weights in green."""
-    groups: dict[str, list[Row]] = {}
-    for row in averaged(rows):
-        if row.removed:
-            groups.setdefault(row.goal, []).append(row)
+def named_in_figure(shown: Sequence[Row], original: Row, objective: str) -> list[str]:
+    """The methods that get a colour: ours first, then the best others by their mean rank over the goals."""
+    ranks: dict[str, list[int]] = {}
+    for goal in dict.fromkeys(row.goal for row in shown):
+        own = [row for row in shown if row.goal == goal]
+        for rank, row in enumerate(sorted(own, key=lambda row: measured(row, original, objective)[0])):
+            ranks.setdefault(row.method, []).append(rank)
 
-    longest = max(len(group) for group in groups.values())
-    figure, panels = _panels(len(groups), _grid_width(depth) + 2.8, 0.24 * longest + 1.2)
-    for (goal, group), axes in zip(groups.items(), panels, strict=True):
-        grid = np.zeros((len(group), depth))  # 1: removed, 2: holds merged weights
-        for line, row in enumerate(group):
-            grid[line, list(row.removed)] = 1
-            grid[line, [lowest for lowest, _ in row.windows]] = 2
-        _draw_grid(axes, grid, [BLUE, GREEN])
-        axes.set(xlabel="block", title=f"remove {goal}", yticks=range(len(group)))
-        axes.set_yticklabels([f"{row.method}  {row.loss:.3f}" for row in group], fontsize=8)
+    # A method that is missing for a goal counts as the last there.
+    goals, last = max(map(len, ranks.values())), len(ranks)
+    for places in ranks.values():
+        places += [last] * (goals - len(places))
+    order = sorted(ranks, key=lambda method: sum(ranks[method]))
+    ours = [method for method in order if is_ours(method)]
+    others = [method for method in order if not method.startswith("CBO")]
+    return [*ours, *others[:NAMED]]
 
-    handles = [Patch(color=BLUE, label="removed"), Patch(color=GREEN, label="holds merged weights")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return figure
+
+def is_ours(method: str) -> bool:
+    """Whether it is the whole method of this package, rather than a part of it or another's."""
+    return method == OURS
+
+
+def measured(row: Row, original: Row, objective: str) -> tuple[float, float | None]:
+    """The objective on the evaluation samples and its standard error: kl, or the loss above the original's."""
+    if objective == "kl":
+        return row.kl, row.kl_error
+    return row.loss - original.loss, row.above_error
 
 
 def _percent_gone(row: Row, original: Row) -> float:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import base64
-import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
+from .. import page
 from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
+from ..run_origin import command_options, public_name, public_settings
 from ..solvers import Spectrum
-from ..tables import Column, Table, ranges, write_csv
-from .figures import blocks_figure, energy_figure, hessian_figure, loss_figure, spectrum_figure, states_figure
+from ..tables import Column, Table, ranges, short, write_csv
+from .figures import (
+    energy_figure,
+    hessian_figure,
+    is_ours,
+    measured,
+    quality_figure,
+    spectrum_figure,
+    states_figure,
+)
 from .methods import PAPER
 from .results import ORIGINAL, Comparison, Row, averaged
 
-RESOLUTION = 130  # dots per inch of the figures
-
 _WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
+_IN_PAGE = ("method", "KL", "loss above", "perplexity", "top-1", "parameters", "speed")
 _CAPTIONS = {
-    "loss": "Loss on the evaluation text, above the original's, against the share of the parameters that is gone.",
-    "blocks": "The blocks that each method removes, best loss first.",
+    "quality": "How far the model is from the original, against how much of it is gone; lower is better, bars are one "
+    "standard error. Methods above the frame are in the tables.",
     "energy": "Energy against measured loss: the lowest states of each energy and random removals. "
     "rho is Spearman's rank correlation: does the energy order removals as their measured loss does?",
     "states": "Which blocks the states of lowest energy remove.",
@@ -32,19 +41,22 @@ _CAPTIONS = {
     "hessian": "The matrices of the energies. An entry off the diagonal says that two blocks cost more (red) or less "
     "(blue) together than apart.",
 }
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}"
-    "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 8px;text-align:right;white-space:nowrap}"
-    "td:last-child,td:nth-child(2){text-align:left}tr:nth-child(even){background:#f3f3f3}figure{margin:2em 0}"
-)
-_EXPLANATION = (
-    "Perplexity, loss (nats a token), KL divergence from the original and agreement with its most likely token "
-    "on the evaluation text. Passes: the cost of the method in forward passes over the calibration samples."
+_TITLES = {
+    "energy": "Does the energy predict the loss?",
+    "states": "The removals of lowest energy",
+    "spectrum": "How the energies grow, and what is proven",
+    "hessian": "The energies themselves",
+}
+_COLUMNS = (
+    "Ordered by the objective that was minimised. KL: divergence from the original in nats a token. Loss above: that "
+    "of the original, in nats a token. Top-1: how often the most likely token is the original's. Passes: what finding "
+    "the removal cost, in forward passes over the calibration samples. ± is one standard error over the samples; the "
+    "errors of two methods on the same text are not independent."
 )
 
 
 def write_report(folder: str | Path) -> Path:
-    """Make every table and figure of a comparison: comparison.csv, comparison.md, figures/*.png and report.html.
+    """Make every table and figure of a comparison: comparison.csv, comparison.md, figures/*.svg and report.html.
 
     folder: one made by `comparison.compare`. Returns the path of the page.
 
@@ -56,18 +68,18 @@ def write_report(folder: str | Path) -> Path:
     if not comparison.rows:
         raise ValueError(f"{folder} holds no finished comparison yet; run blockspin compare again to continue it")
 
-    images = {}
-    for name, figure in draw_figures(comparison, folder).items():
-        images[name] = folder / "figures" / f"{name}.png"
-        with replacing(images[name]) as temporary:
-            figure.savefig(temporary, format="png", dpi=RESOLUTION, bbox_inches="tight")
+    drawings = draw_figures(comparison, folder)
+    depth = len(load_energies(folder / f"{PAPER}.safetensors").blocks)
+    for name, drawing in drawings.items():
+        with replacing(folder / "figures" / f"{name}.svg") as temporary:
+            drawing.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
 
     with replacing(folder / "comparison.csv") as temporary:
         write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
         temporary.write_text(table_of(comparison.rows).markdown())
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page(comparison, images))
+        temporary.write_text(report_page(comparison, drawings, depth))
     return folder / "report.html"
 
 
@@ -89,8 +101,7 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
             tabu[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}-tabu.json")
 
     return {
-        "loss": loss_figure(comparison.rows),
-        "blocks": blocks_figure(comparison.rows, depth),
+        "quality": quality_figure(comparison.rows, comparison.settings["objective"]),
         "energy": energy_figure(comparison.landscape, names),
         "states": states_figure(spectra, depth, len(names)),
         "spectrum": spectrum_figure(spectra, tabu, len(names)),
@@ -194,35 +205,134 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def page(comparison: Comparison, images: Mapping[str, Path]) -> str:
-    """The HTML page; the images are inside it."""
-    title = html.escape(f"Block removal: {comparison.settings['model']}")
-    parts = [f"<h1>{title}</h1>", _html_table(table_of(comparison.rows)), f"<p>{_EXPLANATION}</p>"]
-    if comparison.rows[0].scores:
-        parts.append(f"<p>Scores of tasks in percent with standard errors; {AT_CHANCE}.</p>")
-    for name, reason in comparison.left_out.items():
-        parts.append(f"<p>{html.escape(f'Left out: {name}: {reason}')}</p>")
+def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: int) -> str:
+    """The HTML page. depth: blocks of the model."""
+    rows, objective = comparison.rows, comparison.settings["objective"]
+    goals = list(dict.fromkeys(row.goal for row in rows))
+    told = goals[len(goals) // 2]  # the goal that the headline is about
+    model = public_name(comparison.settings["model"])
+    date = comparison.about.get("date", "")
 
-    for name, path in images.items():
-        data = base64.b64encode(path.read_bytes()).decode()
-        caption = html.escape(_CAPTIONS[name])
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    parts = [
+        page.header(
+            f"blockspin compare · {model} {'· ' + date if date else ''}", *headline(rows, told, objective, model, depth)
+        ),
+        page.tiles(numbers_of(rows, told)),
+        page.figure(
+            drawings["quality"],
+            "quality",
+            _CAPTIONS["quality"],
+            narrow=quality_figure(rows, objective, narrow=True),
+        ),
+    ]
+    for goal in goals:
+        table, marked = goal_table(rows, goal, objective)
+        note = f"{len(table.rows) - 1} methods and the original"
+        inside = [page.html_table(table, marked), page.paragraph(_COLUMNS)]
+        parts.append(page.section(f"Remove {goal}", inside, note, shown=goal == told))
 
-    parts.append("<h2>Settings</h2><ul>")
-    for name, value in comparison.settings.items():
-        parts.append(f"<li>{html.escape(f'{name}: {value}')}</li>")
-    parts.append("</ul></html>")
+    parts.append(page.section("Which blocks each method removes", [method_map(rows, objective, depth)], shown=True))
+    for name, title in _TITLES.items():
+        parts.append(page.section(title, [page.figure(drawings[name], name, _CAPTIONS[name])]))
+    if comparison.left_out:
+        parts.append(page.section("Left out", [page.facts(comparison.left_out)]))
+    parts.append(origin_section(comparison, goals))
+    return page.page(f"blockspin: {model}", parts)
 
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>blockspin</title><style>{_STYLE}</style>'
-    return "\n".join([head, *parts]) + "\n"
+
+def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: int) -> tuple[str, str]:
+    """What was found, in a sentence; and how the methods compare, in another."""
+    original, ranked = ranked_rows(rows, goal, objective)
+    ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
+    rise, error = _rise(ours, original)
+    gone = f"{len(ours.removed)} of its {depth} blocks" if ours.removed else goal
+    first = (
+        f"Without {gone}, {model} keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters and runs "
+        f"{ours.tokens_per_second / original.tokens_per_second:.2f} times as fast; its perplexity rises by "
+        f"{rise:.1f}%{error}."
+    )
+
+    name = {"kl": "KL divergence from the original", "loss": "loss"}[objective]
+    place = ranked.index(ours) + 1
+    value, spread = measured(ours, original, objective)
+    best = ranked[0] if place > 1 else ranked[1] if len(ranked) > 1 else ours
+    other, other_spread = measured(best, original, objective)
+    told = f"{value:.4f}{_plus_minus(spread)}", f"{other:.4f}{_plus_minus(other_spread)}"
+    second = (
+        f"Of {len(ranked)} ways to remove {goal}{' blocks' if goal.isdigit() else ''}, blockspin's choice "
+        f"({ours.method}) is number {place} by {name} on text that none of them had seen: {told[0]} nats a token, "
+        f"against {told[1]} of {best.method}."
+    )
+    return first, second
 
 
-def _html_table(table: Table) -> str:
-    """Headings and rows; the caption is left to the page."""
-    headings = "".join(f"<th>{html.escape(column.heading)}</th>" for column in table.columns)
-    lines = ["<table>", f"<tr>{headings}</tr>"]
-    for row in table.rows:
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    lines.append("</table>")
-    return "\n".join(lines)
+def numbers_of(rows: Sequence[Row], goal: str) -> list[tuple[str, str]]:
+    """What was removed, what it costs, what it saves: large numbers with their words."""
+    original, ranked = ranked_rows(rows, goal, "kl")
+    ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
+    rise, error = _rise(ours, original)
+    saved = 1 - ours.num_bytes / original.num_bytes
+    faster = ours.tokens_per_second / original.tokens_per_second
+    return [
+        (f"{len(ours.removed)} blocks" if ours.removed else goal, f"removed: {ranges(ours.removed)}"),
+        (f"{rise:+.1f}%{error}", f"perplexity: {original.perplexity:.4g} becomes {ours.perplexity:.4g}"),
+        (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(ours.num_bytes, 'B')}"),
+        (f"{faster:.2f}x", "tokens a second, reading a text"),
+    ]
+
+
+def _rise(row: Row, original: Row) -> tuple[float, str]:
+    """How much higher the perplexity is, in percent, and the standard error as text."""
+    ratio = math.exp(row.loss - original.loss)
+    return 100 * (ratio - 1), f" ±{100 * ratio * row.above_error:.1f}" if row.above_error else ""
+
+
+def ranked_rows(rows: Sequence[Row], goal: str, objective: str) -> tuple[Row, list[Row]]:
+    """The original, and the methods for a goal, the lowest objective first."""
+    own = [row for row in averaged(rows) if row.goal == goal]
+    original = next(row for row in own if row.method == ORIGINAL)
+    methods = [row for row in own if row.method != ORIGINAL]
+    return original, sorted(methods, key=lambda row: measured(row, original, objective)[0])
+
+
+def goal_table(rows: Sequence[Row], goal: str, objective: str) -> tuple[Table, list[int]]:
+    """The methods for a goal, the original in front, and which of its rows are ours."""
+    original, ranked = ranked_rows(rows, goal, objective)
+    tasks = [score.task for score in original.scores]
+    headings = [*_IN_PAGE, *tasks, "passes", "blocks"]
+    if objective == "loss":  # what is minimised comes first
+        headings[1:3] = ["loss above", "KL"]
+
+    lines = [cells(row, original) for row in [original, *ranked]]
+    marked = [number for number, row in enumerate([original, *ranked]) if is_ours(row.method)]
+    return _table(lines, headings, caption=f"Scores in percent; {AT_CHANCE}." if tasks else ""), marked
+
+
+def method_map(rows: Sequence[Row], objective: str, depth: int) -> str:
+    """For each goal, method by method, the blocks that are removed."""
+    lines: list[tuple[str, str, bool]] = []
+    for goal in dict.fromkeys(row.goal for row in rows):
+        lines.append((f"remove {goal}", "", False))
+        _, ranked = ranked_rows(rows, goal, objective)
+        for row in ranked:
+            if row.removed:
+                merged = [lowest for lowest, _ in row.windows]
+                removed = [block for block in row.removed if block not in merged]
+                lines.append((row.method, page.block_strip(removed, depth, merged), is_ours(row.method)))
+
+    colours = (("accent", "removed"), ("merged", "holds merged weights"), ("line", "stays"))
+    keys = "".join(f'<i class="key" style="background:var(--{name})"></i>{words}' for name, words in colours)
+    return f'<p class="soft">Block 0 is at the left.{keys}</p>{page.block_map(lines)}'
+
+
+def origin_section(comparison: Comparison, goals: Sequence[str]) -> str:
+    """Where the numbers come from: machine, data, settings, command."""
+    settings = public_settings(comparison.settings)
+    options = command_options(settings)
+    command = f"blockspin compare {settings['model']} --remove {','.join(goals)} {options} --out DIR"
+    parts = [
+        page.facts(comparison.about),
+        page.code(command),
+        page.code(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)),
+    ]
+    return page.section("How this was measured", parts, "machine, data, settings, command")

@@ -80,7 +80,7 @@ class Comparison:
     """Everything `comparison.json` holds.
 
     settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
-    landscape: by goal. left_out: "method, goal" -> why it has no result.
+    landscape: by goal. left_out: "method, goal" -> why it has no result. about: machine, date, data, by heading.
     """
 
     settings: dict[str, Any]
@@ -89,6 +89,7 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
     landscape: dict[str, list[Point]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
 
     def choices_for(self, goal: str) -> list[Choice]:
         return [choice for choice in self.choices if choice.goal == goal]
@@ -109,7 +110,7 @@ class Comparison:
         """
         try:
             values = json.loads(path.read_text())
-            comparison = Comparison(values["settings"], left_out=values["left_out"])
+            comparison = Comparison(values["settings"], left_out=values["left_out"], about=values.get("about", {}))
             for name, cost in values["costs"].items():
                 comparison.costs[name] = MethodCost(**cost)
             for choice in values["choices"]:

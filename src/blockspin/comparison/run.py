@@ -20,6 +20,7 @@ from ..evaluation.scores import Score
 from ..evaluation.tasks import scorer
 from ..journal import check_settings
 from ..lock import locked
+from ..machine import describe_machine
 from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
@@ -27,6 +28,7 @@ from ..model.tracing import TracedModel, trace_model
 from ..preflight import check_before
 from ..problem import Goal, Removal
 from ..progress import console
+from ..run_origin import describe_samples
 from ..solvers.candidates import random_candidate
 from ..stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
 from ..surgery.checkpoint import checkpoint_bytes
@@ -75,6 +77,7 @@ def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str,
     model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
     removable = Removable(model_config, trust_remote_code=remote)
     file = out / "comparison.json"
+    comparison.about = {**describe_machine(), **describe_samples(samples)}
     comparison.save(file)
 
     setup = Setup(trace_model(model), samples, config, removable, comparison.costs)

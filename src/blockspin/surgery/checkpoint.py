@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import first_line
 from ..files import replacing, write_json
 from ..lock import locked
-from ..model.blocks import find_stack
+from ..model.blocks import count_parameters, find_stack
 from ..model.loading import find_source, load_config, model_without_weights
 from ..model.weights import (
     LoadingReport,
@@ -32,6 +32,7 @@ from ..model.weights import (
 )
 from ..problem import Removal
 from ..progress import console
+from .card import CARD, write_card
 from .layer_config import Shortened, shorten_config
 from .patterns import ModuleSettings, module_settings
 from .proof import split_blocks, tied_names
@@ -89,6 +90,7 @@ def prune_checkpoint(
         write_json(temporary / "config.json", settings)
         write_shards(plan.shards, temporary, progress)
         write_json(temporary / RECORD, record)
+        write_card(temporary, record, count_parameters(shortened.model), folder / CARD)
 
     if progress and plan.left_behind:
         console.print(
@@ -221,11 +223,11 @@ def _copy_small_files(folder: Path, target: Path, module_settings: ModuleSetting
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, but for hidden ones, config.json and blockspin.json."""
+    """The files in a folder and below, but for hidden ones, config.json, blockspin.json and the model card."""
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and not hidden and str(inside) not in ("config.json", RECORD):
+        if file.is_file() and not hidden and str(inside) not in ("config.json", RECORD, CARD):
             yield file
 
 

@@ -1,0 +1,200 @@
+"""What a run would do and need, before it is started: stages, passes, time from a short trial, memory, disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import GRADIENT_ENERGIES, CompressConfig
+from .model.batches import frozen, make_batches
+from .model.blocks import count_parameters
+from .model.loading import load_config, load_model, load_tokenizer
+from .model.passes import MEMORY_LIMIT, num_passes
+from .model.tracing import TracedModel, trace_model
+from .preflight import check_before
+from .problem import Block, Goal, Removal
+from .selection.select import ACTIVATION_SAMPLES
+from .stages import Samples, load_samples
+from .surgery.checkpoint import checkpoint_bytes
+from .tables import Column, Table, short
+
+TRIALS = 2  # batches that are timed, after one that warms up
+TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
+COMPARED = 3  # shortened models in the report: the lowest state, the chosen one, a random one
+FLOAT = 4  # bytes
+LOGIT_COPIES = 3  # of a batch, in float32, while a loss is computed
+SECANT_POSITIONS = 64  # tokens of a sample whose logits are kept for every block
+BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
+TRAINING = 4  # the same with one through the weights, and a pass of the teacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of the run. passes: of the whole model over `samples` samples, `tokens` in all; seconds: None where it
+    does not run the model, or is not known."""
+
+    stage: str
+    samples: int
+    passes: float | None
+    tokens: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """memory_bytes: weights, logits and kept hidden states at most; disk_bytes: all files of the run, roughly.
+
+    tokens_per_second: forward passes of the whole model, measured.
+    """
+
+    steps: tuple[Step, ...]
+    tokens_per_second: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row for each stage."""
+        rows = []
+        for step in self.steps:
+            passes = "" if step.passes is None else f"{step.passes:.3g}"
+            samples = f"{step.samples:,}" if step.samples else ""
+            tokens = short(step.tokens) if step.tokens else ""
+            rows.append([step.stage, samples, passes, tokens, "" if step.seconds is None else duration(step.seconds)])
+        columns = [Column("stage", words=True), Column("samples"), Column("passes"), Column("tokens"), Column("time")]
+        return Table(columns, rows)
+
+    def summary(self) -> str:
+        """What it takes in all, in a few sentences."""
+        seconds = sum(step.seconds or 0 for step in self.steps)
+        return (
+            f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here), the solver "
+            f"and benchmark tasks not counted; about {short(self.memory_bytes, 'B')} of memory and "
+            f"{short(self.disk_bytes, 'B')} of disk. Nothing was written."
+        )
+
+
+def duration(seconds: float) -> str:
+    """42 s, 7 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def plan_run(config: CompressConfig) -> Plan:
+    """Plan a run of `compress` by drawing its samples and timing a few batches; nothing is written.
+
+    Raises:
+        ValueError: what `compress` would refuse at its start.
+    """
+    remote = config.trust_remote_code
+    model_config = load_config(config.model, trust_remote_code=remote)
+    check_before(config, model_config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
+    samples = load_samples(config, tokenizer, model_config)
+    model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    traced = trace_model(model)
+    speed = tokens_per_second(traced, samples.calibration, config.batch_size)
+
+    gone = _parameters_gone(traced.blocks, config.remove)
+    left = 1 - gone / count_parameters(model)
+    steps = _steps(config, traced, samples, left, speed)
+
+    whole = checkpoint_bytes(config.model, trust_remote_code=remote)
+    forms = FLOAT * traced.depth**2 * len(samples.calibration)
+    checkpoints = 1 if config.distill is None else 2
+    disk = int(checkpoints * left * whole) + forms
+    return Plan(tuple(steps), speed, _memory(config, traced, samples), disk)
+
+
+def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: int) -> float:
+    """Forward passes on the first samples; tokens that are padding are not counted."""
+    seconds, tokens = 0.0, 0
+    trial = list(samples[: (TRIALS + 1) * batch_size])
+    with frozen(traced.model), torch.no_grad():
+        for place, batch in enumerate(make_batches(trial, batch_size)):
+            started = time.perf_counter()
+            batch.forward(traced.model)[0, 0, 0].item()  # waits for the device
+            if place or len(trial) <= batch_size:
+                seconds += time.perf_counter() - started
+                tokens += int(batch.lengths.sum())
+    return tokens / seconds
+
+
+def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: float, speed: float) -> list[Step]:
+    """The stages of `compress` in order."""
+
+    def running(stage: str, over: Sequence[Tensor], passes: float) -> Step:
+        tokens = passes * sum(map(len, over))
+        return Step(stage, len(over), passes, tokens, tokens / speed)
+
+    def idle(stage: str) -> Step:
+        return Step(stage, 0, None, 0, None)
+
+    # The whole model and shortened ones: losses, and a batch again and again for the speed.
+    models = 1 + COMPARED * left
+    timed = min(1.0, TIMING_ROUNDS * config.batch_size / len(samples.evaluation))
+    steps = [
+        running(f"energies ({config.energy})", samples.calibration, _energy_passes(config.energy, traced)),
+        idle("spectrum (solver)"),
+        running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
+        running("selection (at most)", samples.selection, config.budget),
+        idle("checkpoint"),
+        running("evaluation", samples.evaluation, models * (1 + timed)),
+    ]
+    if config.distill is not None:
+        training = config.distill
+        per_step = training.batch_size * training.gradient_accumulation * training.max_length
+        tokens = float(TRAINING * per_step * training.max_steps)
+        steps.append(Step("distillation (at most)", 0, None, tokens, tokens / speed))
+    return steps
+
+
+def _energy_passes(energy: str, traced: TracedModel) -> float:
+    """Passes over each sample; of pairs, what the first quarter of the samples takes, at most."""
+    singles: list[Removal] = [(), *((i,) for i in range(traced.depth))]
+    if energy in GRADIENT_ENERGIES:
+        return BACKWARD
+    if energy == "pairwise":
+        pairs = [(i, j) for j in range(traced.depth) for i in range(j)]
+        return num_passes(traced, [*singles, *pairs])
+    return num_passes(traced, singles) if energy == "secant" else len(singles)
+
+
+def _parameters_gone(blocks: Sequence[Block], remove: Goal) -> float:
+    """How many parameters a removal takes away, of blocks of mean size."""
+    sizes = [block.num_parameters for block in blocks]
+    if isinstance(remove, float):
+        return remove * sum(sizes)
+    if isinstance(remove, int):
+        return remove * sum(sizes) / len(sizes)
+
+    gone = 0.0
+    for kind, number in remove.items():
+        own = [block.num_parameters for block in blocks if block.kind == kind]
+        gone += number * sum(own) / len(own)
+    return gone
+
+
+def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
+    """Bytes of weights, of the logits of a batch, and of what is kept besides, where it is most."""
+    model: Any = traced.model  # a module, which is not typed as a language model
+    weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
+    longest = max(map(len, [*samples.calibration, *samples.selection, *samples.evaluation]))
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    logits = LOGIT_COPIES * FLOAT * config.batch_size * longest * vocabulary
+
+    # For the secant the logits of every block are kept at some positions; both keep states where passes branch.
+    width: int = model.get_input_embeddings().weight.shape[-1]
+    states = min(MEMORY_LIMIT, FLOAT * traced.depth * config.batch_size * longest * width)
+    kept = 0
+    if config.energy in ("secant", "gauss-newton"):
+        kept = FLOAT * (traced.depth + 1) * config.batch_size * min(longest, SECANT_POSITIONS) * vocabulary
+    return int(weights + logits + states + kept)

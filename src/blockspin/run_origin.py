@@ -1,0 +1,64 @@
+"""What reports say of a run without naming folders of a machine: models, data, samples, options."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import CompressConfig
+from .problem import Goal
+from .settings import flag
+from .stages import Samples
+
+_ARGUMENTS = ("model", "remove", "distill")  # what no option of its own says, or another
+_SOURCES = ("model", "calibration", "evaluation")
+
+
+def public_name(source: str) -> str:
+    """A hub id as it is; the last part of a path, since a folder is nobody's business."""
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+    return source if is_hub_id else Path(source).name
+
+
+def describe_samples(samples: Samples) -> dict[str, str]:
+    """How much text each set has, by heading."""
+    described = {}
+    for name in ("calibration", "selection", "evaluation"):
+        own = getattr(samples, name)
+        described[f"{name} text"] = f"{len(own):,} samples, {sum(map(len, own)):,} tokens"
+    return described
+
+
+def command_options(settings: Mapping[str, Any]) -> str:
+    """The options that differ from the defaults, as they are typed."""
+    defaults = {found.name: found.default for found in fields(CompressConfig)}
+    words = []
+    for name, value in settings.items():
+        if name in _ARGUMENTS or value == defaults.get(name) or value in (None, False, [], ()):
+            continue
+        if value is True:
+            words.append(flag(name))
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        words.append(f"{flag(name)} {shlex.quote(text)}")
+    return " ".join(words)
+
+
+def goal_text(goal: Goal) -> str:
+    """A goal as --remove takes it."""
+    if isinstance(goal, dict):
+        return ",".join(f"{kind}={number}" for kind, number in goal.items())
+    return f"{100 * goal:g}%" if isinstance(goal, float) else str(goal)
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say something, without the folders of models and data. Lists, not tuples, as YAML has them."""
+    shown = {}
+    for name, value in json.loads(json.dumps(settings)).items():
+        if value not in (None, [], "", {}):
+            shown[name] = public_name(value) if name in _SOURCES else value
+    return shown

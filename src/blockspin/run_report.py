@@ -1,0 +1,172 @@
+"""The page of a run of `compress`: what was removed, what it costs and saves, and how it was chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+
+from . import page
+from .config import CompressConfig
+from .evaluation.perplexity import Evaluation, results_table
+from .files import replacing
+from .run_origin import command_options, goal_text, public_name, public_settings
+from .selection.result import Selection
+from .surgery.provenance import read_record
+from .tables import ranges, short
+
+BLUE, MUTE, LINE = "#0072B2", "#B4BCC6", "#E3E6EA"
+FAR = 2.0  # times the objective of the chosen one; what is above that is not shown
+OBJECTIVES = {"kl": "KL divergence from the original (nats a token)", "loss": "loss (nats a token)"}
+
+
+def write_run_report(folder: Path) -> Path:
+    """Make report.html of a finished run. Returns its path.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    results = folder / "evaluation.json"
+    if not results.is_file():
+        raise ValueError(f"{folder} holds no finished run; run blockspin compress again to continue it")
+    rows = list(map(Evaluation.from_json, json.loads(results.read_text())))
+    config = CompressConfig(**CompressConfig.read(folder / "run.yaml"))
+    selection = Selection.load(folder / "candidates.json")
+    record = read_record(folder / "checkpoint") or {}
+
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(report_page(config, rows, selection, record.get("about", {})), encoding="utf-8")
+    return folder / "report.html"
+
+
+def report_page(config: CompressConfig, rows: Sequence[Evaluation], selection: Selection, about: dict[str, str]) -> str:
+    """The HTML page. about: machine, date and data, by heading."""
+    original, chosen = rows[0], chosen_row(rows)
+    model, depth = public_name(config.model), original.num_blocks
+    date = f" · {about['date']}" if "date" in about else ""
+
+    strips = []
+    for row in rows[1:]:
+        strips.append((row.name, page.block_strip(row.removed, depth), row == chosen))
+    parts = [
+        page.header(f"blockspin compress · {model}{date}", *headline(original, chosen, model, selection)),
+        page.tiles(numbers_of(original, chosen)),
+        page.figure(
+            choice_figure(selection),
+            "choice",
+            "Every point is a removal that was measured on the samples of the choice, with one standard error; the "
+            "filled one was chosen. Pale ones left early; those twice as far from the original are not shown.",
+            narrow=choice_figure(selection, narrow=True),
+        ),
+        page.section(
+            "What it costs and saves",
+            [
+                page.html_table(results_table(rows), [rows.index(chosen)]),
+                page.paragraph("Measured on text that nothing was chosen on; ± is one standard error."),
+            ],
+            shown=True,
+        ),
+        page.section("Which blocks are gone", [page.block_map(strips)], "block 0 is at the left", shown=True),
+        page.section("The best removals that were measured", [page.html_table(selection.table())]),
+        _origin(config, about),
+    ]
+    return page.page(f"blockspin: {model}", parts)
+
+
+def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
+    """The model that a run is about: the trained one, else the one that was chosen."""
+    return next((row for row in rows if row.name == "distilled"), None) or next(
+        row for row in rows if row.name.startswith("chosen")
+    )
+
+
+def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection) -> tuple[str, str]:
+    """What was found in a sentence, and how it was chosen in another."""
+    rise, spread = _rise(chosen, original)
+    faster = chosen.tokens_per_second / original.tokens_per_second
+    first = (
+        f"Without {len(chosen.removed)} of its {original.num_blocks} blocks, {model} keeps "
+        f"{chosen.num_parameters / original.num_parameters:.0%} of its parameters and runs {faster:.2f} times as fast; "
+        f"its perplexity {'rises' if rise >= 0 else 'falls'} by {abs(rise):.1f}%{spread}."
+    )
+    second = (
+        f"The blocks were chosen among {len(selection.trials)} removals that were measured, at the cost of "
+        f"{selection.passes:.0f} forward passes over the samples of the choice."
+    )
+    return first, second
+
+
+def numbers_of(original: Evaluation, chosen: Evaluation) -> list[tuple[str, str]]:
+    """What was removed, what it costs, what it saves."""
+    rise, spread = _rise(chosen, original)
+    saved = 1 - chosen.num_bytes / original.num_bytes
+    return [
+        (f"{len(chosen.removed)} blocks", f"removed: {ranges(chosen.removed)}"),
+        (f"{rise:+.1f}%{spread}", f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}"),
+        (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(chosen.num_bytes, 'B')}"),
+        (f"{chosen.tokens_per_second / original.tokens_per_second:.2f}x", "tokens a second, reading a text"),
+    ]
+
+
+def _rise(row: Evaluation, original: Evaluation) -> tuple[float, str]:
+    """How much higher the perplexity is, in percent, and the standard error as text."""
+    above, error = row.above(original)
+    ratio = math.exp(above)
+    return 100 * (ratio - 1), "" if error is None else f" ±{100 * ratio * error:.1f}"
+
+
+def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
+    """Energy against the measured objective: what the solver predicted, and what is so."""
+    figure = Figure(figsize=(4.4, 4.2) if narrow else (8.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    most = max(trial.num_samples for trial in selection.trials)
+    groups = (("left the race early", MUTE, False), ("measured on all samples", BLUE, True))
+    for label, colour, to_the_end in groups:
+        shown = []
+        for trial in selection.trials:
+            if trial.energy is not None and (trial.num_samples == most) == to_the_end:
+                shown.append(trial)
+        if not shown:
+            continue
+        axes.errorbar(
+            [trial.energy or 0.0 for trial in shown],
+            [trial.loss for trial in shown],
+            yerr=[trial.standard_error or 0.0 for trial in shown],
+            fmt="o",
+            ms=4.5,
+            mfc="none",
+            color=colour,
+            elinewidth=0.8,
+            label=label,
+        )
+
+    best = selection.trials[0]
+    if best.energy is not None:
+        axes.plot(best.energy, best.loss, "o", color=BLUE, ms=11, label=f"chosen: {ranges(best.removed)}", zorder=4)
+
+    # Removals that are far worse would press the others together.
+    near = [trial for trial in selection.trials if trial.loss <= FAR * best.loss and trial.energy is not None]
+    if best.loss > 0 and len(near) > 1:
+        energies = [trial.energy or 0.0 for trial in near]
+        margin = 0.05 * (max(energies) - min(energies)) or 1.0
+        axes.set_xlim(min(energies) - margin, max(energies) + margin)
+        axes.set_ylim(top=(1 + 0.2 * (FAR - 1)) * max(trial.loss for trial in near), bottom=0.8 * best.loss)
+    axes.set(xlabel="energy: what was predicted", ylabel=OBJECTIVES.get(selection.objective, selection.objective))
+    axes.grid(color=LINE, lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 3, fontsize=9.5, frameon=False)
+    return figure
+
+
+def _origin(config: CompressConfig, about: dict[str, str]) -> str:
+    """Where the numbers come from: machine, data, settings, command."""
+    settings = public_settings(asdict(config))
+    goal, options = goal_text(config.remove), command_options(settings)
+    command = f"blockspin compress {settings['model']} --remove {goal} {options} --out DIR"
+    parts = [page.facts(about), page.code(command), page.code(yaml.safe_dump(settings, sort_keys=False))]
+    return page.section("How this was made", parts, "machine, data, settings, command")

@@ -1,0 +1,103 @@
+"""The model card of a shortened checkpoint: what it is, how it was made, and under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..files import replacing
+from ..tables import Table, ranges
+
+CARD = "README.md"
+_LICENCE = ("license", "license_name", "license_link", "language")  # what holds for the smaller model too
+_RESULTS = "## Quality"
+
+
+def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, source_card: Path) -> None:
+    """Write README.md into a checkpoint. What the original's card claims is not taken over, only its licence.
+
+    record: what blockspin.json says. num_parameters: of the smaller model. source_card: that of the model it was made
+    from, which may not be there.
+    """
+    original = record.get("original", record)
+    removed, kept = original["removed"], original["kept"]
+    name, hub_id = _names(original["source"])
+    latest, _ = _names(record["source"])
+    depth = len(removed) + len(kept)
+
+    metadata = _licence_of(source_card)
+    if hub_id is not None:
+        metadata["base_model"] = hub_id
+    data = ModelCardData(library_name="transformers", tags=["blockspin", "pruned"], **metadata)
+
+    blocks = ranges(record["removed"])
+    parts = [
+        f"# {name} without {len(removed)} of its {depth} blocks",
+        f"This is {name} without the transformer blocks {ranges(removed)} (counted from 0): {len(kept)} blocks and "
+        f"{num_parameters:,} parameters are left. No weight was changed. It loads like the original.",
+        "## How the blocks were chosen",
+        _how(record),
+        "## How to make it again",
+        f"```bash\nblockspin prune {latest} --blocks {blocks} --out smaller  # {_version(record)}\n```",
+        "## What to expect",
+        "Removing blocks costs quality, and how much depends on the task: measure it on yours. What the original's "
+        "card reports was measured with all blocks and does not hold here; its terms of use and its limits do.",
+    ]
+    text = f"---\n{data}\n---\n\n" + "\n\n".join(parts) + "\n"
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def add_results(folder: Path, table: Table, about: str) -> None:
+    """Put what was measured into the card of a checkpoint, before what to expect; once.
+
+    about: on what it was measured.
+
+    Raises:
+        ValueError: the card cannot be written.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    if _RESULTS in text:
+        return
+    head, heading, tail = text.partition("## What to expect")
+    with replacing(path) as temporary:
+        temporary.write_text(f"{head}{_RESULTS}\n\n{about}\n\n{table.markdown()}\n{heading}{tail}", encoding="utf-8")
+
+
+def _names(source: str) -> tuple[str, str | None]:
+    """What a model is called, without the path of a folder; and its hub id, if it is from there."""
+    is_local = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    return (Path(source).name or source, None) if is_local else (source, source)
+
+
+def _licence_of(card: Path) -> dict[str, Any]:
+    """The licence and languages that a card names; nothing where there is no card or its head is not readable."""
+    if not card.is_file():
+        return {}
+    try:
+        found: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        data: dict[str, Any] = found.to_dict()
+    except Exception:  # people write what they like there, and the parsers raise errors of many kinds
+        return {}
+    return {name: data[name] for name in _LICENCE if data.get(name)}
+
+
+def _how(record: Mapping[str, Any]) -> str:
+    """Who proposed the removal, and what was measured of it."""
+    candidate = record.get("candidate")
+    if not candidate:
+        return "They were named to `blockspin prune`."
+    text = f"By `blockspin compress`, among many removals that were measured ({candidate['source']})"
+    if candidate.get("loss") is not None:
+        objective = {"kl": "KL divergence from the original", "loss": "loss"}[record.get("objective", "kl")]
+        text += f": {objective} {candidate['loss']:.4f} nats a token on the samples of the choice"
+    return text + ". Its energy is a constrained binary optimisation problem (arXiv 2602.00161)."
+
+
+def _version(record: Mapping[str, Any]) -> str:
+    return f"blockspin {record['blockspin']}, transformers {record['transformers']}"

@@ -1,0 +1,58 @@
+"""Model cards, read back as the hub reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import settings
+from huggingface_hub import ModelCard
+
+from blockspin import prune_checkpoint
+from blockspin.pipeline import compress
+from blockspin.surgery.card import write_card
+
+CLAIMS = "---\nlicense: apache-2.0\nlanguage: [en, de]\ndatasets: [some/data]\n---\n# Tiny\nIt scores 99.9 on all.\n"
+
+
+def test_the_licence_is_kept_and_the_claims_are_not(tiny_folder: Path, tmp_path: Path) -> None:
+    (tiny_folder / "README.md").write_text(CLAIMS)
+    (tiny_folder / "LICENSE").write_text("the licence")
+    prune_checkpoint(tiny_folder, [1], tmp_path / "three", progress=False)
+    prune_checkpoint(tmp_path / "three", [1], tmp_path / "two", progress=False)
+    assert (tmp_path / "two" / "LICENSE").read_text() == "the licence"
+
+    card = ModelCard.load(tmp_path / "two" / "README.md")
+    assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", ["en", "de"], None)
+    assert card.data.base_model is None
+    assert "without 2 of its 4 blocks" in card.text
+    assert "blockspin prune three --blocks 1 --out" in card.text
+    for absent in ("99.9", str(tmp_path)):
+        assert absent not in card.content
+
+
+@pytest.mark.parametrize("head", ["", "---\nlicense: [unclosed\n---\n", "---\n- a list\n---\n"])
+def test_cards_without_a_head_say_nothing(tiny_folder: Path, tmp_path: Path, head: str) -> None:
+    (tiny_folder / "README.md").write_text(head + "text")
+    prune_checkpoint(tiny_folder, [0], tmp_path / "three", progress=False)
+    assert ModelCard.load(tmp_path / "three" / "README.md").data.license is None
+
+
+def test_the_base_model_is_one_of_the_hub(tmp_path: Path) -> None:
+    kept = {"removed": [2, 3, 4, 7], "kept": [0, 1, 5, 6]}
+    record = {"source": "someone/model", **kept, "blockspin": "1", "transformers": "5"}
+    write_card(tmp_path, record, 1000, tmp_path / "absent.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "someone/model"
+    assert "someone/model without 4 of its 8 blocks" in card.text
+    assert "2-4,7" in card.text
+
+
+def test_a_run_adds_what_it_measured(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    rows = compress(settings(tiny_folder, text_file), tmp_path / "run")
+    text = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    for row in rows:
+        assert f"{row.perplexity:.2f}" in text
+    assert text.index("## Quality") < text.index("## What to expect")
+    assert "KL divergence" in text
+    assert str(tmp_path) not in text

@@ -1,0 +1,58 @@
+"""The plan of a run, against what the run then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Command, random_samples, settings, tiny_model
+
+from blockspin.comparison.cost import counted
+from blockspin.energies import estimate_energies
+from blockspin.model.tracing import trace_model
+from blockspin.plan import _energy_passes, duration, plan_run
+from blockspin.surgery.checkpoint import checkpoint_bytes
+
+
+@pytest.mark.parametrize("energy", ["secant", "gauss-newton", "fisher", "empirical-fisher"])
+def test_passes_are_those_that_are_counted(energy: str) -> None:
+    model, samples = tiny_model("llama"), random_samples((32,) * 64)
+    tokens = 64 * 32
+    with counted(model, tokens) as tracing:
+        traced = trace_model(model)
+    with counted(model, tokens) as cost:
+        estimate_energies(energy, model, samples, progress=False)
+
+    # To one block: where a pass starts from kept states, handing these on counts as one.
+    one_block = 1 / traced.depth + 0.02
+    assert _energy_passes(energy, traced) == pytest.approx(cost.passes - tracing.passes, abs=one_block)
+
+
+def test_nothing_is_written(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    settings(tiny_folder, text_file).save(tmp_path / "settings.yaml")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ("compress", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "run", "--dry-run")
+    code, printed = command(*arguments)
+    assert code == 0
+    for said in ("energies (secant)", "selection (at most)", "checkpoint", "of memory", "of disk"):
+        assert said in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+    code, printed = command(*arguments, "--remove", "4")
+    assert (code, "remove" in printed) == (2, True)
+
+
+def test_sizes_are_those_of_the_run(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, text_file)
+    plan = plan_run(config)
+    forms = 4 * 4**2 * 24  # energies of 24 samples
+    assert plan.disk_bytes == pytest.approx(checkpoint_bytes(tiny_folder, (0, 1)) + forms, rel=0.02)
+    evaluation = next(step for step in plan.steps if step.stage == "evaluation")
+    assert evaluation.samples == 8
+    assert evaluation.seconds == pytest.approx(evaluation.tokens / plan.tokens_per_second)
+    assert json.loads(json.dumps(plan.as_json()))["steps"][0]["samples"] == 24
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.5, 42, 420, 12_600)] == ["0.5 s", "42 s", "7 min", "3.5 h"]
