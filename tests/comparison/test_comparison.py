@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from conftest import Command, random_samples, save_tiny, tiny_model
 from blockspin import baselines
 from blockspin.comparison.cost import counted
 from blockspin.comparison.figures import spearman
+from blockspin.comparison.methods import Case, Method, methods
 from blockspin.comparison.report import text_rows, write_report
 from blockspin.comparison.results import Comparison, Row, averaged
 from blockspin.comparison.run import compare
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
 from blockspin.energies.gradients import estimate_gradients
+from blockspin.journal import Journal
 from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.solvers.candidates import Candidate
@@ -143,6 +146,38 @@ def test_an_interrupted_comparison_runs_no_finished_method_again(
     ]
     monkeypatch.setattr("blockspin.comparison.run.load_model", lambda *a, **k: pytest.fail("loaded the model again"))
     assert compare(config, GOALS, tmp_path / "out").rows == resumed.rows
+
+
+def test_costs_outlive_kills(config: CompressConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in the middle of an estimate, whose two parts add up, and one after the statistics were read."""
+    few = [method for method in methods(config) if method.name in ("CBO:0", "block influence", "SLEB")]
+    monkeypatch.setattr("blockspin.comparison.run.methods", lambda config: few)
+    monkeypatch.setattr("blockspin.comparison.run.LANDSCAPE_DRAWS", 2)
+    unbroken = compare(config, {"1": 1}, tmp_path / "unbroken").costs
+
+    monkeypatch.setattr("blockspin.comparison.cost.KEEP_SECONDS", 0.0)
+    append = Journal.append
+
+    def killed(journal: Journal, entry: Mapping[str, Any]) -> None:
+        append(journal, entry)
+        raise KeyboardInterrupt
+
+    def killed_at_once(case: Case) -> Candidate:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, {"1": 1}, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("blockspin.comparison.run.methods", lambda _: [*few[:-1], Method("SLEB", killed_at_once)])
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, {"1": 1}, tmp_path / "out")
+
+    costs = compare(config, {"1": 1}, tmp_path / "out").costs
+    assert set(costs) == set(unbroken)
+    for name, cost in unbroken.items():
+        assert cost.passes * 0.999 <= costs[name].passes <= cost.passes * 1.5 + 1, name
 
 
 def test_the_tables_hold_every_row(finished: Path) -> None:
