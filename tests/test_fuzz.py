@@ -152,7 +152,9 @@ def fuzz_header(data: st.DataObject, models: dict[str, Path], tried: Callable[..
 def fuzz_dataset(data: st.DataObject, models: dict[str, Path], tried: Callable[..., bool], folder: Path) -> None:
     conversation = {"messages": [{"role": "user", "content": "a few words"}, {"role": "assistant", "content": "learn"}]}
     rows = data.draw(st.sampled_from([[{"text": "words to learn from"}] * 4, [conversation] * 4]))
-    content = "".join(json.dumps(row) + "\n" for row in mutated(rows, data) or []).encode()
+    changed = mutated(rows, data)
+    lines = [json.dumps(row) + "\n" for row in (changed if isinstance(changed, list) else [changed])]
+    content = "".join(lines).encode()
     if data.draw(st.integers(0, 4)) == 0:
         content = content[: data.draw(st.integers(0, len(content)))]
     (folder / "data.jsonl").write_bytes(content)

@@ -210,3 +210,18 @@ def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(
         assert "".join(text_pieces(tmp_path / "a.txt")) == text
         windows = load(tmp_path / "a.txt", tokenizer, max_length=len(whole) + 1)
         assert windows == [whole]
+
+
+def test_no_long_piece_of_a_text_is_tokenised_at_once(tmp_path: Path) -> None:
+    """Tokenizers need a thousand bytes of memory for each character that they are given."""
+    given: list[int] = []
+
+    def tokenizer(text: str, **options: object) -> dict[str, list[int]]:
+        given.append(len(text))
+        return {"input_ids": [1] * len(text)}
+
+    text = "some words in a line\n" * 50_000 + "one line without an end " * 20_000
+    (tmp_path / "a.txt").write_text(text)
+    samples = load_calibration(tmp_path / "a.txt", tokenizer, max_length=len(text), progress=False)
+    assert [len(sample) for sample in samples] == [len(text)]
+    assert (sum(given), max(given) < 200_000) == (len(text), True)

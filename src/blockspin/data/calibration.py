@@ -173,7 +173,7 @@ def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any,
     for piece in text_pieces(path):
         encoded = tokenizer(piece, add_special_tokens=False, verbose=False)  # verbose=False: no warning on length
         ids.extend(encoded["input_ids"])
-    return np.array(ids, dtype=np.int32)
+    return np.asarray(ids, dtype=np.int32)  # the same memory
 
 
 def _windows(ids: np.ndarray[Any, np.dtype[np.int32]], max_length: int, seed: int) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from ..progress import console
 OPTIONS = "--calibration, --evaluation or --data"  # which name a dataset
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}  # ending -> what opens the file
-_PIECE = 2**20  # characters of a text that are read at once
+_PIECE = 2**16  # characters of a text that are read at once: tokenizers need a thousand bytes for each
 _BREAK = re.compile(r"(?<=\S)\n(?=\S)")  # after it, tokenizers never join what comes before and after
 
 
@@ -56,7 +56,7 @@ def open_rows(source: str | Path, split: str) -> Sequence[dict[str, Any]]:
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """A text file, .txt, .txt.gz or .txt.xz, in pieces of about a million characters that end where a line does.
+    """A text file, .txt, .txt.gz or .txt.xz, in pieces of some ten thousand characters that end where a line does.
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
