@@ -11,7 +11,7 @@ from .problem import Goal
 from .settings import SettingError, Settings, setting
 
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
-ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
+ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")
@@ -149,7 +149,7 @@ class EnergySettings(BatchSettings):
 
     panel: ClassVar[str] = "Energy"
 
-    energy: str = setting(f"What predicts the loss: {', '.join(ENERGY_NAMES)}.", "secant", choices=ENERGY_NAMES)
+    energy: str = setting(f"What predicts the loss: {', '.join(ENERGY_NAMES)}.", "fitted", choices=ENERGY_NAMES)
     energy_samples: int | None = setting(
         f"Calibration samples for the energy (default: {GRADIENT_SAMPLES} for gradients: fisher, empirical-fisher; "
         f"{REMOVAL_SAMPLES} for the others, which measure shortened models).",

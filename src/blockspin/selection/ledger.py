@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
 
 _MEASURES = {"kl": kl, "loss": loss}
+_TINY = 1e-30  # KL divergences are not taken to be smaller, so that they have logarithms
 
 
 class Ledger:
@@ -35,6 +36,7 @@ class Ledger:
     values: removal -> (number of samples it was measured on,) objective on each of the first samples.
     weights: (num_samples,) what each sample counts in a mean: its predicted tokens. A function has one value, and so
         one weight.
+    logarithmic: whether changes are those of the logarithm: of KL divergences, which are positive and spread widely.
     passes: forward passes of the whole model over all samples that would cost as much as what was measured, whether
         it was measured now or is remembered.
     on_progress: is given `passes` whenever something was measured.
@@ -55,6 +57,7 @@ class Ledger:
             raise ValueError(f"objective {objective!r}: must be kl, loss or a function of a model (--objective)")
         self.values: dict[Removal, Floats] = {}
         self.weights = np.array([1.0] if callable(objective) else [len(sample) - 1.0 for sample in samples])
+        self.logarithmic = objective == "kl"
         self.passes = 0.0
         self.on_progress: Callable[[float], None] | None = None
 
@@ -103,6 +106,18 @@ class Ledger:
         """(mean, standard error) of objective minus that of a reference, on the samples both have; inf with one."""
         number = min(len(self.values[removed]), len(self.values[reference]))
         return self._mean_and_error(self.values[removed][:number] - self.values[reference][:number])
+
+    def change(self, removed: Removal, reference: Removal) -> tuple[float, float]:
+        """(change, standard error) from a reference to a removal, on the samples both have; inf with one.
+
+        The difference of the objectives; of the KL divergences that of the logarithms of their means.
+        """
+        if not self.logarithmic:
+            return self.difference(removed, reference)
+        number = min(len(self.values[removed]), len(self.values[reference]))
+        ours, theirs = (max(self.mean(blocks, number), _TINY) for blocks in (removed, reference))
+        shares = self.values[removed][:number] / ours - self.values[reference][:number] / theirs
+        return math.log(ours / theirs), self._mean_and_error(shares)[1]
 
     def standard_error(self, removed: Removal) -> float:
         """The standard error of `mean`, from the scatter between samples."""

@@ -1,0 +1,168 @@
+"""Energies fitted to removals of many blocks, on a logarithmic scale: they hold at the depths where they are used.
+
+What a removal of many blocks costs is far from the sum of what single blocks cost, and far from what gradients at the
+whole model say. Its logarithm is close to a quadratic form. Removals are measured on one sample each, at first random
+ones that spare the blocks without which the model breaks, then the lowest of the form that fits what is known so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..journal import Journal
+from ..model import fingerprint
+from ..model.tracing import TracedModel, trace_model
+from ..problem import Block, Floats, Goal, check_goal
+from ..progress import bar
+from .design import affordable, lowest_removals, problems_for, random_removals
+from .energies import Energies
+from .measurements import SINGLES_SAMPLES, Measurements, logarithms
+from .quadratic import QuadraticFit, fit_quadratic
+
+PASSES_PER_BLOCK = 24  # forward passes over one sample, for each block of the model and one for the whole
+LEAST_TURN = 16  # passes of a turn at least: what a sample costs before anything is removed is then a small part
+
+
+@dataclass(frozen=True)
+class Fitted(Energies):
+    """Removals that were measured, and the quadratic form that fits the logarithms of their KL divergences.
+
+    removed: (K, N), one row of zeros and ones for each measurement. sample: (K,), the sample it was made on.
+    divergence: (K,), KL divergence from the whole model, nats a token. singles: (N,), the same without each block.
+    ratio: that of `fit_quadratic`, where it is known already; not kept in the file.
+    """
+
+    shapes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "removed": ("samples", "blocks"),
+        "sample": ("samples",),
+        "divergence": ("samples",),
+        "singles": ("blocks",),
+    }
+
+    removed: NDArray[np.uint8]
+    sample: NDArray[np.uint32]
+    divergence: Floats
+    singles: Floats
+    blocks: tuple[Block, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+    ratio: float | None = None
+
+    @property
+    def hessian(self) -> Floats:
+        """(N, N): x^T hessian x orders removals as their expected log KL does, whatever their sizes.
+
+        The fit's columns are a constant for each sample, the sum of the logarithms of the single removals, the number
+        of blocks and its square. Except for the constants, all are quadratic forms, and so is their sum.
+        """
+        of_singles, of_number, of_square = self._fit.coefficients[-3:]
+        n = len(self.blocks)
+        linear = of_singles * logarithms(self.singles) + of_number / n  # (N,), the diagonal, as x_i^2 = x_i
+        return np.asarray(self._fit.matrix + np.diag(linear) + of_square / n**2)
+
+    def resampled(self, generator: np.random.Generator) -> Fitted:
+        """As many measurements, drawn with replacement: one bootstrap replicate."""
+        rows = generator.integers(0, len(self.sample), len(self.sample))
+        return replace(
+            self,
+            removed=self.removed[rows],
+            sample=self.sample[rows],
+            divergence=self.divergence[rows],
+            ratio=self._fit.ratio,
+        )
+
+    @cached_property
+    def _fit(self) -> QuadraticFit:
+        samples = self.sample[:, None] == np.unique(self.sample)  # (K, number of samples)
+        singles = self.removed @ logarithms(self.singles)  # (K,)
+        share = self.removed.mean(axis=1)  # (K,), of the blocks
+        basis = np.column_stack([samples, singles, share, share**2]).astype(np.float64)
+
+        removed, values = self.removed.astype(np.bool_), logarithms(self.divergence)
+        return fit_quadratic(removed, values, basis, blocks=self.blocks, ratio=self.ratio)
+
+
+def fit_removals(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    goal: Goal | None = None,
+    protect: Iterable[int] = (),
+    passes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    partial: str | Path | None = None,
+    metadata: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Fitted:
+    """Measure removals of many blocks and fit a quadratic form to log KL: Q with the energy x^T Q x.
+
+    First each single block is removed, on two samples. Then every sample has two turns, so that what is special about
+    it cancels. In the first ones random removals are measured, in the second ones the lowest states of the form that
+    fits all measurements so far, and of one fitted to a bootstrap replicate of them, which explores what is uncertain.
+
+    samples: as many of them are used as have turns of `LEAST_TURN` passes at least.
+    goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
+        blocks. Protected blocks are in none of them.
+    passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
+    batch_size: of the single removals; the others are measured on one sample at a time.
+    partial: a file that keeps what was measured, so that the same call continues it.
+
+    Raises:
+        ValueError: unusable samples, model or number of passes, a goal that no removal meets, a divergence that is NaN
+            or infinite, or a partial file of something else.
+    """
+    traced, protect = trace_model(model), tuple(protect)
+    if goal is not None:
+        check_goal(traced.blocks, goal, protect)
+
+    budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
+    used = _affordable_samples(samples, budget, traced.depth)
+
+    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect)
+    known = Measurements(traced, used, Journal(partial, identity), batch_size)
+    problems = problems_for(traced.blocks, known.singles, goal, protect)
+    generator = np.random.default_rng(seed)
+    turns = 2 * len(used)
+
+    with bar(progress) as display:
+        task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
+        for turn in range(turns):
+            if turn < len(used):
+                wanted = random_removals(problems, known.singles, generator)
+            else:
+                best = _energies(known, traced)
+                forms = [best.hessian, best.resampled(generator).hessian]
+                wanted = lowest_removals(problems, forms, known, generator)
+
+            # What a turn spends too much or too little, the others share.
+            share = (budget - known.passes) / (turns - turn)
+            known.add(affordable(traced, wanted, share), turn % len(used))
+            display.update(task, completed=round(known.passes))
+    return replace(_energies(known, traced), metadata=metadata or {})
+
+
+def _energies(known: Measurements, traced: TracedModel) -> Fitted:
+    """What fits everything measured so far."""
+    return Fitted(*known.arrays(), known.singles, traced.blocks)
+
+
+def _affordable_samples(samples: Sequence[Tensor], passes: float, depth: int) -> Sequence[Tensor]:
+    """As many of the samples as can have two turns of `LEAST_TURN` passes each after the single removals.
+
+    Raises:
+        ValueError: not even one can.
+    """
+    for_singles = SINGLES_SAMPLES * (depth + 1)
+    most = int((passes - for_singles) / (2 * LEAST_TURN))
+    if most < 1 or not samples:
+        least = for_singles + 2 * LEAST_TURN
+        raise ValueError(f"passes={passes:g}, {len(samples)} samples: give at least {least} passes and one sample")
+    return samples[:most]
