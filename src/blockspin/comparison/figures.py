@@ -173,6 +173,8 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
     """
     shown = [row for row in averaged(rows) if row.method != ORIGINAL]
     original = next(row for row in rows if row.method == ORIGINAL)
+    if len({row.goal for row in shown}) == 1:
+        return ranking_figure(shown, original, objective, narrow=narrow)
     coloured = named_in_figure(shown, original, objective)
 
     figure = Figure(figsize=(4.4, 4.7) if narrow else (8.4, 4.5), layout="constrained")
@@ -223,6 +225,34 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
         fontsize=9.5,
         frameon=False,
     )
+    return figure
+
+
+def ranking_figure(shown: Sequence[Row], original: Row, objective: str, *, narrow: bool = False) -> Figure:
+    """Of a single goal: the methods one below the other, the lowest objective first, with standard errors."""
+    ranked = sorted(shown, key=lambda row: measured(row, original, objective)[0])
+    figure = Figure(figsize=(4.4 if narrow else 8.4, 0.26 * len(ranked) + 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    for line, row in enumerate(ranked):
+        value, error = measured(row, original, objective)
+        value, ours = max(value, LEAST_LOSS), is_ours(row.method)
+        below = min(error or 0.0, 0.9 * value)  # the axis is logarithmic
+        axes.errorbar(
+            value,
+            line,
+            xerr=np.array([[below], [error or 0.0]]),
+            fmt="o",
+            color=BLUE if ours else MUTE,
+            ms=8 if ours else 5,
+            capsize=3,
+        )
+
+    axes.set(xscale="log", xlabel=OBJECTIVES[objective], yticks=range(len(ranked)))
+    axes.set_yticklabels([row.method for row in ranked], fontsize=9)
+    axes.invert_yaxis()
+    _label_one_two_five(axes.xaxis)
+    axes.grid(color=LINE, lw=0.8, axis="x")
+    axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 

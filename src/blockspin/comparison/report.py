@@ -255,7 +255,7 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
     name = {"kl": "KL divergence from the original", "loss": "loss"}[objective]
     place = ranked.index(ours) + 1
     value, spread = measured(ours, original, objective)
-    best = ranked[0] if place > 1 else ranked[1] if len(ranked) > 1 else ours
+    best = next((row for row in ranked if not ours.removed or row.removed != ours.removed), ours)
     other, other_spread = measured(best, original, objective)
     told = f"{value:.4f}{_plus_minus(spread)}", f"{other:.4f}{_plus_minus(other_spread)}"
     second = (
