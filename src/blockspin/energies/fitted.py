@@ -1,0 +1,238 @@
+"""Energies fitted to removals of many blocks, on a logarithmic scale: they hold at the depths where they are used.
+
+What a removal of many blocks costs is far from the sum of what single blocks cost, and far from what gradients at the
+whole model say. Its logarithm is close to a quadratic form. Removals are measured on one sample each, at first random
+ones that spare the blocks without which the model breaks, then the lowest of the form that fits what is known so far.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..journal import Journal
+from ..model.passes import num_passes
+from ..model.quality import kl, measured
+from ..model.tracing import TracedModel, trace_model
+from ..problem import Block, Floats, Removal, RemovalProblem
+from ..progress import bar
+from ..solvers import solve
+from ..solvers.candidates import fill
+from .energies import Energies
+from .gradients import fingerprint
+from .quadratic import QuadraticFit, fit_quadratic
+
+PASSES_PER_BLOCK = 24  # forward passes over one sample, for each block of the model
+SAMPLES = 16  # so many samples are used, each in several turns, so that what is special about them cancels
+SINGLES_SAMPLES = 2  # on which every single block is removed first
+TURNS_PER_SAMPLE = 2  # in the first the removals are random, in the others they are the lowest so far
+SIZES = (1, 2, 3, 4)  # eighths of the blocks that are removed, where no goal is given
+LOWEST = 20  # low states among which the next removals are chosen
+BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
+FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
+
+
+@dataclass(frozen=True)
+class Fitted(Energies):
+    """Removals that were measured, and the quadratic form that fits the logarithms of their KL divergences.
+
+    removed: (K, N) bool, one row for each measurement.
+    sample: (K,) int64, the sample on which it was measured.
+    divergence: (K,) float64, KL divergence from the whole model, nats a token.
+    singles: (N,) float64, the KL divergence without each block.
+    ratio: (1,) float64, of signal to noise, where it is known already; else empty.
+    """
+
+    removed: NDArray[np.bool_]
+    sample: NDArray[np.int64]
+    divergence: Floats
+    singles: Floats
+    blocks: tuple[Block, ...]
+    ratio: Floats = field(default_factory=lambda: np.zeros(0))
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hessian(self) -> Floats:
+        """(N, N): x^T hessian x orders removals as their expected log KL does, whatever their sizes.
+
+        The fit's columns are a constant for each sample, the sum of the logarithms of the single removals, the number
+        of blocks and its square. Except for the constants, all are quadratic forms, and so is their sum.
+        """
+        n = len(self.blocks)
+        of_singles, of_number, of_square = self._fit.coefficients[-3:]
+        prior = np.diag(of_singles * _logarithms(self.singles) + of_number / n) + of_square / n**2
+        return np.asarray(self._fit.matrix + prior)
+
+    def resampled(self, generator: np.random.Generator) -> Fitted:
+        """As many measurements, drawn with replacement: one bootstrap replicate."""
+        rows = generator.integers(0, len(self.sample), len(self.sample))
+        drawn = {name: getattr(self, name)[rows] for name in ("removed", "sample", "divergence")}
+        return replace(self, ratio=np.array([self._fit.ratio]), **drawn)
+
+    @cached_property
+    def _fit(self) -> QuadraticFit:
+        samples = self.sample[:, None] == np.unique(self.sample)  # (K, number of samples)
+        share = self.removed.mean(axis=1)  # (K,) of the blocks
+        prior = self.removed @ _logarithms(self.singles)
+        basis = np.column_stack([samples, prior, share, share**2]).astype(np.float64)
+        ratio = float(self.ratio[0]) if len(self.ratio) else None
+        return fit_quadratic(self.removed, _logarithms(self.divergence), basis, blocks=self.blocks, ratio=ratio)
+
+
+def fit_removals(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    goal: RemovalProblem | None = None,
+    passes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    partial: str | Path | None = None,
+    metadata: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Fitted:
+    """Measure removals of many blocks and fit a quadratic form to log KL: Q with the energy x^T Q x.
+
+    First each single block is removed, on two samples. Then the samples take turns. In the first half of the turns
+    random removals are measured, in the second half the lowest states of the form fitted to all measurements, and of
+    one fitted to a bootstrap replicate of them, which explores what is uncertain.
+
+    goal: the form is made for removals that meet it (its energy does not matter); by default for those of an eighth to
+        a half of the blocks.
+    passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
+    samples: the first `SAMPLES` of them are used.
+    partial: a file that keeps what was measured, so that the same call continues it.
+
+    Raises:
+        ValueError: unusable samples, model or number of passes, a loss that is NaN or infinite, or a partial file of
+            something else.
+    """
+    traced = trace_model(model)
+    used = list(samples[:SAMPLES])
+    budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
+    least = 2 * (SINGLES_SAMPLES * traced.depth + TURNS_PER_SAMPLE * len(used))
+    if budget < least:
+        raise ValueError(f"passes={budget:g}: must be at least {least}, with {len(used)} samples; use fewer samples")
+
+    journal = Journal(partial, fingerprint(model, used, "fitted", str(budget), str(seed), repr(goal)))
+    known = _Measurements(traced, used, journal)
+    generator = np.random.default_rng(seed)
+    goals = [goal] if goal is not None else _goals_of_many_sizes(traced.depth)
+    turns = TURNS_PER_SAMPLE * len(used)
+    with bar(progress) as display:
+        task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
+        for turn in range(turns):
+            if turn < turns // 2:
+                wanted = _random_removals(goals, known.singles, generator)
+            else:
+                wanted = _lowest_removals(goals, known, generator)
+            share = (budget - known.passes) / (turns - turn)
+            known.measure(_affordable(traced, wanted, share), turn % len(used))
+            display.update(task, completed=round(known.passes))
+    return replace(known.energies(), metadata=metadata or {})
+
+
+class _Measurements:
+    """What has been measured, and what it has cost, in passes of the whole model over one sample."""
+
+    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal) -> None:
+        self.passes = 0.0
+        self._traced, self._samples, self._journal = traced, samples, journal
+        self._rows: list[tuple[Removal, int, float]] = []
+        self._finished = {(entry["sample"], tuple(entry["removed"])): entry["kl"] for entry in journal.entries()}
+
+        first = range(min(SINGLES_SAMPLES, len(samples)))
+        each = [(block,) for block in range(traced.depth)]
+        self.singles = np.mean([self._divergences(each, sample) for sample in first], axis=0)  # (N,)
+
+    def measure(self, removals: Sequence[Removal], sample: int) -> None:
+        """Add the KL divergences of these removals on one sample."""
+        divergences = self._divergences(removals, sample)
+        self._rows += [(removed, sample, value) for removed, value in zip(removals, divergences, strict=True)]
+
+    def energies(self) -> Fitted:
+        """The form that fits all measurements."""
+        removed = np.zeros((len(self._rows), self._traced.depth), dtype=np.bool_)
+        for row, (blocks, _, _) in zip(removed, self._rows, strict=True):
+            row[list(blocks)] = True
+        sample = np.array([sample for _, sample, _ in self._rows])
+        divergence = np.array([value for _, _, value in self._rows])
+        return Fitted(removed, sample, divergence, self.singles, self._traced.blocks)
+
+    def times_measured(self) -> Counter[Removal]:
+        """On how many samples each removal was measured."""
+        return Counter(removed for removed, _, _ in self._rows)
+
+    def _divergences(self, removals: Sequence[Removal], sample: int) -> list[float]:
+        """KL without the blocks of each removal, measured where the journal does not have it."""
+        missing = [removed for removed in removals if (sample, removed) not in self._finished]
+        if missing:
+            values = measured(self._traced, missing, [self._samples[sample]], kl, batch_size=1)[:, 0, 0]
+            for removed, value in zip(missing, values.tolist(), strict=True):
+                self._finished[sample, removed] = value
+                self._journal.append({"sample": sample, "removed": removed, "kl": value})
+        self.passes += num_passes(self._traced, [(), *removals])
+        return [self._finished[sample, removed] for removed in removals]
+
+
+def _goals_of_many_sizes(num_blocks: int) -> list[RemovalProblem]:
+    """Removals of every number of blocks from an eighth to a half of them; the energy is of no account."""
+    least, most = max(1, round(num_blocks / 8)), max(1, num_blocks // 2)
+    return [RemovalProblem(np.zeros((num_blocks, num_blocks)), remove=size) for size in range(least, most + 1)]
+
+
+def _random_removals(
+    goals: Sequence[RemovalProblem], singles: Floats, generator: np.random.Generator
+) -> Iterator[Removal]:
+    """Removals that meet one of the goals, drawn without end; blocks of small single KL go with a larger chance.
+
+    The chance that a block is the next to go is proportional to its single KL to the power of minus the bias (the
+    Gumbel-max trick).
+    """
+    costs = _logarithms(singles)
+    while True:
+        goal = goals[generator.integers(len(goals))]
+        bias = BIASES[generator.integers(len(BIASES))]
+        order = np.argsort(bias * costs - generator.gumbel(size=len(costs)))
+        yield fill(goal, order.tolist())
+
+
+def _lowest_removals(
+    goals: Sequence[RemovalProblem], known: _Measurements, generator: np.random.Generator
+) -> Iterator[Removal]:
+    """Low states for each goal in turn, least measured first, of the form that fits and of a bootstrap replicate."""
+    energies = known.energies()
+    forms = [energies.hessian, energies.resampled(generator).hessian]
+    times = known.times_measured()
+    low: dict[tuple[int, int], list[Removal]] = {}  # the low states for each goal and form
+    while True:
+        place = int(generator.integers(len(goals)))
+        for k, form in enumerate(forms):
+            if (place, k) not in low:
+                states = solve(goals[place].with_energy(form), states=LOWEST, solver="tabu").states
+                low[place, k] = [state.removed for state in states]
+            removed = min(low[place, k], key=lambda removed: times[removed])  # the lowest of those measured least
+            times[removed] += 1
+            yield removed
+
+
+def _affordable(traced: TracedModel, wanted: Iterator[Removal], passes: float) -> list[Removal]:
+    """The first of the wanted removals, each once, that can be measured on one sample in so many passes."""
+    taken: dict[Removal, None] = {}
+    for _ in range(int(2 * passes) + 1):
+        taken[next(wanted)] = None
+        if num_passes(traced, [(), *taken]) > passes:
+            break
+    return list(taken)
+
+
+def _logarithms(divergences: Floats) -> Floats:
+    """Natural logarithms; of what is zero or nearly so, that of a small share of the largest."""
+    return np.log(np.maximum(divergences, FLOOR * divergences.max()))

@@ -1,0 +1,207 @@
+"""Energies fitted to measured removals: the fit against planted forms and the textbook formula, the measuring against
+models built without the blocks, goals, files, resuming and errors."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import VOCABULARY, random_samples, tiny_model
+from numpy.typing import NDArray
+
+from blockspin.energies import Energies
+from blockspin.energies import fitted as fitted_module
+from blockspin.energies.fitted import SINGLES_SAMPLES, Fitted, fit_removals
+from blockspin.energies.quadratic import RATIOS, fit_quadratic, resemblance
+from blockspin.model.passes import passes_of_walk
+from blockspin.problem import Block, RemovalProblem
+from blockspin.solvers import solve
+from blockspin.surgery.memory import remove_blocks
+
+SAMPLES = random_samples((9, 5, 12, 7))
+PASSES = 60.0
+
+
+def six_blocks() -> tf.PreTrainedModel:
+    """A random Llama of six blocks that do something."""
+    torch.manual_seed(3)
+    config = tf.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
+    model = tf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(4.0)
+    return model
+
+
+def every_removal(num_blocks: int, sizes: range) -> NDArray[np.bool_]:
+    """(number of removals, num_blocks): all removals of some sizes."""
+    rows = [np.isin(range(num_blocks), blocks) for size in sizes for blocks in combinations(range(num_blocks), size)]
+    return np.array(rows)
+
+
+def planted_form(num_blocks: int, seed: int = 0) -> NDArray[np.float64]:
+    form = np.random.default_rng(seed).normal(size=(num_blocks, num_blocks))
+    return form + form.T
+
+
+def values_of(form: NDArray[np.float64], removed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.array([form[np.ix_(row, row)].sum() for row in removed])
+
+
+def divergence(model: tf.PreTrainedModel, removed: tuple[int, ...], sample: torch.Tensor) -> float:
+    """KL from the whole model of a model built without some blocks: token mean on one sample."""
+    smaller = remove_blocks(model, removed)
+    with torch.no_grad():
+        p, q = (m(sample[None], use_cache=False).logits[0, :-1].log_softmax(-1) for m in (model, smaller))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_planted_form_is_recovered() -> None:
+    removed = every_removal(7, range(1, 5))
+    form = planted_form(7)
+    found = fit_quadratic(removed, 3 + values_of(form, removed), np.ones((len(removed), 1)), ratio=1e9)
+    np.testing.assert_allclose(found.matrix, form, atol=1e-3)
+    assert found.coefficients == pytest.approx([3], abs=1e-3)
+
+
+def test_the_fit_is_the_mean_of_the_gaussian_process() -> None:
+    """Against the formula with the basis as further random coefficients of very large variance."""
+    generator = np.random.default_rng(0)
+    removed, unseen = generator.random((2, 25, 8)) < 0.4
+    values, noise = generator.normal(size=25), generator.uniform(0.5, 2, 25)
+    basis = np.column_stack([np.ones(25), removed.sum(axis=1)])
+    found = fit_quadratic(removed, values, basis, noise=noise, ratio=3.0)
+
+    def kernel(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
+        n = a.astype(float) @ resemblance(8) @ b.astype(float).T
+        return n * (n + 1) / 2
+
+    scale = 3.0 / kernel(removed, removed).diagonal().mean()
+    covariance = scale * kernel(removed, removed) + 1e6 * basis @ basis.T + np.diag(noise / noise.mean())
+    others = np.column_stack([np.ones(25), unseen.sum(axis=1)])
+    expected = (scale * kernel(unseen, removed) + 1e6 * others @ basis.T) @ np.linalg.solve(covariance, values)
+    np.testing.assert_allclose(others @ found.coefficients + values_of(found.matrix, unseen), expected, atol=1e-4)
+
+
+def test_the_ratio_tells_a_form_from_noise() -> None:
+    removed = every_removal(8, range(2, 5))
+    generator = np.random.default_rng(1)
+    constant = np.ones((len(removed), 1))
+    of_form = values_of(planted_form(8), removed)
+    noise = generator.normal(size=len(removed))
+    assert fit_quadratic(removed, of_form, constant).ratio == RATIOS[-1]
+    assert fit_quadratic(removed, noise, constant).ratio < 0.3
+    assert 0.3 < fit_quadratic(removed, of_form / of_form.std() + noise, constant).ratio < 10
+
+
+def test_blocks_of_different_kinds_do_not_resemble_each_other() -> None:
+    blocks = [Block(i, kind, 1) for i, kind in enumerate(("mamba", "moe", "mamba", "moe"))]
+    alike = resemblance(4, blocks)
+    assert alike[0, 1] == alike[1, 2] == 0 < alike[0, 2] < 1
+    assert np.linalg.eigvalsh(alike).min() > 0
+
+
+def test_what_is_special_about_a_sample_does_not_count() -> None:
+    removed = every_removal(6, range(1, 4))
+    sample = np.arange(len(removed)) % 3
+    values = np.exp(values_of(planted_form(6), removed) / 10)
+    blocks = tuple(Block(i, "attention+mlp", 1) for i in range(6))
+    singles = values[:6]
+    first = Fitted(removed, sample, values, singles, blocks)
+    second = Fitted(removed, sample, values * np.array([1.0, 5.0, 0.2])[sample], singles, blocks)
+    np.testing.assert_allclose(first.hessian, second.hessian, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Fitted:
+    return fit_removals(six_blocks(), SAMPLES, passes=PASSES, progress=False)
+
+
+def test_the_divergences_are_those_of_models_without_the_blocks(fitted: Fitted) -> None:
+    model = six_blocks()
+    for row in range(0, len(fitted.sample), 7):
+        removed = tuple(np.flatnonzero(fitted.removed[row]).tolist())
+        expected = divergence(model, removed, SAMPLES[fitted.sample[row]])
+        assert fitted.divergence[row] == pytest.approx(expected, rel=1e-3)
+    for block in range(6):
+        expected = np.mean([divergence(model, (block,), sample) for sample in SAMPLES[:SINGLES_SAMPLES]])
+        assert fitted.singles[block] == pytest.approx(expected, rel=1e-3)
+
+
+def test_it_costs_what_was_asked_for(fitted: Fitted) -> None:
+    """Every sample is one walk in each of its turns, and the single removals are one on each of the first samples."""
+    each = [(), *((block,) for block in range(6))]
+    least = SINGLES_SAMPLES * passes_of_walk(each, 6)
+    for sample in range(len(SAMPLES)):
+        rows = [tuple(np.flatnonzero(row).tolist()) for row in fitted.removed[fitted.sample == sample]]
+        least += passes_of_walk([(), *rows], 6)
+    assert 0.6 * PASSES < least <= PASSES + 1
+
+
+def test_the_order_of_all_removals_is_that_of_their_divergences(fitted: Fitted) -> None:
+    model = six_blocks()
+    tokens = np.array([len(sample) - 1 for sample in SAMPLES])
+    for size in (1, 2, 3):
+        problem = RemovalProblem(fitted.hessian, size)
+        removals = list(combinations(range(6), size))
+        true = [np.average([divergence(model, r, sample) for sample in SAMPLES], weights=tokens) for r in removals]
+        energies = [problem.energy(removed) for removed in removals]
+        ranks = [np.argsort(np.argsort(numbers)) for numbers in (true, energies)]
+        assert np.corrcoef(ranks)[0, 1] > 0.8
+        best = solve(problem, states=1).states[0].removed
+        assert true[removals.index(best)] <= sorted(true)[len(true) // 5]
+
+
+def test_an_interrupted_run_continues(tmp_path: Path, fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, partial = six_blocks(), tmp_path / "partial"
+    whole = fit_removals(model, SAMPLES, passes=PASSES, partial=partial, progress=False)
+    np.testing.assert_array_equal(whole.hessian, fitted.hessian)
+
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[: len(lines) // 2]) + lines[-1][:5])
+    measured = fitted_module.measured
+    runs: list[int] = []
+    monkeypatch.setattr(fitted_module, "measured", lambda *a, **k: runs.append(len(a[1])) or measured(*a, **k))
+    again = fit_removals(model, SAMPLES, passes=PASSES, partial=partial, progress=False)
+    np.testing.assert_array_equal(again.hessian, whole.hessian)
+    assert sum(runs) == len(lines) - len(lines) // 2
+
+    with pytest.raises(ValueError, match="another model"):
+        fit_removals(model, SAMPLES, passes=PASSES, seed=1, partial=partial, progress=False)
+
+
+def test_only_removals_that_meet_the_goal_are_measured() -> None:
+    model = six_blocks()
+    blocks = [Block(i, "odd" if i % 2 else "even", 1) for i in range(6)]
+    goal = RemovalProblem(np.zeros((6, 6)), {"odd": 1, "even": 1}, blocks=blocks, protect=[0])
+    found = fit_removals(model, SAMPLES, goal=goal, passes=60, progress=False)
+    assert all(goal.allows(np.flatnonzero(row).tolist()) for row in found.removed)
+    assert len(np.unique(found.removed, axis=0)) == 6
+
+
+def test_the_file_holds_all(tmp_path: Path, fitted: Fitted) -> None:
+    fitted.save(tmp_path / "energies.safetensors")
+    again = Energies.load(tmp_path / "energies.safetensors")
+    assert isinstance(again, Fitted)
+    np.testing.assert_array_equal(again.hessian, fitted.hessian)
+
+
+def test_resampled_energies_scatter_around_the_fit(fitted: Fitted) -> None:
+    generator = np.random.default_rng(0)
+    replicates = [fitted.resampled(generator) for _ in range(5)]
+    energies = [values_of(e.hessian, every_removal(6, range(2, 3))) for e in (fitted, *replicates)]
+    assert all(not np.array_equal(found, energies[0]) for found in energies[1:])
+    assert np.corrcoef(energies)[0, 1:].min() > 0.7
+
+
+def test_too_few_passes_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        fit_removals(tiny_model("llama"), SAMPLES, passes=3, progress=False)
