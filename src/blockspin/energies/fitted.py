@@ -8,7 +8,7 @@ ones that spare the blocks without which the model breaks, then the lowest of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,22 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..journal import Journal
+from ..model import fingerprint
 from ..model.passes import num_passes
 from ..model.quality import kl, measured
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Removal, RemovalProblem
+from ..problem import Block, Floats, Goal, Removal, RemovalProblem, check_goal
 from ..progress import bar
 from ..solvers import solve
 from ..solvers.candidates import fill
 from .energies import Energies
-from .gradients import fingerprint
 from .quadratic import QuadraticFit, fit_quadratic
 
 PASSES_PER_BLOCK = 24  # forward passes over one sample, for each block of the model
 SAMPLES = 16  # so many samples are used, each in several turns, so that what is special about them cancels
 SINGLES_SAMPLES = 2  # on which every single block is removed first
 TURNS_PER_SAMPLE = 2  # in the first the removals are random, in the others they are the lowest so far
-SIZES = (1, 2, 3, 4)  # eighths of the blocks that are removed, where no goal is given
 LOWEST = 20  # low states among which the next removals are chosen
 BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
 FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
@@ -90,7 +89,8 @@ def fit_removals(
     model: nn.Module,
     samples: Sequence[Tensor],
     *,
-    goal: RemovalProblem | None = None,
+    goal: Goal | None = None,
+    protect: Iterable[int] = (),
     passes: float | None = None,
     seed: int = 0,
     batch_size: int = 1,
@@ -104,10 +104,10 @@ def fit_removals(
     random removals are measured, in the second half the lowest states of the form fitted to all measurements, and of
     one fitted to a bootstrap replicate of them, which explores what is uncertain.
 
-    goal: the form is made for removals that meet it (its energy does not matter); by default for those of an eighth to
-        a half of the blocks.
-    passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
     samples: the first `SAMPLES` of them are used.
+    goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
+        blocks. Protected blocks are in none of them.
+    passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
     partial: a file that keeps what was measured, so that the same call continues it.
 
     Raises:
@@ -115,24 +115,26 @@ def fit_removals(
             something else.
     """
     traced = trace_model(model)
-    used = list(samples[:SAMPLES])
+    used, protect = list(samples[:SAMPLES]), tuple(protect)
     budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
     least = 2 * (SINGLES_SAMPLES * traced.depth + TURNS_PER_SAMPLE * len(used))
     if budget < least:
         raise ValueError(f"passes={budget:g}: must be at least {least}, with {len(used)} samples; use fewer samples")
+    if goal is not None:
+        check_goal(traced.blocks, goal, protect)
 
-    journal = Journal(partial, fingerprint(model, used, "fitted", str(budget), str(seed), repr(goal)))
-    known = _Measurements(traced, used, journal)
+    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect)
+    known = _Measurements(traced, used, Journal(partial, identity))
+    problems = _problems(traced.blocks, known.singles, goal, protect)
     generator = np.random.default_rng(seed)
-    goals = [goal] if goal is not None else _goals_of_many_sizes(traced.depth)
     turns = TURNS_PER_SAMPLE * len(used)
     with bar(progress) as display:
         task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
         for turn in range(turns):
             if turn < turns // 2:
-                wanted = _random_removals(goals, known.singles, generator)
+                wanted = _random_removals(problems, known.singles, generator)
             else:
-                wanted = _lowest_removals(goals, known, generator)
+                wanted = _lowest_removals(problems, known, generator)
             share = (budget - known.passes) / (turns - turn)
             known.measure(_affordable(traced, wanted, share), turn % len(used))
             display.update(task, completed=round(known.passes))
@@ -182,41 +184,52 @@ class _Measurements:
         return [self._finished[sample, removed] for removed in removals]
 
 
-def _goals_of_many_sizes(num_blocks: int) -> list[RemovalProblem]:
-    """Removals of every number of blocks from an eighth to a half of them; the energy is of no account."""
-    least, most = max(1, round(num_blocks / 8)), max(1, num_blocks // 2)
-    return [RemovalProblem(np.zeros((num_blocks, num_blocks)), remove=size) for size in range(least, most + 1)]
+def _problems(
+    blocks: Sequence[Block], singles: Floats, goal: Goal | None, protect: Sequence[int]
+) -> list[RemovalProblem]:
+    """The goal as a problem, whose energy is the sum of the logarithms of the single removals.
+
+    Without a goal one for every number of blocks from an eighth to a half of them.
+    """
+    form, n = np.diag(_logarithms(singles)), len(blocks)
+    if isinstance(goal, float):
+        return [RemovalProblem(form, blocks=blocks, protect=protect, remove_parameters=goal)]
+    if goal is not None:
+        return [RemovalProblem(form, goal, blocks=blocks, protect=protect)]
+    most = min(max(1, n // 2), n - len(set(protect)))
+    sizes = range(min(max(1, round(n / 8)), most), most + 1)
+    return [RemovalProblem(form, size, blocks=blocks, protect=protect) for size in sizes]
 
 
 def _random_removals(
-    goals: Sequence[RemovalProblem], singles: Floats, generator: np.random.Generator
+    problems: Sequence[RemovalProblem], singles: Floats, generator: np.random.Generator
 ) -> Iterator[Removal]:
-    """Removals that meet one of the goals, drawn without end; blocks of small single KL go with a larger chance.
+    """Removals that meet the goal of one of the problems, drawn without end; blocks of small KL are likelier to go.
 
     The chance that a block is the next to go is proportional to its single KL to the power of minus the bias (the
     Gumbel-max trick).
     """
     costs = _logarithms(singles)
     while True:
-        goal = goals[generator.integers(len(goals))]
-        bias = BIASES[generator.integers(len(BIASES))]
+        problem = problems[int(generator.integers(len(problems)))]
+        bias = float(generator.choice(BIASES))
         order = np.argsort(bias * costs - generator.gumbel(size=len(costs)))
-        yield fill(goal, order.tolist())
+        yield fill(problem, order.tolist())
 
 
 def _lowest_removals(
-    goals: Sequence[RemovalProblem], known: _Measurements, generator: np.random.Generator
+    problems: Sequence[RemovalProblem], known: _Measurements, generator: np.random.Generator
 ) -> Iterator[Removal]:
-    """Low states for each goal in turn, least measured first, of the form that fits and of a bootstrap replicate."""
+    """Low states of the problems, least measured first, of the form that fits and of a bootstrap replicate."""
     energies = known.energies()
     forms = [energies.hessian, energies.resampled(generator).hessian]
     times = known.times_measured()
-    low: dict[tuple[int, int], list[Removal]] = {}  # the low states for each goal and form
+    low: dict[tuple[int, int], list[Removal]] = {}  # the low states of each problem with each form
     while True:
-        place = int(generator.integers(len(goals)))
+        place = int(generator.integers(len(problems)))
         for k, form in enumerate(forms):
             if (place, k) not in low:
-                states = solve(goals[place].with_energy(form), states=LOWEST, solver="tabu").states
+                states = solve(problems[place].with_energy(form), states=LOWEST, solver="tabu").states
                 low[place, k] = [state.removed for state in states]
             removed = min(low[place, k], key=lambda removed: times[removed])  # the lowest of those measured least
             times[removed] += 1
@@ -235,4 +248,4 @@ def _affordable(traced: TracedModel, wanted: Iterator[Removal], passes: float) -
 
 def _logarithms(divergences: Floats) -> Floats:
     """Natural logarithms; of what is zero or nearly so, that of a small share of the largest."""
-    return np.log(np.maximum(divergences, FLOOR * divergences.max()))
+    return np.asarray(np.log(np.maximum(divergences, FLOOR * divergences.max())))

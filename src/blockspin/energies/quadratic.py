@@ -1,4 +1,4 @@
-"""Fits a quadratic form over the blocks to what removals were measured to cost: a Gaussian process whose mean is one."""
+"""Fits a quadratic form over the blocks to what removals cost: a Gaussian process whose mean is such a form."""
 
 from __future__ import annotations
 
