@@ -126,7 +126,9 @@ def test_a_refit_reproduces_a_quadratic_form() -> None:
         def best(self) -> tuple[int, ...]:
             return min(self.values, key=lambda removed: self.values[removed][0])
 
-        def difference(self, removed: tuple[int, ...], reference: tuple[int, ...]) -> tuple[float, float]:
+        logarithmic = False
+
+        def change(self, removed: tuple[int, ...], reference: tuple[int, ...]) -> tuple[float, float]:
             return float(self.values[removed][0] - self.values[reference][0]), 0.0
 
     start = truth.with_energy(np.eye(6))
@@ -138,6 +140,25 @@ def test_a_refit_reproduces_a_quadratic_form() -> None:
     spread = np.std([truth.energy(removed) for removed in removals])
     for removed in removals[17:]:
         assert abs(fitted.energy(removed) - offset - truth.energy(removed)) < spread
+
+
+def test_changes_of_divergences_are_logarithmic(model: tf.PreTrainedModel) -> None:
+    book = Ledger(model, SAMPLES)
+    book.extend([(0, 1, 2), (3, 4, 5)], 16)
+    book.extend([(1, 2, 3)], 1)
+    change, error = book.change((0, 1, 2), (3, 4, 5))
+    first, second = book.values[0, 1, 2], book.values[3, 4, 5]
+    assert change == pytest.approx(np.log(first.mean() / second.mean()))
+
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 16, (2000, 16))  # the bootstrap
+    scatter = np.log(first[rows].mean(axis=1) / second[rows].mean(axis=1)).std()
+    assert error == pytest.approx(scatter, rel=0.25)
+    assert book.change((1, 2, 3), (3, 4, 5))[1] == np.inf
+
+    losses = Ledger(model, SAMPLES, "loss")
+    losses.extend([(0, 1, 2), (3, 4, 5)], 16)
+    assert losses.change((0, 1, 2), (3, 4, 5)) == losses.difference((0, 1, 2), (3, 4, 5))
 
 
 def test_the_outcome_is_not_worse_than_any_cheap_baseline(

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
 
 _MEASURES = {"kl": kl, "loss": loss}
+_TINY = 1e-30  # KL divergences are not taken to be smaller, so that they have logarithms
 
 
 class Ledger:
@@ -103,6 +104,23 @@ class Ledger:
         """(mean, standard error) of objective minus that of a reference, on the samples both have; inf with one."""
         number = min(len(self.values[removed]), len(self.values[reference]))
         return self._mean_and_error(self.values[removed][:number] - self.values[reference][:number])
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether changes are those of the logarithm: of KL divergences, which are positive and spread widely."""
+        return self.objective == "kl"
+
+    def change(self, removed: Removal, reference: Removal) -> tuple[float, float]:
+        """(change, standard error) from a reference to a removal, on the samples both have; inf with one.
+
+        The difference of the objectives; of the KL divergences that of the logarithms of their means.
+        """
+        if not self.logarithmic:
+            return self.difference(removed, reference)
+        number = min(len(self.values[removed]), len(self.values[reference]))
+        ours, theirs = (max(self.mean(blocks, number), _TINY) for blocks in (removed, reference))
+        shares = self.values[removed][:number] / ours - self.values[reference][:number] / theirs
+        return math.log(ours / theirs), self._mean_and_error(shares)[1]
 
     def standard_error(self, removed: Removal) -> float:
         """The standard error of `mean`, from the scatter between samples."""
