@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from blockspin.solvers.candidates import Candidate, fill, states_as_candidates
 from blockspin.surgery.feasible import Removable
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
-FIT_PASSES, ALL_PASSES = 500.0, 750.0  # of the energies; of the energies and the choice
-HELD_OUT = 12  # samples of 128 tokens of each text
+FIT_PASSES, ALL_PASSES = 350.0, 500.0  # of the energies; of the energies and the choice
+HELD_OUT = 16  # samples of each text
 LOW, RANDOM = 20, 30
 RANDOM_SAMPLES = 2  # of each held-out text: random removals are so far apart that more are not needed
 
@@ -110,56 +111,59 @@ def cost_of(found: Fitted) -> float:
     return total
 
 
-def choices(model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int) -> list[Candidate]:
-    """What each method removes. The energies have seen the first samples, the choice sees the others."""
+def ours(model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int) -> Candidate:
+    """What blockspin chooses. The energies have seen the first samples, the choice sees the others."""
     problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
-    spectrum = solve(problem, states=100)
     for_energies, for_choice = samples[:FIT_SAMPLES], samples[FIT_SAMPLES:]
-    activations = baselines.measure_activations(model, samples)
-    ours, _ = select_with_energies(
+    selection, _ = select_with_energies(
         model,
         found,
         problem,
-        spectrum,
+        solve(problem, states=100),
         for_choice,
         for_energies,
         Removable(model.config),
-        budget=(ALL_PASSES - FIT_PASSES) / len(for_choice),
+        budget=(ALL_PASSES - cost_of(found)) / len(for_choice),
         seed=seed,
         progress=False,
     )
-    print("ours", ours.chosen.removed, ours.passes * len(for_choice), flush=True)
-
-    each = [passes_of_walk([tuple({*range(4, 4 + k), i}) for i in range(30)], 30) for k in range(remove)]
-    few = samples[: max(1, round(ALL_PASSES / sum(each)))]
-    losses = baselines.losses_without_each(model, samples[:8])
-    chosen = [
-        Candidate(ours.chosen.removed, "blockspin"),
-        *states_as_candidates(spectrum)[:1],
-        baselines.sleb(model, few, problem),
-        baselines.evopress(model, for_choice, problem, budget=ALL_PASSES / len(for_choice), seed=seed),
-        baselines.shortened_llama(problem, losses, "Shortened LLaMA PPL"),
-        baselines.shortened_llama(problem, losses, "Shortened LLaMA PPL+", plus=True),
-        baselines.block_influence(problem, activations),
-        baselines.iterative_block_influence(model, samples, problem),
-        baselines.norm_ratio(problem, activations),
-        baselines.angular_distance(problem, activations),
-    ]
-    print("SLEB samples", len(few), flush=True)
-    return chosen
+    print("passes", cost_of(found), selection.passes * len(for_choice), flush=True)
+    return selection.chosen
 
 
-def test_choices(candidates: list[Candidate], held_out: HeldOut) -> dict[str, Any]:
-    """Method -> its blocks, and for each text: KL, how far it is above that of the first method, the error of that."""
-    values = held_out.measure([candidate.removed for candidate in candidates], HELD_OUT)
-    rows: dict[str, Any] = {}
-    for k, candidate in enumerate(candidates):
-        row: dict[str, Any] = {"removed": candidate.removed}
-        for text, divergences in values.items():
-            above = divergences[k] - divergences[0]
-            row[text] = [float(divergences[k].mean()), float(above.mean()), float(above.std(ddof=1) / HELD_OUT**0.5)]
-        rows[candidate.source] = row
-    return rows
+def methods(
+    model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int
+) -> dict[str, Callable[[], Candidate]]:
+    """Each method by its name, to be run when its turn comes; what several need is measured at once."""
+    problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
+    n, for_choice = problem.num_blocks, samples[FIT_SAMPLES:]
+    activations = baselines.measure_activations(model, samples)
+    losses = baselines.losses_without_each(model, for_choice[:8])
+    rounds = [passes_of_walk([tuple({*range(4, 4 + gone), i}) for i in range(n)], n) for gone in range(remove)]
+    few = samples[: max(1, round(ALL_PASSES / sum(rounds)))]
+    return {
+        "blockspin": lambda: ours(model, found, remove, samples, seed),
+        "ground state": lambda: states_as_candidates(solve(problem, states=1))[0],
+        "block influence": lambda: baselines.block_influence(problem, activations),
+        "iterative block influence": lambda: baselines.iterative_block_influence(model, samples, problem),
+        "norm ratio": lambda: baselines.norm_ratio(problem, activations),
+        "angular distance": lambda: baselines.angular_distance(problem, activations),
+        "Shortened LLaMA PPL": lambda: baselines.shortened_llama(problem, losses, "PPL"),
+        "Shortened LLaMA PPL+": lambda: baselines.shortened_llama(problem, losses, "PPL+", plus=True),
+        f"SLEB, {len(few)} samples": lambda: baselines.sleb(model, few, problem),
+        "EvoPress": lambda: baselines.evopress(
+            model, for_choice, problem, budget=ALL_PASSES / len(for_choice), seed=seed
+        ),
+    }
+
+
+def compared(removed: Removal, reference: Removal, held_out: HeldOut) -> dict[str, Any]:
+    """Text -> KL of a removal, how far that of a reference is below it, and the standard error of that."""
+    row: dict[str, Any] = {"removed": removed}
+    for text, values in held_out.measure([removed, reference], HELD_OUT).items():
+        above = values[0] - values[1]
+        row[text] = [float(values[0].mean()), float(above.mean()), float(above.std(ddof=1) / HELD_OUT**0.5)]
+    return row
 
 
 def main() -> None:
@@ -181,32 +185,35 @@ def main() -> None:
 
     # One order of the conversations: the first are held out, each draw takes the next.
     share = FIT_SAMPLES + CHOICE_SAMPLES
-    chat = long_enough(arguments.chat, HELD_OUT + share * (1 + max(arguments.draws)), 128)
-    held_out = HeldOut(model, {"chat": chat[:HELD_OUT], "text": long_enough(arguments.text, HELD_OUT, 128)})
-    for draw in arguments.draws:
+    chat = long_enough(arguments.chat, HELD_OUT + share * (1 + max(arguments.draws)), arguments.length)
+    text = long_enough(arguments.text, HELD_OUT, arguments.length)
+    held_out = HeldOut(model, {"chat": chat[:HELD_OUT], "text": text})
+    for draw, remove in product(arguments.draws, arguments.remove):
         first = HELD_OUT + share * draw
-        samples = [sample[: arguments.length] for sample in chat[first : first + share]]
-        for remove in arguments.remove:
-            name = f"M={remove} draw={draw}"
-            if name in results:
-                continue
-            energies = arguments.out.with_name(f"{arguments.out.stem}-{remove}-{draw}.jsonl")
-            found = fit_removals(
-                model,
-                samples[:FIT_SAMPLES],
-                goal=remove,
-                passes=FIT_PASSES,
-                seed=draw,
-                partial=energies,
-                progress=False,
-            )
+        samples = chat[first : first + share]
+        row = results.setdefault(f"M={remove} draw={draw}", {})
+        found = fit_removals(
+            model,
+            samples[:FIT_SAMPLES],
+            goal=remove,
+            passes=FIT_PASSES,
+            seed=draw,
+            partial=arguments.out.with_name(f"{arguments.out.stem}-{remove}-{draw}.jsonl"),
+            progress=False,
+        )
+        if "energies" not in row:
             problem = RemovalProblem(found.hessian, remove)
             influence = baselines.block_influence(problem, baselines.measure_activations(model, samples)).removed
-            results[name] = {"energies": test_energies(found, remove, held_out, influence)}
-            print(name, results[name]["energies"], flush=True)
-            results[name]["choices"] = test_choices(choices(model, found, remove, samples, draw), held_out)
-            print(name, {method: row["chat"][0] for method, row in results[name]["choices"].items()}, flush=True)
+            row["energies"] = test_energies(found, remove, held_out, influence)
             write_json(arguments.out, results)
+            print(remove, draw, row["energies"], flush=True)
+        for name, method in methods(model, found, remove, samples, draw).items():
+            if name not in row:
+                removed = method().removed
+                reference = removed if name == "blockspin" else tuple(row["blockspin"]["removed"])
+                row[name] = compared(removed, reference, held_out)
+                write_json(arguments.out, results)
+                print(remove, draw, name, row[name], flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Ledger:
     values: removal -> (number of samples it was measured on,) objective on each of the first samples.
     weights: (num_samples,) what each sample counts in a mean: its predicted tokens. A function has one value, and so
         one weight.
+    logarithmic: whether changes are those of the logarithm: of KL divergences, which are positive and spread widely.
     passes: forward passes of the whole model over all samples that would cost as much as what was measured, whether
         it was measured now or is remembered.
     on_progress: is given `passes` whenever something was measured.
@@ -56,6 +57,7 @@ class Ledger:
             raise ValueError(f"objective {objective!r}: must be kl, loss or a function of a model (--objective)")
         self.values: dict[Removal, Floats] = {}
         self.weights = np.array([1.0] if callable(objective) else [len(sample) - 1.0 for sample in samples])
+        self.logarithmic = objective == "kl"
         self.passes = 0.0
         self.on_progress: Callable[[float], None] | None = None
 
@@ -104,11 +106,6 @@ class Ledger:
         """(mean, standard error) of objective minus that of a reference, on the samples both have; inf with one."""
         number = min(len(self.values[removed]), len(self.values[reference]))
         return self._mean_and_error(self.values[removed][:number] - self.values[reference][:number])
-
-    @property
-    def logarithmic(self) -> bool:
-        """Whether changes are those of the logarithm: of KL divergences, which are positive and spread widely."""
-        return self.objective == "kl"
 
     def change(self, removed: Removal, reference: Removal) -> tuple[float, float]:
         """(change, standard error) from a reference to a removal, on the samples both have; inf with one.
