@@ -93,7 +93,7 @@ def fit_removals(
     protect: Iterable[int] = (),
     passes: float | None = None,
     seed: int = 0,
-    batch_size: int = 1,
+    batch_size: int = 8,
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
     progress: bool = True,
@@ -108,6 +108,7 @@ def fit_removals(
     goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
         blocks. Protected blocks are in none of them.
     passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
+    batch_size: of the single removals; the others are measured on one sample at a time.
     partial: a file that keeps what was measured, so that the same call continues it.
 
     Raises:
@@ -124,7 +125,7 @@ def fit_removals(
         check_goal(traced.blocks, goal, protect)
 
     identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect)
-    known = _Measurements(traced, used, Journal(partial, identity))
+    known = _Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = _problems(traced.blocks, known.singles, goal, protect)
     generator = np.random.default_rng(seed)
     turns = TURNS_PER_SAMPLE * len(used)
@@ -144,19 +145,22 @@ def fit_removals(
 class _Measurements:
     """What has been measured, and what it has cost, in passes of the whole model over one sample."""
 
-    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal) -> None:
+    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal, batch_size: int) -> None:
         self.passes = 0.0
-        self._traced, self._samples, self._journal = traced, samples, journal
+        self._traced, self._samples = traced, samples
+        self._journal, self._batch_size = journal, batch_size
         self._rows: list[tuple[Removal, int, float]] = []
-        self._finished = {(entry["sample"], tuple(entry["removed"])): entry["kl"] for entry in journal.entries()}
+        self._finished: dict[tuple[int, Removal], float] = {}
+        for entry in journal.entries():
+            self._remember([tuple(removed) for removed in entry["removals"]], entry["samples"], entry["kl"])
 
-        first = range(min(SINGLES_SAMPLES, len(samples)))
         each = [(block,) for block in range(traced.depth)]
-        self.singles = np.mean([self._divergences(each, sample) for sample in first], axis=0)  # (N,)
+        first = range(min(SINGLES_SAMPLES, len(samples)))
+        self.singles = np.asarray(self._divergences(each, first).mean(axis=1))  # (N,)
 
     def measure(self, removals: Sequence[Removal], sample: int) -> None:
         """Add the KL divergences of these removals on one sample."""
-        divergences = self._divergences(removals, sample)
+        divergences = self._divergences(removals, [sample])[:, 0]
         self._rows += [(removed, sample, value) for removed, value in zip(removals, divergences, strict=True)]
 
     def energies(self) -> Fitted:
@@ -172,16 +176,21 @@ class _Measurements:
         """On how many samples each removal was measured."""
         return Counter(removed for removed, _, _ in self._rows)
 
-    def _divergences(self, removals: Sequence[Removal], sample: int) -> list[float]:
-        """KL without the blocks of each removal, measured where the journal does not have it."""
-        missing = [removed for removed in removals if (sample, removed) not in self._finished]
+    def _divergences(self, removals: Sequence[Removal], samples: Sequence[int]) -> Floats:
+        """(number of removals, number of samples): KL without the blocks, measured where the journal lacks it."""
+        self.passes += num_passes(self._traced, [(), *removals]) * len(samples)
+        missing = [removed for removed in removals if any((s, removed) not in self._finished for s in samples)]
         if missing:
-            values = measured(self._traced, missing, [self._samples[sample]], kl, batch_size=1)[:, 0, 0]
-            for removed, value in zip(missing, values.tolist(), strict=True):
-                self._finished[sample, removed] = value
-                self._journal.append({"sample": sample, "removed": removed, "kl": value})
-        self.passes += num_passes(self._traced, [(), *removals])
-        return [self._finished[sample, removed] for removed in removals]
+            tokens = [self._samples[s] for s in samples]
+            values = measured(self._traced, missing, tokens, kl, batch_size=self._batch_size)[..., 0]
+            self._remember(missing, samples, values.tolist())
+            self._journal.append({"samples": list(samples), "removals": missing, "kl": values.tolist()})
+        return np.array([[self._finished[s, removed] for s in samples] for removed in removals])
+
+    def _remember(self, removals: Sequence[Removal], samples: Sequence[int], values: list[list[float]]) -> None:
+        for removed, row in zip(removals, values, strict=True):
+            for s, value in zip(samples, row, strict=True):
+                self._finished[s, removed] = value
 
 
 def _problems(
