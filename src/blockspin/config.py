@@ -11,7 +11,7 @@ from .problem import Goal
 from .settings import SettingError, Settings, setting
 
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
-ENERGY_NAMES = ("secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
+ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import GRADIENT_ENERGIES
 from .energies import Energies
+from .fitted import fit_removals
 from .gradients import estimate_gradients
 from .removals import gauss_newton, measure_pairs
 
@@ -17,6 +18,7 @@ __all__ = ["ENERGIES", "Energies", "estimate_energies", "load_energies"]
 
 # What the quadratic form of the energy is made of; docs/choosing_an_energy.md compares them.
 ENERGIES: dict[str, Callable[..., Energies]] = {
+    "fitted": fit_removals,
     "secant": gauss_newton,
     "pairwise": measure_pairs,
     "gauss-newton": with_arguments(gauss_newton, step=0.05),

@@ -30,9 +30,8 @@ from .energies import Energies
 from .quadratic import QuadraticFit, fit_quadratic
 
 PASSES_PER_BLOCK = 24  # forward passes over one sample, for each block of the model
-SAMPLES = 16  # so many samples are used, each in several turns, so that what is special about them cancels
 SINGLES_SAMPLES = 2  # on which every single block is removed first
-TURNS_PER_SAMPLE = 2  # in the first the removals are random, in the others they are the lowest so far
+LEAST_TURN = 16  # passes of a turn at least: what a sample costs before anything is removed is then a small part
 LOWEST = 20  # low states among which the next removals are chosen
 BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
 FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
@@ -100,11 +99,11 @@ def fit_removals(
 ) -> Fitted:
     """Measure removals of many blocks and fit a quadratic form to log KL: Q with the energy x^T Q x.
 
-    First each single block is removed, on two samples. Then the samples take turns. In the first half of the turns
-    random removals are measured, in the second half the lowest states of the form fitted to all measurements, and of
-    one fitted to a bootstrap replicate of them, which explores what is uncertain.
+    First each single block is removed, on two samples. Then every sample has two turns, so that what is special about
+    it cancels. In the first ones random removals are measured, in the second ones the lowest states of the form that
+    fits all measurements so far, and of one fitted to a bootstrap replicate of them, which explores what is uncertain.
 
-    samples: the first `SAMPLES` of them are used.
+    samples: as many of them are used as have turns of `LEAST_TURN` passes at least.
     goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
         blocks. Protected blocks are in none of them.
     passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
@@ -115,24 +114,27 @@ def fit_removals(
         ValueError: unusable samples, model or number of passes, a loss that is NaN or infinite, or a partial file of
             something else.
     """
-    traced = trace_model(model)
-    used, protect = list(samples[:SAMPLES]), tuple(protect)
-    budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
-    least = 2 * (SINGLES_SAMPLES * traced.depth + TURNS_PER_SAMPLE * len(used))
-    if budget < least:
-        raise ValueError(f"passes={budget:g}: must be at least {least}, with {len(used)} samples; use fewer samples")
+    traced, protect = trace_model(model), tuple(protect)
     if goal is not None:
         check_goal(traced.blocks, goal, protect)
+    budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
+    for_singles = SINGLES_SAMPLES * (traced.depth + 1)
+    used = samples[: int((budget - for_singles) / (2 * LEAST_TURN))]
+    if not used:
+        least = for_singles + 2 * LEAST_TURN
+        raise ValueError(
+            f"passes={budget:g}: must be at least {least} for {traced.depth} blocks, and there must be samples"
+        )
 
     identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect)
     known = _Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = _problems(traced.blocks, known.singles, goal, protect)
     generator = np.random.default_rng(seed)
-    turns = TURNS_PER_SAMPLE * len(used)
+    turns = 2 * len(used)
     with bar(progress) as display:
         task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
         for turn in range(turns):
-            if turn < turns // 2:
+            if turn < len(used):
                 wanted = _random_removals(problems, known.singles, generator)
             else:
                 wanted = _lowest_removals(problems, known, generator)
