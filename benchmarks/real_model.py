@@ -41,8 +41,8 @@ from blockspin.surgery.feasible import Removable
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 ALL_PASSES = 1000.0  # over one sample: of the energies and the choice together
 HELD_OUT = 16  # samples of each text
-LOW, RANDOM = 20, 30
-RANDOM_SAMPLES = 2  # of each held-out text: random removals are so far apart that more are not needed
+LOW, RANDOM = 20, 20
+LOW_SAMPLES, RANDOM_SAMPLES = 8, 1  # of each held-out text: random removals are so far apart that more are not needed
 
 
 @dataclass
@@ -90,7 +90,7 @@ def test_energies(found: Fitted, remove: int, held_out: HeldOut, influence: Remo
 
     result: dict[str, Any] = {"passes": cost_of(found)}
     for name, group in removals.items():
-        number = HELD_OUT if name == "low" else RANDOM_SAMPLES
+        number = LOW_SAMPLES if name == "low" else RANDOM_SAMPLES
         energies = np.array([problem.energy(removed) for removed in group])
         for text, values in held_out.measure(group, number).items():
             result[f"{name}, {text}"] = correlation(energies, values.mean(axis=1))
@@ -166,6 +166,12 @@ def compared(removed: Removal, reference: Removal, held_out: HeldOut) -> dict[st
     return row
 
 
+def keep(out: Path, results: dict[str, dict[str, Any]], label: str, name: str) -> None:
+    """Write all results and show the newest."""
+    write_json(out, results)
+    print(label, name, results[label][name], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chat", required=True, help="conversations, for calibration and held out")
@@ -193,18 +199,23 @@ def main() -> None:
     for draw, remove in product(arguments.draws, arguments.remove):
         first = HELD_OUT + share * draw
         samples = chat[first : first + share]
-        row = results.setdefault(f"M={remove} draw={draw}", {})
         goal = remove if arguments.one_goal else None
-        partial = arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw}.jsonl")
         found = fit_removals(
-            model, samples[:FIT_SAMPLES], goal=goal, seed=draw, partial=partial, progress=False
+            model,
+            samples[:FIT_SAMPLES],
+            goal=goal,
+            seed=draw,
+            partial=arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw}.jsonl"),
+            progress=False,
         )  # from the file after the first time
+        label = f"M={remove} draw={draw}"
+        row = results.setdefault(label, {})
+
         if "energies" not in row:
             problem = RemovalProblem(found.hessian, remove)
             influence = baselines.block_influence(problem, baselines.measure_activations(model, samples)).removed
             row["energies"] = test_energies(found, remove, held_out, influence)
-            write_json(arguments.out, results)
-            print(remove, draw, row["energies"], flush=True)
+            keep(arguments.out, results, label, "energies")
         if arguments.energies_only:
             continue
         for name, method in methods(model, found, remove, samples, draw).items():
@@ -212,8 +223,7 @@ def main() -> None:
                 removed = method().removed
                 reference = removed if name == "blockspin" else tuple(row["blockspin"]["removed"])
                 row[name] = compared(removed, reference, held_out)
-                write_json(arguments.out, results)
-                print(remove, draw, name, row[name], flush=True)
+                keep(arguments.out, results, label, name)
 
 
 if __name__ == "__main__":
