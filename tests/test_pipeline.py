@@ -95,7 +95,7 @@ def test_stages_continue_after_any_of_them(tiny_folder: Path, text_file: Path, t
     assert (tmp_path / "run" / "energies.safetensors").read_bytes() == before["energies.safetensors"]
 
 
-@pytest.mark.parametrize("energy", ["secant", pytest.param("empirical-fisher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("energy", ["fitted", *(pytest.param(e, marks=pytest.mark.slow) for e in ("secant", "fisher"))])
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     tiny_folder: Path, text_file: Path, tmp_path: Path, energy: str
 ) -> None:

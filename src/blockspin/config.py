@@ -149,7 +149,7 @@ class EnergySettings(BatchSettings):
 
     panel: ClassVar[str] = "Energy"
 
-    energy: str = setting(f"What predicts the loss: {', '.join(ENERGY_NAMES)}.", "secant", choices=ENERGY_NAMES)
+    energy: str = setting(f"What predicts the loss: {', '.join(ENERGY_NAMES)}.", "fitted", choices=ENERGY_NAMES)
     energy_samples: int | None = setting(
         f"Calibration samples for the energy (default: {GRADIENT_SAMPLES} for gradients: fisher, empirical-fisher; "
         f"{REMOVAL_SAMPLES} for the others, which measure shortened models).",

@@ -34,7 +34,12 @@ from blockspin.solvers.candidates import Candidate
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 
-SAMPLES: dict[str, Any] = {"energy_samples": 12, "selection_samples": 4, "evaluation_samples": 6}
+SAMPLES: dict[str, Any] = {
+    "energy": "secant",
+    "energy_samples": 12,
+    "selection_samples": 4,
+    "evaluation_samples": 6,
+}
 SMALL = {**SAMPLES, "max_length": 16, "states": 6, "budget": 1.0}
 GOALS = {"1": 1, "2": 2}
 

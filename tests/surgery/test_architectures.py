@@ -110,7 +110,7 @@ def test_a_whole_run(model_type: str, text_file: Path, tmp_path: Path, monkeypat
     if not any(can_be_shortened(model, tmp_path, removed) for removed in ((4, 5), (0, 1), (2, 3))):
         pytest.skip("see docs/architectures.md")
     save_tokenizer(tmp_path / "model")
-    numbers = {"energy_samples": 8, "selection_samples": 4, "evaluation_samples": 4}
+    numbers = {"energy": "fitted", "energy_samples": 8, "selection_samples": 4, "evaluation_samples": 4}
     compress(settings(tmp_path / "model", text_file, budget=2.0, **numbers), tmp_path / "run")
     loaded = load_model(tmp_path / "run" / "checkpoint")
     assert len(find_blocks(loaded)) == len(find_blocks(model)) - 2

@@ -259,4 +259,5 @@ def _affordable(traced: TracedModel, wanted: Iterator[Removal], passes: float) -
 
 def _logarithms(divergences: Floats) -> Floats:
     """Natural logarithms; of what is zero or nearly so, that of a small share of the largest."""
-    return np.asarray(np.log(np.maximum(divergences, FLOOR * divergences.max())))
+    smallest = max(FLOOR * float(divergences.max()), np.finfo(np.float64).tiny)
+    return np.asarray(np.log(np.maximum(divergences, smallest)))
