@@ -40,9 +40,9 @@ from blockspin.surgery.feasible import Removable
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 ALL_PASSES = 1000.0  # over one sample: of the energies and the choice together
-HELD_OUT = 16  # samples of each text
+HELD_OUT = 16  # samples of each text, for the choices
 LOW, RANDOM = 20, 20
-LOW_SAMPLES, RANDOM_SAMPLES = 8, 1  # of each held-out text: random removals are so far apart that more are not needed
+LOW_SAMPLES, RANDOM_SAMPLES = 4, 1  # of each held-out text: random removals are so far apart that more are not needed
 
 
 @dataclass
@@ -95,7 +95,7 @@ def test_energies(found: Fitted, remove: int, held_out: HeldOut, influence: Remo
         for text, values in held_out.measure(group, number).items():
             result[f"{name}, {text}"] = correlation(energies, values.mean(axis=1))
     for name, removed in (("ground", removals["low"][0]), ("block influence", influence)):
-        for text, values in held_out.measure([removed], HELD_OUT).items():
+        for text, values in held_out.measure([removed], 2 * LOW_SAMPLES).items():
             result[f"{name}, {text}"] = float(values.mean())
     return result
 
