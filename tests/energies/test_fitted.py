@@ -14,9 +14,9 @@ import transformers as tf
 from conftest import VOCABULARY, random_samples, tiny_model
 from numpy.typing import NDArray
 
-from blockspin.energies import Energies
-from blockspin.energies import fitted as fitted_module
-from blockspin.energies.fitted import SINGLES_SAMPLES, Fitted, fit_removals
+from blockspin.energies import Energies, measurements
+from blockspin.energies.fitted import Fitted, fit_removals
+from blockspin.energies.measurements import SINGLES_SAMPLES
 from blockspin.energies.quadratic import RATIOS, fit_quadratic, resemblance
 from blockspin.model.passes import passes_of_walk
 from blockspin.problem import Block, RemovalProblem
@@ -170,14 +170,14 @@ def test_an_interrupted_run_continues(tmp_path: Path, fitted: Fitted, monkeypatc
 
     lines = partial.read_text().splitlines(keepends=True)
     partial.write_text("".join(lines[: len(lines) // 2]) + lines[-1][:5])
-    measured = fitted_module.measured
+    measured = measurements.measured
     runs: list[int] = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
         runs.append(len(arguments[1]))
         return measured(*arguments, **options)
 
-    monkeypatch.setattr(fitted_module, "measured", counted)
+    monkeypatch.setattr(measurements, "measured", counted)
     again = fit_removals(model, SAMPLES, passes=PASSES, partial=partial, progress=False)
     np.testing.assert_array_equal(again.hessian, whole.hessian)
     assert len(runs) == len(lines) - len(lines) // 2
@@ -215,5 +215,5 @@ def test_resampled_energies_scatter_around_the_fit(fitted: Fitted) -> None:
 
 
 def test_too_few_passes_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be at least"):
+    with pytest.raises(ValueError, match="give at least"):
         fit_removals(tiny_model("llama"), SAMPLES, passes=3, progress=False)

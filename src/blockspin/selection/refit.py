@@ -25,9 +25,8 @@ def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
     best = ledger.best()
 
     # Changes from the best are paired by samples, so their errors are much smaller than those of the values.
-    changes = [ledger.change(removed, best) for removed in removals]
-    y = np.array([change for change, _ in changes])  # (num_removals,)
-    errors = np.array([error for _, error in changes])
+    changes = np.array([ledger.change(removed, best) for removed in removals])
+    y, errors = changes.T.copy()  # (num_removals,) each
     known = np.isfinite(errors)
     errors[~known] = max([*errors[known], y.std()])  # measured on one sample only
     misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
@@ -36,8 +35,7 @@ def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
     x = np.zeros((len(removals), problem.num_blocks), dtype=np.bool_)
     for row, removed in zip(x, removals, strict=True):
         row[list(removed)] = True
-    energies = np.array([problem.energy(removed) for removed in removals])
-    basis, unit = _basis(energies)
+    basis, unit = _basis(problem.energies(x))
 
     fit = fit_quadratic(x, y, basis, noise=noise, blocks=problem.blocks)
     if fit.coefficients[-1] < 0 and basis.shape[1] > 1:  # an energy that misleads is left out

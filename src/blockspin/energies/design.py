@@ -1,0 +1,88 @@
+"""Which removals to measure next, so that a form fitted to them holds where it is used: at its lowest states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ..model.passes import num_passes
+from ..model.tracing import TracedModel
+from ..problem import Block, Floats, Goal, Removal, RemovalProblem
+from ..solvers import solve
+from ..solvers.candidates import fill
+from .measurements import Measurements, logarithms
+
+BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
+LOWEST = 20  # low states among which the next removals are chosen
+
+
+def problems_for(
+    blocks: Sequence[Block], singles: Floats, goal: Goal | None, protect: Sequence[int]
+) -> list[RemovalProblem]:
+    """The goal as a problem; without a goal one for every number of blocks from an eighth to a half of them.
+
+    singles: (N,) what removing each block alone costs; the problem's energy is the sum of the logarithms.
+
+    Raises:
+        ValueError: no removal meets the goal.
+    """
+    form = np.diag(logarithms(singles))
+    if isinstance(goal, float):
+        return [RemovalProblem(form, blocks=blocks, protect=protect, remove_parameters=goal)]
+    if goal is not None:
+        return [RemovalProblem(form, goal, blocks=blocks, protect=protect)]
+
+    n = len(blocks)
+    most = min(max(1, n // 2), n - len(set(protect)))
+    least = min(max(1, round(n / 8)), most)
+    return [RemovalProblem(form, size, blocks=blocks, protect=protect) for size in range(least, most + 1)]
+
+
+def random_removals(
+    problems: Sequence[RemovalProblem], singles: Floats, generator: np.random.Generator
+) -> Iterator[Removal]:
+    """Removals that meet the goal of one of the problems, without end; blocks whose removal costs little go more often.
+
+    The chance that a block is the next to go is proportional to its single KL to the power of minus the bias: the order
+    of scores with Gumbel noise is such a drawing.
+    """
+    costs = logarithms(singles)
+    while True:
+        problem = problems[int(generator.integers(len(problems)))]
+        bias = float(generator.choice(BIASES))
+        order = np.argsort(bias * costs - generator.gumbel(size=len(costs)))
+        yield fill(problem, order.tolist())
+
+
+def lowest_removals(
+    problems: Sequence[RemovalProblem], forms: Sequence[Floats], known: Measurements, generator: np.random.Generator
+) -> Iterator[Removal]:
+    """Low states of the problems with each of the forms in turn, without end; those measured least come first.
+
+    forms: matrices (N, N) of quadratic forms.
+    """
+    times = known.times()
+    low: dict[tuple[int, int], list[Removal]] = {}  # of each problem with each form
+    while True:
+        place = int(generator.integers(len(problems)))
+        for number, form in enumerate(forms):
+            if (place, number) not in low:
+                states = solve(problems[place].with_energy(form), states=LOWEST, solver="tabu").states
+                low[place, number] = [state.removed for state in states]
+
+            # Of equally often measured ones the lowest.
+            removed = min(low[place, number], key=lambda removed: times[removed])
+            times[removed] += 1
+            yield removed
+
+
+def affordable(traced: TracedModel, wanted: Iterator[Removal], passes: float) -> list[Removal]:
+    """The first of the wanted removals, each once, that can be measured on one sample in about so many passes."""
+    taken: dict[Removal, None] = {}
+    most = int(2 * passes) + 1  # where there are few removals, the same ones come again and again
+    for _ in range(most):
+        taken[next(wanted)] = None
+        if num_passes(traced, [(), *taken]) > passes:
+            break
+    return list(taken)

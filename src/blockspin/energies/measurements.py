@@ -1,0 +1,107 @@
+"""The KL divergences of removals that energies are fitted to: measured once, kept in a journal, counted in passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..journal import Journal
+from ..model.passes import num_passes
+from ..model.quality import kl, measured
+from ..model.tracing import TracedModel
+from ..problem import Floats, Ints, Removal
+
+SINGLES_SAMPLES = 2  # on which every single block is removed
+FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
+
+
+class Measurements:
+    """What has been measured, a removal on a sample at a time.
+
+    removals, samples, divergences: of each measurement in order; the sample by its place in the list of samples, the KL
+        divergence from the whole model in nats a token.
+    singles: (N,) KL divergence without each block, the mean over the first samples.
+    passes: what it has cost, in passes of the whole model over one sample; what the journal holds counts too.
+    batch_size: of the single removals; the others are measured on one sample at a time.
+
+    Raises:
+        ValueError: unusable samples, or a divergence that is NaN or infinite.
+    """
+
+    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal, batch_size: int) -> None:
+        self.removals: list[Removal] = []
+        self.samples: list[int] = []
+        self.divergences: list[float] = []
+        self.passes = 0.0
+
+        self._traced = traced
+        self._tokens = samples
+        self._journal = journal
+        self._batch_size = batch_size
+
+        # What an interrupted run has measured; it counts when this one asks for it.
+        self._finished: dict[tuple[int, Removal], float] = {}
+        for entry in journal.entries():
+            removals = [tuple(removed) for removed in entry["removals"]]
+            self._remember(removals, entry["samples"], np.array(entry["kl"]))
+
+        first = list(range(min(SINGLES_SAMPLES, len(samples))))
+        each = [(block,) for block in range(traced.depth)]
+        self.singles: Floats = self._measured(each, first).mean(axis=1)
+
+    def add(self, removals: Sequence[Removal], sample: int) -> None:
+        """Measure these removals on one sample.
+
+        Raises:
+            ValueError: a divergence is NaN or infinite.
+        """
+        values = self._measured(removals, [sample])[:, 0]
+        self.removals += removals
+        self.samples += [sample] * len(removals)
+        self.divergences += values.tolist()
+
+    def arrays(self) -> tuple[NDArray[np.bool_], Ints, Floats]:
+        """The removals as rows of zeros and ones (K, N), the samples (K,), the divergences (K,)."""
+        removed = np.zeros((len(self.removals), self._traced.depth), dtype=np.bool_)
+        for row, blocks in zip(removed, self.removals, strict=True):
+            row[list(blocks)] = True
+        return removed, np.array(self.samples, dtype=np.int64), np.array(self.divergences)
+
+    def times(self) -> Counter[Removal]:
+        """How often each removal was measured."""
+        return Counter(self.removals)
+
+    def _measured(self, removals: Sequence[Removal], samples: Sequence[int]) -> Floats:
+        """(number of removals, number of samples): the divergences, measured where the journal lacks one."""
+        self.passes += num_passes(self._traced, [(), *removals]) * len(samples)
+        missing = []
+        for removed in removals:
+            if any((sample, removed) not in self._finished for sample in samples):
+                missing.append(removed)
+
+        if missing:
+            tokens = [self._tokens[sample] for sample in samples]
+            values = measured(self._traced, missing, tokens, kl, batch_size=self._batch_size)[..., 0]
+            self._remember(missing, samples, values)
+            self._journal.append({"samples": list(samples), "removals": missing, "kl": values.tolist()})
+
+        found = np.zeros((len(removals), len(samples)))
+        for row, removed in zip(found, removals, strict=True):
+            row[:] = [self._finished[sample, removed] for sample in samples]
+        return found
+
+    def _remember(self, removals: Sequence[Removal], samples: Sequence[int], values: Floats) -> None:
+        """values: (number of removals, number of samples)."""
+        for removed, row in zip(removals, values.tolist(), strict=True):
+            for sample, value in zip(samples, row, strict=True):
+                self._finished[sample, removed] = value
+
+
+def logarithms(divergences: Floats) -> Floats:
+    """Natural logarithms; of what is zero or nearly so, that of a small share of the largest."""
+    smallest = max(FLOOR * float(divergences.max()), float(np.finfo(np.float64).tiny))
+    return np.asarray(np.log(np.maximum(divergences, smallest)))
