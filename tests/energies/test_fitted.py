@@ -116,12 +116,13 @@ def test_blocks_of_different_kinds_do_not_resemble_each_other() -> None:
 
 def test_what_is_special_about_a_sample_does_not_count() -> None:
     removed = every_removal(6, range(1, 4))
-    sample = np.arange(len(removed)) % 3
+    sample = (np.arange(len(removed)) % 3).astype(np.uint32)
     values = np.exp(values_of(planted_form(6), removed) / 10)
     blocks = tuple(Block(i, "attention+mlp", 1) for i in range(6))
     singles = values[:6]
-    first = Fitted(removed, sample, values, singles, blocks)
-    second = Fitted(removed, sample, values * np.array([1.0, 5.0, 0.2])[sample], singles, blocks)
+    rows = removed.astype(np.uint8)
+    first = Fitted(rows, sample, values, singles, blocks)
+    second = Fitted(rows, sample, values * np.array([1.0, 5.0, 0.2])[sample], singles, blocks)
     np.testing.assert_allclose(first.hessian, second.hessian, atol=1e-8)
 
 

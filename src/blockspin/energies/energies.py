@@ -32,7 +32,7 @@ class Energies(ABC):
     metadata: dict[str, str]
 
     kinds: ClassVar[dict[str, type[Any]]] = {}  # every kind, by the name that files hold
-    ranks: ClassVar[dict[str, int]]  # of each array: 1 is (num_samples,), 2 (num_samples, N), 3 (num_samples, N, N)
+    shapes: ClassVar[dict[str, tuple[str, ...]]]  # of each array, what it has one entry for: "samples", "blocks"
 
     def __init_subclass__(cls) -> None:
         Energies.kinds[cls.__name__.lower()] = cls
@@ -59,7 +59,7 @@ class Energies(ABC):
         """
         blocks = [asdict(block) for block in self.blocks]
         description = {"kind": type(self).__name__.lower(), "blocks": blocks, "metadata": self.metadata}
-        arrays = {name: getattr(self, name) for name in self.ranks}
+        arrays = {name: getattr(self, name) for name in self.shapes}
 
         # One entry, because the order of several is not fixed: equal energies make equal files.
         header = {"blockspin": json.dumps(description)}
@@ -86,7 +86,7 @@ class Energies(ABC):
 
         described = _description(text)
         kind: Any = None if described is None else Energies.kinds.get(described[0])
-        fits = kind is not None and issubclass(kind, cls) and set(arrays) == set(kind.ranks)
+        fits = kind is not None and issubclass(kind, cls) and set(arrays) == set(kind.shapes)
         if described is None or not fits:
             raise ValueError(f"{path} is not a file of {wanted} of blockspin; {remedy}")
 
@@ -119,15 +119,17 @@ def _fault(kind: type[Energies], arrays: dict[str, NDArray[Any]], num_blocks: in
 
     Numbers that are not finite are no fault here: they mean "not measured", or are found when the form is used.
     """
-    samples = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+    sampled = [arrays[name] for name, shape in kind.shapes.items() if shape[0] == "samples"]
+    samples = {array.shape[0] if array.ndim else 0 for array in sampled}
     if len(samples) != 1 or 0 in samples:
         return "it has no samples, or a different number in each of its arrays"
 
+    sizes = {"samples": samples.pop(), "blocks": num_blocks}
     for name, array in arrays.items():
-        expected = (*samples, *[num_blocks] * (kind.ranks[name] - 1))
+        expected = tuple(sizes[of] for of in kind.shapes[name])
         if array.shape != expected:
             return f"{name} has the shape {array.shape}, not {expected}"
-        if array.dtype.kind not in "fi":
+        if array.dtype.kind not in "fiu":
             return f"{name} holds {array.dtype}, not numbers"
         if array.dtype.kind == "i" and array.min() < 1:
             return f"{name} holds {array.min()}; every sample has one or more"

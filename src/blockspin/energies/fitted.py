@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Goal, Ints, check_goal
+from ..problem import Block, Floats, Goal, check_goal
 from ..progress import bar
 from .design import affordable, lowest_removals, problems_for, random_removals
 from .energies import Energies
@@ -34,18 +35,25 @@ LEAST_TURN = 16  # passes of a turn at least: what a sample costs before anythin
 class Fitted(Energies):
     """Removals that were measured, and the quadratic form that fits the logarithms of their KL divergences.
 
-    removed: (K, N), one row for each measurement. sample: (K,), the sample it was made on.
+    removed: (K, N), one row of zeros and ones for each measurement. sample: (K,), the sample it was made on.
     divergence: (K,), KL divergence from the whole model, nats a token. singles: (N,), the same without each block.
-    ratio: (1,), that of `fit_quadratic`, where it is known already; else empty.
+    ratio: that of `fit_quadratic`, where it is known already; not kept in the file.
     """
 
-    removed: NDArray[np.bool_]
-    sample: Ints
+    shapes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "removed": ("samples", "blocks"),
+        "sample": ("samples",),
+        "divergence": ("samples",),
+        "singles": ("blocks",),
+    }
+
+    removed: NDArray[np.uint8]
+    sample: NDArray[np.uint32]
     divergence: Floats
     singles: Floats
     blocks: tuple[Block, ...]
-    ratio: Floats = field(default_factory=lambda: np.zeros(0))
     metadata: dict[str, str] = field(default_factory=dict)
+    ratio: float | None = None
 
     @property
     def hessian(self) -> Floats:
@@ -67,7 +75,7 @@ class Fitted(Energies):
             removed=self.removed[rows],
             sample=self.sample[rows],
             divergence=self.divergence[rows],
-            ratio=np.array([self._fit.ratio]),
+            ratio=self._fit.ratio,
         )
 
     @cached_property
@@ -77,8 +85,8 @@ class Fitted(Energies):
         share = self.removed.mean(axis=1)  # (K,), of the blocks
         basis = np.column_stack([samples, singles, share, share**2]).astype(np.float64)
 
-        ratio = float(self.ratio[0]) if len(self.ratio) else None
-        return fit_quadratic(self.removed, logarithms(self.divergence), basis, blocks=self.blocks, ratio=ratio)
+        removed, values = self.removed.astype(np.bool_), logarithms(self.divergence)
+        return fit_quadratic(removed, values, basis, blocks=self.blocks, ratio=self.ratio)
 
 
 def fit_removals(

@@ -34,7 +34,7 @@ class Gradients(Energies):
     metadata: where the gradients come from (model, calibration set, seed, ...), as text.
     """
 
-    ranks: ClassVar[dict[str, int]] = {"matrix": 2, "losses": 1}
+    shapes: ClassVar[dict[str, tuple[str, ...]]] = {"matrix": ("samples", "blocks"), "losses": ("samples",)}
 
     matrix: NDArray[np.float32]
     blocks: tuple[Block, ...]

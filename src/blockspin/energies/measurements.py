@@ -13,7 +13,7 @@ from ..journal import Journal
 from ..model.passes import num_passes
 from ..model.quality import kl, measured
 from ..model.tracing import TracedModel
-from ..problem import Floats, Ints, Removal
+from ..problem import Floats, Removal
 
 SINGLES_SAMPLES = 2  # on which every single block is removed
 FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
@@ -64,12 +64,12 @@ class Measurements:
         self.samples += [sample] * len(removals)
         self.divergences += values.tolist()
 
-    def arrays(self) -> tuple[NDArray[np.bool_], Ints, Floats]:
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32], Floats]:
         """The removals as rows of zeros and ones (K, N), the samples (K,), the divergences (K,)."""
-        removed = np.zeros((len(self.removals), self._traced.depth), dtype=np.bool_)
+        removed = np.zeros((len(self.removals), self._traced.depth), dtype=np.uint8)
         for row, blocks in zip(removed, self.removals, strict=True):
-            row[list(blocks)] = True
-        return removed, np.array(self.samples, dtype=np.int64), np.array(self.divergences)
+            row[list(blocks)] = 1
+        return removed, np.array(self.samples, dtype=np.uint32), np.array(self.divergences)
 
     def times(self) -> Counter[Removal]:
         """How often each removal was measured."""

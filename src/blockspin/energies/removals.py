@@ -41,7 +41,10 @@ class Interactions(Energies):
     blocks: the blocks of the model. metadata: where the numbers come from, as text.
     """
 
-    ranks: ClassVar[dict[str, int]] = {"matrices": 3, "tokens": 1}
+    shapes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "matrices": ("samples", "blocks", "blocks"),
+        "tokens": ("samples",),
+    }
 
     matrices: NDArray[np.float32]
     tokens: NDArray[np.int64]
