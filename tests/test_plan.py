@@ -26,7 +26,19 @@ def test_passes_are_those_that_are_counted(energy: str) -> None:
 
     # To one block: where a pass starts from kept states, handing these on counts as one.
     one_block = 1 / traced.depth + 0.02
-    assert _energy_passes(energy, traced) == pytest.approx(cost.passes - tracing.passes, abs=one_block)
+    assert _energy_passes(energy, traced, len(samples)) == pytest.approx(cost.passes - tracing.passes, abs=one_block)
+
+
+def test_fitted_energies_take_no_more_than_planned() -> None:
+    model, samples = tiny_model("llama"), random_samples((32,) * 4)
+    tokens = 4 * 32
+    traced = trace_model(model)
+    with counted(model, tokens) as cost:
+        estimate_energies("fitted", model, samples, progress=False)
+
+    # Many times the single removals, and at most what was planned, though tracing is counted too.
+    planned = _energy_passes("fitted", traced, len(samples))
+    assert planned / 8 < cost.passes < planned
 
 
 def test_nothing_is_written(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

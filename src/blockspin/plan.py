@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import GRADIENT_ENERGIES, CompressConfig
+from .energies.fitted import PASSES_PER_BLOCK
 from .model.batches import frozen, make_batches
 from .model.blocks import count_parameters
 from .model.loading import load_config, load_model, load_tokenizer
@@ -142,7 +143,11 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
     models = 1 + COMPARED * left
     timed = min(1.0, TIMING_ROUNDS * config.batch_size / len(samples.evaluation))
     steps = [
-        running(f"energies ({config.energy})", samples.calibration, _energy_passes(config.energy, traced)),
+        running(
+            f"energies ({config.energy})",
+            samples.calibration,
+            _energy_passes(config.energy, traced, len(samples.calibration)),
+        ),
         idle("spectrum (solver)"),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection (at most)", samples.selection, config.budget),
@@ -157,8 +162,13 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
     return steps
 
 
-def _energy_passes(energy: str, traced: TracedModel) -> float:
-    """Passes over each sample; of pairs, what the first quarter of the samples takes, at most."""
+def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
+    """Passes over each sample; of pairs, what the first quarter of the samples takes, at most.
+
+    The passes of `fitted` do not depend on the samples, which share them; they are fewer where there are few removals.
+    """
+    if energy == "fitted":
+        return PASSES_PER_BLOCK * (traced.depth + 1) / num_samples
     singles: list[Removal] = [(), *((i,) for i in range(traced.depth))]
     if energy in GRADIENT_ENERGIES:
         return BACKWARD
