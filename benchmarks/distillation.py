@@ -55,8 +55,10 @@ def random_model(name: str, remove: int, quantised: bool) -> PreTrainedModel:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIGS[name]), dtype=dtype)
+
     if remove:
         model = remove_blocks(model, range(2, 2 + remove))
+
     if quantised:
         from transformers import BitsAndBytesConfig
 
@@ -72,8 +74,12 @@ def matrix_weights(name: str, removed: int) -> int:
     """Weights that a token is multiplied with: all but norms and the embedding."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIGS[name]))
+
     layers = model.model.layers
-    one = sum(p.numel() for p in layers[0].parameters() if p.ndim == 2)
+    one = 0  # layer's matrices
+    for parameter in layers[0].parameters():
+        if parameter.ndim == 2:
+            one += parameter.numel()
     return int(one * (len(layers) - removed) + model.lm_head.weight.numel())
 
 
@@ -85,9 +91,9 @@ def peak_bytes() -> int:
 
 def warm_up() -> None:
     """Load what the Trainer loads, so that it is not counted."""
-    models = [random_model("tiny", 0, False) for _ in range(2)]
+    student, teacher = random_model("tiny", 0, False), random_model("tiny", 0, False)
     samples = list(torch.zeros((2, 8), dtype=torch.int64))
-    distill(models[0], models[1], samples, samples[:1], config=DistillConfig(max_length=8, max_steps=1, batch_size=1))
+    distill(student, teacher, samples, samples[:1], config=DistillConfig(max_length=8, max_steps=1, batch_size=1))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
@@ -103,13 +109,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         chunk_tokens=arguments.chunk_tokens,
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
+
     vocabulary = student.config.vocab_size
     samples = list(torch.randint(0, vocabulary, (arguments.steps * arguments.batch, arguments.length)))
     warm_up()
     loaded = 0 if torch.cuda.is_available() else peak_bytes()
     result = distill(student, teacher, samples, samples[:1], config=config)
-    speed = [row["tokens_per_second"] for row in result.history if "tokens_per_second" in row][-1]
-    return {"tokens_per_second": speed, "peak_bytes": peak_bytes() - loaded}
+
+    speeds = [row["tokens_per_second"] for row in result.history if "tokens_per_second" in row]
+    return {"tokens_per_second": speeds[-1], "peak_bytes": peak_bytes() - loaded}
 
 
 def main() -> None:
@@ -125,20 +133,25 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="matrix peak of the device, for the share that is reached")
     parser.add_argument("--out", help="write one measurement to this file, and do no other")
     arguments = parser.parse_args()
+
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(measure(arguments)))
         return
-    weights = 6 * matrix_weights(arguments.config, arguments.remove) + 2 * matrix_weights(arguments.config, 0)
+
+    # Operations a token.
+    operations = 6 * matrix_weights(arguments.config, arguments.remove) + 2 * matrix_weights(arguments.config, 0)
     with tempfile.TemporaryDirectory() as folder:
         for tokens in (arguments.chunk_tokens, arguments.batch * arguments.length):
             out = Path(folder) / f"{tokens}.json"
             again = [sys.executable, __file__, *sys.argv[1:], "--chunk-tokens", str(tokens), "--out", str(out)]
             subprocess.run(again, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
             row = json.loads(out.read_text())
             line = f"{tokens:>6} tokens' logits at a time: {row['tokens_per_second']:,.0f} tokens/s, "
             line += f"peak {row['peak_bytes'] / 2**30:.2f} GiB"
             if arguments.peak_tflops:
-                line += f", {row['tokens_per_second'] * weights / arguments.peak_tflops / 1e12:.1%} of the matrix peak"
+                share = row["tokens_per_second"] * operations / (1e12 * arguments.peak_tflops)
+                line += f", {share:.1%} of the matrix peak"
             print(line)
 
 

@@ -36,12 +36,16 @@ def _samplers() -> Any:
 
 def _allowed(problem: RemovalProblem, sampler: Any, seed: int, **options: Any) -> SearchResult:
     """Sample the QUBO view and keep each allowed removal once."""
-    blocks = problem.reduced.block.tolist()
     samples = sampler.sample(problem.to_bqm(), num_reads=READS, seed=seed, **options)
-    order = [list(samples.variables).index(block) for block in blocks]
+
+    # The sampler has an order of the variables of its own.
+    order = list(map(list(samples.variables).index, problem.reduced.block.tolist()))
     rows = np.unique(np.asarray(samples.record.sample, dtype=bool)[:, order], axis=0)  # (K, n)
 
-    allowed = [row for row, removed in zip(rows, problem.blocks_of(rows), strict=True) if problem.allows(removed)]
+    allowed = []
+    for row, removed in zip(rows, problem.blocks_of(rows), strict=True):
+        if problem.allows(removed):
+            allowed.append(row)
     if not allowed:
         raise RuntimeError(f"none of the {READS} samples removes the right number of blocks")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
     text = run("empirical-fisher", estimate_gradients, 256)
     fisher = run("fisher", estimate_gradients, 256, labels="model")
     derivative = run("gauss-newton", gauss_newton, 32, step=0.05, positions=128)
-    secant = {m: run("secant", gauss_newton, m, positions=128) for m in (8, 32, 64)}
-    pairs = {m: run("pairwise", measure_pairs, m) for m in (4, 16, 32)}
+    secant, pairs = {}, {}  # by the number of samples
+    for m in (8, 32, 64):
+        secant[m] = run("secant", gauss_newton, m, positions=128)
+    for m in (4, 16, 32):
+        pairs[m] = run("pairwise", measure_pairs, m)
     loss = run("pairwise of the loss", measure_pairs, 32, objective="loss")
     costs["singles, 32"] = costs["secant, 32"]
 
@@ -70,18 +74,25 @@ def forms(model: torch.nn.Module, samples: list[torch.Tensor]) -> dict[str, tupl
         "fisher, 256": fisher.hessian,
         "gauss-newton, 32": derivative.hessian,
         "singles, 32": np.diag(np.diag(pairs[32].hessian)),
-        **{f"secant, {m}": found.hessian for m, found in secant.items()},
-        **{f"pairwise, {m}": found.hessian for m, found in pairs.items()},
-        "pairwise of the loss, 32": loss.hessian,
-        "mean of secant and pairwise, 32": (secant[32].hessian + pairs[32].hessian) / 2,
     }
+    for m, energies in secant.items():
+        matrices[f"secant, {m}"] = energies.hessian
+    for m, energies in pairs.items():
+        matrices[f"pairwise, {m}"] = energies.hessian
+    matrices["pairwise of the loss, 32"] = loss.hessian
+    matrices["mean of secant and pairwise, 32"] = (secant[32].hessian + pairs[32].hessian) / 2
 
+    # What needs no run of its own costs what it is made of.
     costs["empirical-fisher, 256, beta 1"] = costs["empirical-fisher, 256, beta -1"] = costs["empirical-fisher, 256"]
     costs["mean of secant and pairwise, 32"] = (
         costs["secant, 32"][0] + costs["pairwise, 32"][0],
         costs["secant, 32"][1] + costs["pairwise, 32"][1],
     )
-    return {name: (matrix, *costs[name]) for name, matrix in matrices.items()}
+
+    found = {}
+    for name, matrix in matrices.items():
+        found[name] = (matrix, *costs[name])
+    return found
 
 
 def prediction(
@@ -90,13 +101,13 @@ def prediction(
     """How well an energy predicts the measured divergences: over random removals, and over its own lowest states."""
 
     def correlation(removals: list[Removal]) -> float:
-        return spearman([problem.energy(removed) for removed in removals], [kl[removed] for removed in removals])
+        return spearman(list(map(problem.energy, removals)), list(map(kl.__getitem__, removals)))
 
     return {
         "random": correlation(drawn),
         "low": correlation(lowest),
         "ground state": kl[lowest[0]],
-        "best of ten": min(kl[removed] for removed in lowest),
+        "best of ten": min(map(kl.__getitem__, lowest)),
         "removed": lowest[0],
     }
 
@@ -112,18 +123,24 @@ def main() -> None:
     text = load_calibration(VALIDATION, tokenizer, num_samples=32, max_length=128)
 
     found = forms(model, calibration)
-    rows: dict[str, dict[str, object]] = {name: {"passes": p, "seconds": s} for name, (_, p, s) in found.items()}
+    rows: dict[str, dict[str, object]] = {}
+    for name, (_, passes, seconds) in found.items():
+        rows[name] = {"passes": passes, "seconds": seconds}
 
     for remove in REMOVE:
-        problems = {name: RemovalProblem(matrix, remove) for name, (matrix, _, _) in found.items()}
-        lowest = {name: [s.removed for s in solve(p, states=10).states] for name, p in problems.items()}
+        problems, lowest = {}, {}
+        for name, (matrix, _, _) in found.items():
+            problems[name] = RemovalProblem(matrix, remove)
+            lowest[name] = [state.removed for state in solve(problems[name], states=10).states]
 
         # Measure every removal once: random ones, and the ten lowest states of each energy.
         any_problem = next(iter(problems.values()))
         drawn = [random_candidate(any_problem, seed).removed for seed in range(40)]
-        removals = sorted({*drawn, *(removed for states in lowest.values() for removed in states)})
+        removals = sorted({*drawn, *chain.from_iterable(lowest.values())})
         measured = shared_qualities(trace_model(model), removals, text, batch_size=16)
-        kl = {removed: quality.kl for removed, quality in zip(removals, measured, strict=True)}
+        kl = {}
+        for removed, quality in zip(removals, measured, strict=True):
+            kl[removed] = quality.kl
 
         for name, problem in problems.items():
             rows[name][str(remove)] = prediction(problem, drawn, lowest[name], kl)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockspin.demo import MODEL
 from blockspin.energies.gradients import gate_gradients
@@ -62,8 +62,9 @@ def memory_of(run: Callable[[Batch], object], batch: Batch, model: nn.Module) ->
         before = torch.cuda.memory_allocated()
         run(batch)
         return torch.cuda.max_memory_allocated() - before
+
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, int] = {}  # storage -> its bytes
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -80,13 +81,32 @@ def matrix_peak(model: nn.Module) -> float:
     """FLOP/s of a large matrix product in the model's dtype on its device."""
     weight = next(model.parameters())
     n = 8192 if weight.is_cuda else 1024
-    a, b = (torch.randn(n, n, dtype=weight.dtype, device=weight.device) for _ in range(2))
+    a, b = torch.randn(2, n, n, dtype=weight.dtype, device=weight.device)  # (n, n) each
+
     times = []
     for _ in range(8):
         started = time.perf_counter()
         (a @ b)[0, 0].item()
         times.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(times[3:])
+    return 2 * n**3 / statistics.median(times[3:])  # the first ones warm up
+
+
+def open_model(name: str) -> PreTrainedModel:
+    """The embedded model, or one of random weights of this configuration."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    if name == "embedded":
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
+
+
+def multiplied(model: PreTrainedModel) -> int:
+    """The parameters that a token is multiplied with: all but an embedding that is only looked up."""
+    number: int = sum(p.numel() for p in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    looked_up: int = 0 if embedding is head else embedding.numel()
+    return number - looked_up
 
 
 def main() -> None:
@@ -98,16 +118,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    if arguments.config == "embedded":
-        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
-    else:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
+
+    model = open_model(arguments.config)
     traced = trace_model(model)
-    samples = [torch.randint(model.config.vocab_size, (arguments.length,)) for _ in range(arguments.batch_size)]
-    batches = make_batches(samples, arguments.batch_size) * arguments.batches
+    samples = torch.randint(model.config.vocab_size, (arguments.batch_size, arguments.length))
+    batches = make_batches(list(samples), arguments.batch_size) * arguments.batches
 
     def ours(batch: Batch) -> object:
         return gate_gradients(traced, batch)
@@ -115,30 +130,32 @@ def main() -> None:
     def floor(batch: Batch) -> None:
         floor_pass(model, batch)
 
+    seconds, floor_seconds, ratios = [], [], []
     with frozen(model):
-        seconds_of(ours, batches[:1])
+        seconds_of(ours, batches[:1])  # warms up
         seconds_of(floor, batches[:1])
-        pairs = [(seconds_of(ours, batches), seconds_of(floor, batches)) for _ in range(arguments.rounds)]
+        for _ in range(arguments.rounds):
+            seconds.append(seconds_of(ours, batches))
+            floor_seconds.append(seconds_of(floor, batches))
+            ratios.append(floor_seconds[-1] / seconds[-1])
         memory = memory_of(ours, batches[0], model), memory_of(floor, batches[0], model)
-    tokens = len(samples) * arguments.length * len(batches)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    looked_up = 0 if tied else model.get_input_embeddings().weight.numel()  # a tied matrix is multiplied at the end
-    parameters = sum(p.numel() for p in model.parameters()) - looked_up
-    ours_seconds = statistics.median(pair[0] for pair in pairs)
+
+    tokens = samples.numel() * len(batches)
+    typical = statistics.median(seconds)
     numbers = {
         "model": arguments.config,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "batch": [arguments.batch_size, arguments.length],
-        "tokens_per_second": tokens / ours_seconds,
-        "floor_tokens_per_second": tokens / statistics.median(pair[1] for pair in pairs),
-        "throughput_ratio": statistics.median(b / a for a, b in pairs),
+        "tokens_per_second": tokens / typical,
+        "floor_tokens_per_second": tokens / statistics.median(floor_seconds),
+        "throughput_ratio": statistics.median(ratios),
         "memory_bytes": memory[0],
         "floor_memory_bytes": memory[1],
         "memory_ratio": memory[0] / memory[1],
         # forward and backward through the activations: 4 operations a parameter and token
-        "share_of_matrix_peak": 4 * parameters * tokens / ours_seconds / matrix_peak(model),
-        "seconds_for_2048_samples": 2048 * arguments.length * ours_seconds / tokens,
+        "share_of_matrix_peak": 4 * multiplied(model) * tokens / typical / matrix_peak(model),
+        "seconds_for_2048_samples": 2048 * arguments.length * typical / tokens,
     }
     print(json.dumps(numbers, indent=2))
     if arguments.out:

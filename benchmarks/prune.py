@@ -40,11 +40,13 @@ def make_checkpoint(folder: Path, gib: float, shards: int = 4) -> None:
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
+
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in tf.AutoModelForCausalLM.from_config(config).state_dict().items()}
-    names = list(shapes)
+        weights = tf.AutoModelForCausalLM.from_config(config).state_dict()
     for number in range(shards):
-        tensors = {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in names[number::shards]}
+        tensors = {}
+        for name in list(weights)[number::shards]:
+            tensors[name] = torch.ones(weights[name].shape, dtype=torch.bfloat16)
         save_file(tensors, folder / f"model-{number + 1:05}-of-{shards:05}.safetensors", metadata={"format": "pt"})
 
 
@@ -53,6 +55,7 @@ def prune(source: Path, target: Path) -> tuple[float, float]:
     start = time.perf_counter()
     prune_checkpoint(source, [3, 7], target, progress=False)
     seconds = time.perf_counter() - start
+
     peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
     assert peak is not None
     return seconds, int(peak[1]) / 2**20
@@ -69,6 +72,11 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
+def sizes(folder: Path) -> list[float]:
+    """Of the files in a folder, in GiB."""
+    return [file.stat().st_size / 2**30 for file in folder.iterdir()]
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Path) -> Any:
     os.sync()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -81,14 +89,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6, help="how often each is timed (an even number)")
     parser.add_argument("--folder", help="where to write; the system's temporary folder by default")
     arguments = parser.parse_args()
-    pruned, copied = [], []
+
+    pruned, copied = [], []  # seconds
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         whole, short, target = folder / "whole", folder / "short", folder / "target"
         make_checkpoint(whole, arguments.gib)
-        shard = max(file.stat().st_size for file in whole.iterdir()) / 2**30
+        shard = max(sizes(whole))
         _, memory = in_fresh_process(prune, whole, short)
-        written = sum(file.stat().st_size for file in short.iterdir()) / 2**30
+        written = sum(sizes(short))
+
         for pair in range(arguments.pairs):
             for pruning in (True, False) if pair % 2 == 0 else (False, True):
                 if pruning:
@@ -97,6 +107,7 @@ def main() -> None:
                     copied.append(in_fresh_process(copy, short, target))
                 shutil.rmtree(target)
             print(f"{written:.2f} GiB pruned in {pruned[-1]:.1f} s, copied in {copied[-1]:.1f} s", flush=True)
+
     ratio = statistics.median(copied) / statistics.median(pruned)
     print(f"pruning runs at {ratio:.2f} of the speed of copying (medians; the aim is at least 0.8)")
     print(f"peak memory {memory:.2f} GiB with all libraries (aim: at most a shard of {shard:.2f} GiB and 1 GiB)")

@@ -80,11 +80,19 @@ def measure(
     return results
 
 
+def removals_of(spectrum: bs.Spectrum) -> set[tuple[int, ...]]:
+    return {state.removed for state in spectrum.states}
+
+
 def rows(name: str, size: str, results: dict[str, tuple[float, bs.Spectrum | None, str]]) -> list[str]:
     """The table's lines for one problem."""
     known = [spectrum for _, spectrum, _ in results.values() if spectrum is not None]
-    best = min((spectrum.states[0].energy for spectrum in known), default=np.nan)
+    energies = [spectrum.states[0].energy for spectrum in known]
+    best = min(energies, default=np.nan)
+
+    # The removals of the solver that proved the most, if any did.
     reference = max(known, key=lambda spectrum: spectrum.num_proven, default=None)
+    truth = removals_of(reference) if reference is not None and reference.num_proven else set()
 
     lines = []
     for solver, (seconds, spectrum, why) in results.items():
@@ -94,8 +102,7 @@ def rows(name: str, size: str, results: dict[str, tuple[float, bs.Spectrum | Non
 
         gap = "" if not np.isfinite(spectrum.gap) else f"{100 * spectrum.gap / abs(spectrum.states[0].energy):.2g} %"
         above = 100 * (spectrum.states[0].energy - best) / abs(best)
-        truth = {state.removed for state in reference.states} if reference and reference.num_proven else set()
-        found = f"{len(truth & {state.removed for state in spectrum.states})}/{len(truth)}" if truth else ""
+        found = f"{len(truth & removals_of(spectrum))}/{len(truth)}" if truth else ""
         proven = f"{spectrum.num_proven}/{len(spectrum.states)}"
         lines.append(f"| {name} | {size} | {solver} | {seconds:.2f} | {proven} | {gap} | {above:.2g} % | {found} |")
     return lines
