@@ -95,6 +95,9 @@ def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview
     blocks = tuple(find_blocks(model))
     num_parameters = count_parameters(model)
     can_be_saved = Removable(config, trust_remote_code=trust_remote_code)
+    removable = []
+    for block in blocks:
+        removable.append(can_be_saved([block.index]))
 
     return Overview(
         model=str(source),
@@ -105,7 +108,7 @@ def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview
         context=context_length(config),
         blocks=blocks,
         cache_bytes=_cache_bytes(model, blocks, dtype),
-        removable=tuple(can_be_saved([block.index]) for block in blocks),
+        removable=tuple(removable),
     )
 
 
@@ -115,7 +118,8 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
     States of constant size do not grow.
     """
     # Without attention there are only such states, and the model may keep them elsewhere.
-    if "attention" not in " ".join(block.kind for block in blocks):
+    kinds = [block.kind for block in blocks]
+    if "attention" not in " ".join(kinds):
         return (0,) * len(blocks)
 
     model = model.to(torch.bfloat16).eval()  # the one that all kernels take on the meta device
@@ -133,13 +137,19 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
         sizes.append(list(map(_num_elements, layers)))
 
     # Layers at the end may share the cache of others, and have none.
-    growth = [(after - before) * dtype.itemsize for before, after in zip(*sizes, strict=True)]
-    return tuple(growth + [0] * (len(blocks) - len(growth)))
+    growth = [0] * len(blocks)
+    for i, (before, after) in enumerate(zip(*sizes, strict=True)):
+        growth[i] = (after - before) * dtype.itemsize
+    return tuple(growth)
 
 
 def _num_elements(layer: Any) -> int:
     """Of the tensors that one layer of a cache holds."""
-    return sum(value.numel() for value in vars(layer).values() if isinstance(value, Tensor))
+    number = 0
+    for value in vars(layer).values():
+        if isinstance(value, Tensor):
+            number += value.numel()
+    return number
 
 
 def _left(whole: int, parts: Sequence[int], number: int) -> str:

@@ -72,7 +72,8 @@ def open_run(config: CompressConfig, out: Path) -> None:
             used.update(names)
 
     stored = CompressConfig(**CompressConfig.read(recorded))
-    wanted = {name: value for name, value in asdict(config).items() if name in used}
+    settings = asdict(config)
+    wanted = {name: settings[name] for name in settings if name in used}
     check_settings(out, "run", asdict(stored), wanted)
 
 

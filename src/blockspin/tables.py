@@ -60,26 +60,32 @@ class Table:
 
     def _cells(self) -> list[list[str]]:
         """Headings and rows as one grid."""
-        return [[column.heading for column in self.columns], *map(list, self.rows)]
+        headings = [column.heading for column in self.columns]
+        return [headings, *map(list, self.rows)]
 
     def _fitted(self, width: int) -> list[tuple[list[int], list[int]]]:
         """The columns of each part, and the width of every column, so that parts fit into `width`."""
-        widest = [max(map(len, cells)) for cells in zip(*self._cells(), strict=True)]
-        least = [self._least(c, widest[c]) for c in range(len(self.columns))]
+        widest, least = [], []
+        for c, cells in enumerate(zip(*self._cells(), strict=True)):
+            widest.append(max(map(len, cells)))
+            least.append(self._least(c, widest[c]))
 
         # The columns one after the other; where one does not fit, a new part begins with the first column.
-        parts = [[0]]
+        parts, needed = [[0]], least[0]
         for c in range(1, len(self.columns)):
-            needed = sum(least[i] + len(GAP) for i in parts[-1]) + least[c]
-            if needed > width and len(parts[-1]) > 1:
+            if needed + len(GAP) + least[c] > width and len(parts[-1]) > 1:
                 parts.append([0])
+                needed = least[0]
             parts[-1].append(c)
+            needed += len(GAP) + least[c]
 
         # The room that is left goes first to the columns that lack the least, so that few are wrapped.
         fitted = []
         for part in parts:
             widths = list(least)
-            room = width - sum(least[c] for c in part) - len(GAP) * (len(part) - 1)
+            room = width - len(GAP) * (len(part) - 1)
+            for c in part:
+                room -= least[c]
             for c in sorted(part, key=lambda c: widest[c] - least[c]):
                 more = max(0, min(room, widest[c] - least[c]))
                 widths[c] += more
@@ -156,4 +162,4 @@ def _wrapped(text: str, width: int) -> list[str]:
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
             lines.append("")
         lines[-1] += piece
-    return [line.rstrip() for line in lines]
+    return list(map(str.rstrip, lines))

@@ -36,7 +36,8 @@ def sleb(
     for _ in track(range(steps), "SLEB", steps, show=progress):
         free = open_blocks(problem, removed)
         if free:
-            losses = shared_losses(traced, [(*removed, i) for i in free], samples, batch_size=batch_size)
+            longer = [(*removed, i) for i in free]
+            losses = shared_losses(traced, longer, samples, batch_size=batch_size)
             best = int(np.argmin(losses))
             removed, loss = (*removed, free[best]), losses[best]
 
@@ -79,7 +80,10 @@ def evopress(
         means: list[float] = token_mean(values, on).tolist()
         return means
 
-    first = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
+    first = []
+    for _ in range(offspring):
+        first.append(fill(problem, generator.permutation(problem.num_blocks).tolist()))
+
     pool, parent, best, idle = set(first), first[0], float("inf"), 0
     with bar(progress) as display:
         task = display.add_task("EvoPress", total=budget)
@@ -88,14 +92,18 @@ def evopress(
             if pool:
                 # All on a few samples, the survivors on all.
                 mutants = sorted(pool)
-                subset = [samples[i] for i in generator.choice(len(samples), few, replace=False)]
+                drawn = generator.choice(len(samples), few, replace=False).tolist()
+                subset = [samples[i] for i in drawn]
                 ranking = np.argsort(divergences(mutants, subset), kind="stable")
                 chosen = [mutants[i] for i in ranking[:survivors]]
                 lowest, removed = min(zip(divergences(chosen, samples), chosen, strict=True))
                 if lowest < best:
                     parent, best = removed, lowest
             display.update(task, completed=spent)
-            pool = {mutated(problem, parent, generator) for _ in range(offspring)} - {parent}
+            pool = set()
+            for _ in range(offspring):
+                pool.add(mutated(problem, parent, generator))
+            pool.discard(parent)
     return Candidate(parent, "EvoPress", problem.energy(parent))
 
 

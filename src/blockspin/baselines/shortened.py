@@ -70,7 +70,11 @@ def weight_importance(
     importance = {}
     for w, total in zip(weights, sums, strict=True):
         importance[w] = float((w.detach() * total).abs().sum()) / len(samples)
-    return np.array([sum(map(importance.__getitem__, layer.parameters())) for layer in layers])
+    scores = np.zeros(len(layers))
+    for i, layer in enumerate(layers):
+        for w in layer.parameters():
+            scores[i] += importance[w]
+    return scores
 
 
 def shortened_llama(problem: RemovalProblem, scores: NDArray[np.float64], source: str, plus: bool = False) -> Candidate:

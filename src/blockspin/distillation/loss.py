@@ -185,15 +185,17 @@ class DistillationLoss:
         losses = {"kl": _spread(kl, mask), "cross_entropy": _spread(cross_entropy, mask)}
 
         if self.kept is not None:
-            pairs = zip(students_blocks, self.kept, strict=True)
-            distances = torch.stack([_distance(ours[j], theirs[i], mask) for j, i in pairs])  # (blocks, tokens)
-            losses["hidden"] = _spread(distances.mean(0), mask)
+            distances = []
+            for j, i in zip(students_blocks, self.kept, strict=True):
+                distances.append(_distance(ours[j], theirs[i], mask))  # (tokens,)
+            losses["hidden"] = _spread(torch.stack(distances).mean(0), mask)
         return losses
 
     def _over_chunks(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """KL and cross-entropy, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
         kls, cross_entropies = [], []
-        chunks = (torch.split(tensor, self.chunk_tokens) for tensor in (hidden, target, labels))
+        size = self.chunk_tokens
+        chunks = torch.split(hidden, size), torch.split(target, size), torch.split(labels, size)
         for chunk in zip(*chunks, strict=True):
             if torch.is_grad_enabled():
                 # The backward pass computes the logits of the chunk again instead of keeping them.

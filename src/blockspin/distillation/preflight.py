@@ -46,7 +46,7 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
         raise ValueError(
             f"{student} has no blockspin.json that tells which blocks of the teacher were kept (--hidden-states)"
         )
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
 
@@ -93,10 +93,10 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int
         ValueError: what does not fit.
     """
     configs = {"student": student.get_text_config(decoder=True), "teacher": teacher.get_text_config(decoder=True)}
-    sizes = {name: config.vocab_size for name, config in configs.items()}
-    if sizes["student"] != sizes["teacher"]:
+    ours, theirs = configs["student"].vocab_size, configs["teacher"].vocab_size
+    if ours != theirs:
         raise ValueError(
-            f"the vocabularies differ: {sizes['student']} tokens of the student, {sizes['teacher']} of the teacher "
+            f"the vocabularies differ: {ours} tokens of the student, {theirs} of the teacher "
             "(--teacher); give the model that the student was made from"
         )
 
@@ -116,9 +116,9 @@ def check_room(needed: dict[str, float], free: float) -> None:
     """
     total = sum(needed.values())
     if total > free:
-        parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
+        parts = [f"{name} {number / GIB:.1f}" for name, number in needed.items()]
         raise ValueError(
-            f"no room for both models: {total / GIB:.1f} GiB are needed before activations ({parts}) and "
+            f"no room for both models: {total / GIB:.1f} GiB are needed before activations ({', '.join(parts)}) and "
             f"{free / GIB:.1f} GiB are free; try --lora-rank 64, --teacher-quantization nf4, or more GPUs with "
             "`accelerate launch --use_fsdp`"
         )

@@ -70,7 +70,7 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Samples as a batch, padded on the right. There is a mask only where there is padding: without it is faster."""
     rows = [sample["input_ids"] for sample in samples]
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor(list(map(len, rows)))  # (batch,)
 
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (batch, length)
     mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
@@ -107,7 +107,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and (2,) how many tokens and labels they have on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = sum((count_tokens(batch).sum(0) for batch in batches), torch.zeros(2)).to(device)
+        own = torch.zeros(2, device=device)  # of this process
+        for batch in batches:
+            own += count_tokens(batch).sum(0).to(device)
         counts = self.accelerator.reduce(own, "sum")
         self._counts += counts
         return batches, counts
@@ -122,7 +124,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         tokens, labels = num_items_in_batch
         counts = {"kl": tokens, "cross_entropy": labels, "hidden": tokens}
-        weighted = [weight * losses[name].sum() / counts[name] for name, weight in self.weights.items() if weight]
+        weighted = []
+        for name, weight in self.weights.items():
+            if weight:
+                weighted.append(weight * losses[name].sum() / counts[name])
         loss = torch.stack(weighted).sum() * self.accelerator.num_processes
         return (loss, losses) if return_outputs else loss
 

@@ -6,7 +6,7 @@ The gradients describe the loss near the whole model; a removal is far from it. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -106,7 +106,7 @@ def measure_pairs(
     """
     traced = trace_model(model)
     blocks, n = traced.blocks, traced.depth
-    tokens = np.array([len(sample) - 1 for sample in samples], dtype=np.int64)  # (num_samples,) that are predicted
+    tokens = np.array(list(map(len, samples)), dtype=np.int64) - 1  # (num_samples,) that are predicted
     journal = Journal(partial, fingerprint.of_results(model, samples, objective))
     matrices = _finished_forms(journal, len(samples), n)
 
@@ -122,7 +122,7 @@ def measure_pairs(
         )
 
     for chosen in (range(first), range(first, len(samples))):
-        todo = [i for i in chosen if np.isnan(matrices[i, 0, 0])]
+        todo = _unmeasured(matrices, chosen)
         if not todo:
             continue
 
@@ -131,7 +131,8 @@ def measure_pairs(
         pairs = every if chosen.start == 0 else pairs_in_low_states(known)
         for start in track(range(0, len(todo), batch_size), "Pairs", -(-len(todo) // batch_size), show=progress):
             part = todo[start : start + batch_size]
-            matrices[part] = _pair_forms(traced, [samples[i] for i in part], pairs, objective)
+            batch = [samples[i] for i in part]
+            matrices[part] = _pair_forms(traced, batch, pairs, objective)
             keep_rows(journal, part, matrices[part])
 
     return Interactions(matrices, tokens, blocks, metadata or {})
@@ -156,7 +157,7 @@ def _pair_forms(
 def pairs_in_low_states(interactions: Interactions, replicates: int = 4, states: int = 20) -> list[tuple[int, int]]:
     """The pairs of blocks in the lowest states of bootstrap replicates, for an eighth to a half of the blocks."""
     n, generator = len(interactions.blocks), np.random.default_rng(0)
-    depths = sorted({max(1, n * eighths // 8) for eighths in (1, 2, 3, 4)})
+    depths = sorted({max(1, n // 8), max(1, n // 4), max(1, 3 * n // 8), max(1, n // 2)})
 
     found: set[tuple[int, int]] = set()
     for _ in range(replicates):
@@ -201,16 +202,19 @@ def gauss_newton(
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions))
     matrices = _finished_forms(journal, len(samples), n)
 
-    todo = [i for i in range(len(samples)) if np.isnan(matrices[i, 0, 0])]
+    # What a journal has no form of is measured, batch by batch.
+    todo = _unmeasured(matrices, range(len(samples)))
     passes = _single_removals if step == 1 else _gates_moved
     batches = passes(traced, [samples[i] for i in todo], step, batch_size) if todo else ()
-    number, left = (-(-length // batch_size) for length in (len(samples), len(todo)))  # batches
+    number = -(-len(samples) // batch_size)  # of batches in all
+    left = -(-len(todo) // batch_size)
     for batch, outputs in track(batches, "Blocks", number, number - left, progress):
         part = [todo[i] for i in batch.indices]
         matrices[part] = _covariances(batch, outputs, n, step, positions)
         keep_rows(journal, part, matrices[part])
 
-    tokens = np.array([min(len(sample) - 1, positions) for sample in samples], dtype=np.int64)
+    lengths = np.array(list(map(len, samples)), dtype=np.int64)  # (num_samples,)
+    tokens = np.minimum(lengths - 1, positions)  # that are used
     return Interactions(matrices, tokens, traced.blocks, metadata or {})
 
 
@@ -222,9 +226,17 @@ def _finished_forms(journal: Journal, num_samples: int, n: int) -> NDArray[np.fl
     return matrices
 
 
+def _unmeasured(matrices: NDArray[np.float32], chosen: Iterable[int]) -> list[int]:
+    """Those of the chosen samples that have no form yet. matrices: (num_samples, N, N), NaN where nothing is known."""
+    return [i for i in chosen if np.isnan(matrices[i, 0, 0])]
+
+
 def _at_most_one(n: int) -> list[Removal]:
     """The whole model, then the removal of each block."""
-    return [(), *((i,) for i in range(n))]
+    removals: list[Removal] = [()]
+    for i in range(n):
+        removals.append((i,))
+    return removals
 
 
 def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
@@ -253,11 +265,16 @@ def _covariances(
 ) -> NDArray[np.float32]:
     """(batch, N, N): the Gauss-Newton form of each sample. The whole model's logits come first."""
     # The positions that count, spread over each sample; only their logits are kept.
-    used = [torch.linspace(0, length - 2, min(length - 1, positions)).long() for length in batch.lengths.tolist()]
+    used = []
+    for length in batch.lengths.tolist():
+        used.append(torch.linspace(0, length - 2, min(length - 1, positions)).long())  # (positions of this sample,)
+
     picked: dict[int, list[Tensor]] = {}
     for k, logits in outputs:
         check_finite(sample_losses(logits, batch), batch)
-        picked[k] = [row[where.to(row.device)] for row, where in zip(logits, used, strict=True)]
+        picked[k] = []
+        for row, where in zip(logits, used, strict=True):
+            picked[k].append(row[where.to(row.device)])  # (positions of this sample, vocabulary)
 
     forms = []
     for r in range(len(used)):

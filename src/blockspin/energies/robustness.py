@@ -46,7 +46,8 @@ class Robustness:
         order = np.argsort(-self.frequency)
         uncertain = order[(self.frequency[order] > OFTEN_ENOUGH) & (self.frequency[order] < 1 - OFTEN_ENOUGH)]
         if len(uncertain):
-            text += " Uncertain blocks: " + ", ".join(f"{i} ({self.frequency[i]:.0%})" for i in uncertain) + "."
+            listed = [f"{i} ({self.frequency[i]:.0%})" for i in uncertain]
+            text += f" Uncertain blocks: {', '.join(listed)}."
 
         if self.shared < MOSTLY_SHARED:
             text += " The energies are uncertain: use more samples."
@@ -87,4 +88,5 @@ def robustness(
 
 def _ranks(problem: RemovalProblem, removals: Sequence[Removal]) -> NDArray[np.int64]:
     """(number of removals,): the place of each in the order of the energies."""
-    return np.argsort(np.argsort([problem.energy(removed) for removed in removals], kind="stable"))
+    energies = [problem.energy(removed) for removed in removals]
+    return np.argsort(np.argsort(energies, kind="stable"))

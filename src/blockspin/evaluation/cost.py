@@ -105,7 +105,9 @@ def measure_costs(
     workload = workload or Workload()
     _check(models, workload, rounds)
     batch_size, length, new_tokens = workload.batch_size, workload.length, workload.new_tokens
-    prompts = {name: _prompt(model, batch_size, length) for name, model in models.items()}
+    prompts = {}
+    for name, model in models.items():
+        prompts[name] = _prompt(model, batch_size, length)
     seconds = _seconds(models, prompts, new_tokens, rounds, progress)
 
     costs = []
@@ -244,7 +246,9 @@ def _tensor_bytes(value: Any) -> dict[int, int]:
 
 def _peak_bytes(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int | None:
     """The weights and the most that a generation needs above them; None where the system does not report that."""
-    weights: int = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    weights = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        weights += tensor.nbytes
 
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -66,7 +66,7 @@ class Evaluation:
         return self.loss - other.loss, standard_error(apart, weights)
 
     def as_json(self) -> dict[str, Any]:
-        scores = [score.as_json() for score in self.scores]
+        scores = list(map(Score.as_json, self.scores))
         return {**asdict(self), "perplexity": self.perplexity, "scores": scores}
 
     @staticmethod
@@ -74,7 +74,7 @@ class Evaluation:
         known = dict(values)
         known.pop("perplexity", None)  # computed from the loss
         known["removed"] = tuple(values["removed"])
-        known["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
+        known["scores"] = tuple(map(Score.from_json, values.get("scores", ())))
         known["sample_losses"] = tuple(values.get("sample_losses", ()))
         known["sample_tokens"] = tuple(values.get("sample_tokens", ()))
         return Evaluation(**known)
@@ -231,7 +231,7 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
     """A row for each model; perplexity, parameters, size and speed also relative to the first."""
     first = rows[0]
     columns = [Column("model", words=True), Column("removed"), Column("blocks", words=True)]
-    columns += [Column(heading) for heading in ("perplexity", "parameters", "on disk", "tokens/s")]
+    columns += map(Column, ("perplexity", "parameters", "on disk", "tokens/s"))
     columns += [Column(score.task) for score in first.scores]
 
     lines = []
@@ -246,7 +246,7 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
             short(row.num_bytes, "B"),
             f"{row.tokens_per_second:,.0f} {speed:.2f}x",
         ]
-        lines.append([*cells, *(score.as_text() for score in row.scores)])
+        lines.append([*cells, *map(Score.as_text, row.scores)])
     return Table(columns, lines)
 
 

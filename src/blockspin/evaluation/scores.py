@@ -74,14 +74,20 @@ class Score:
 def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
     """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member."""
     # A group that the harness does not aggregate has no metrics of its own: its members are scored.
-    outer = next((name for name in (task, *loaded["groups"]) if name in results["results"]), "")
-    aggregated = _metrics(results["results"].get(outer, {}))
-    names = [outer] if aggregated else list(loaded["tasks"])
+    names = list(loaded["tasks"])
+    for outer in (task, *loaded["groups"]):
+        if outer in results["results"]:
+            names = [outer] if _metrics(results["results"][outer]) else names
+            break
 
     scores = []
     for name in names:
         group = loaded["groups"].get(name)
         members = [member.task_name for member in group.get_all_tasks()] if group else [name]
+        num_samples = 0
+        for member in members:
+            num_samples += results["n-samples"][member]["effective"]
+
         values = results["results"][name]
         key = _chosen_metric(name, _metrics(values))
         metric, chosen = key.split(",")  # the metric and the harness's filter, "none" for no filter
@@ -93,7 +99,7 @@ def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: 
             value=float(values[key]),
             stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
             chance=_chance(results, members, group, metric, chosen),
-            num_samples=sum(results["n-samples"][member]["effective"] for member in members),
+            num_samples=num_samples,
             num_fewshot=int(results["n-shot"].get(name, results["n-shot"][members[0]])),
         )
         scores.append(score)
@@ -127,8 +133,11 @@ def _chance(results: Mapping[str, Any], members: Sequence[str], group: Any, metr
     levels = []  # for each member those of its questions
     for member in members:
         kind = results["configs"][member]["output_type"]
-        samples = results["samples"][member]  # once for each filter
-        levels.append([_guess(sample, kind) for sample in samples if sample["filter"] == chosen])
+        guesses = []
+        for sample in results["samples"][member]:  # every question once for each filter
+            if sample["filter"] == chosen:
+                guesses.append(_guess(sample, kind))
+        levels.append(guesses)
 
     if group is None or group.aggregate_metric_list[0].weight_by_size:
         return statistics.fmean(chain.from_iterable(levels))
@@ -143,8 +152,8 @@ def _guess(sample: Mapping[str, Any], output_type: str) -> float:
     # A question whose answer is written freely may list its choices, or number them as GPQA does.
     question = sample["doc"]
     listed = question.get("choices")
-    numbered = sum(re.fullmatch(r"choice\d+", key) is not None for key in question)
-    choices = len(listed) if isinstance(listed, list) else numbered
+    numbered = [key for key in question if re.fullmatch(r"choice\d+", key)]
+    choices = len(listed) if isinstance(listed, list) else len(numbered)
     return 1 / choices if choices else 0.0
 
 
@@ -158,7 +167,8 @@ def over_rollouts(score: Score, loaded: Mapping[str, Any], rollouts: int) -> Sco
     tasks = [loaded["tasks"][score.task]] if score.task in loaded["tasks"] else list(loaded["tasks"].values())
     answers: dict[int, list[str]] = {}  # of each request, in the order of rollouts
     for task in tasks:
-        answers |= {id(instance): list(instance.resps) for instance in task.instances}
+        for instance in task.instances:
+            answers[id(instance)] = list(instance.resps)
 
     values = []
     for k in range(rollouts):
@@ -191,19 +201,21 @@ def _question_values(task: Any, answers: Mapping[int, list[str]], k: int, metric
 def scores_table(scores: Mapping[str, Sequence[Score]]) -> Table:
     """Models side by side (name -> scores on the same tasks), tasks down; in percent with standard errors."""
     columns = [Column("task", words=True), Column("metric", words=True), Column("questions"), Column("guessing")]
-    columns += [Column(name) for name in scores]
+    columns += map(Column, scores)
 
     # Tasks down: the i-th score of every model is on the same task.
     rows = []
     first = next(iter(scores.values()))
+    marked = False
     for i, score in enumerate(first):
         metric = f"{score.metric}, {score.num_fewshot}-shot"
         metric += f", mean of {len(score.rollouts)} rollouts" if score.rollouts else ""
         chance = "" if score.chance is None else f"{100 * score.chance:.1f}"
-        own = [column[i].as_text() for column in scores.values()]
-        rows.append([score.task, metric, str(score.num_samples), chance, *own])
-
-    marked = any(score.at_chance for column in scores.values() for score in column)
+        cells = [score.task, metric, str(score.num_samples), chance]
+        for column in scores.values():
+            cells.append(column[i].as_text())
+            marked = marked or column[i].at_chance
+        rows.append(cells)
     return Table(columns, rows, caption=AT_CHANCE if marked else "")
 
 
@@ -211,7 +223,8 @@ def mean_scores(drawn: Sequence[tuple[Score, ...]]) -> tuple[Score, ...]:
     """The mean of several models' scores, task by task; their standard errors count as independent."""
     means = []
     for scores in zip(*drawn, strict=True):
+        value = statistics.fmean([score.value for score in scores])
         errors = [score.stderr for score in scores if score.stderr is not None]
         stderr = math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None
-        means.append(replace(scores[0], value=statistics.fmean(score.value for score in scores), stderr=stderr))
+        means.append(replace(scores[0], value=value, stderr=stderr))
     return tuple(means)

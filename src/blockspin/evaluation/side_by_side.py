@@ -53,11 +53,11 @@ class SideBySide:
             if self.evaluations:
                 entry |= self.evaluations[i].as_json()
             if self.texts:
-                entry["texts"] = [text.as_json() for text in self.texts[name]]
+                entry["texts"] = list(map(TextPerplexity.as_json, self.texts[name]))
             if self.costs:
                 entry["cost"] = self.costs[i].as_json()
             if self.scores:
-                entry["scores"] = [score.as_json() for score in self.scores[name]]
+                entry["scores"] = list(map(Score.as_json, self.scores[name]))
             entries.append(entry)
         return entries
 
@@ -74,8 +74,9 @@ class SideBySide:
             tables.append(scores_table(self.scores))
 
         if tables:
+            page = "\n".join(map(Table.markdown, tables))
             with replacing(path.with_suffix(".md")) as temporary:
-                temporary.write_text("\n".join(table.markdown() for table in tables))
+                temporary.write_text(page)
 
 
 def no_table(table: Table) -> None:
@@ -123,7 +124,9 @@ def evaluate_side_by_side(
     if texts:
         for name, source in result.models.items():
             model = _load(source, config)
-            result.texts[name] = [text_perplexity(model, tokenizers[name], text, window=window) for text in texts]
+            result.texts[name] = []
+            for text in texts:
+                result.texts[name].append(text_perplexity(model, tokenizers[name], text, window=window))
             del model  # before the next one is loaded
         show(texts_table(result.texts))
 
@@ -143,8 +146,10 @@ def _measure_together(
 ) -> None:
     """What is measured in turns, with all models in memory."""
     remote = config.trust_remote_code
-    sizes = [checkpoint_bytes(source, trust_remote_code=remote) for source in result.models.values()]
-    loaded = {name: _load(source, config) for name, source in result.models.items()}
+    sizes, loaded = [], {}
+    for name, source in result.models.items():
+        sizes.append(checkpoint_bytes(source, trust_remote_code=remote))
+        loaded[name] = _load(source, config)
 
     if samples:
         batch_size = BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,10 @@ def evaluate_tasks(
 
     # Only the tasks whose results are not kept on disk need the model.
     files = result_files(model, tokenizer, config)
-    known = {task: _read(file) for task, file in files.items() if file.is_file()}
+    known = {}
+    for task, file in files.items():
+        if file.is_file():
+            known[task] = _read(file)
     missing = [task for task in config.tasks if task not in known]
     if missing:
         loaded = check_tasks(missing, config, tokenizer)
@@ -67,8 +69,12 @@ def evaluate_tasks(
         for score in known[task]:
             console.print(f"{score.task} {score.as_text()}, task {number} of {len(missing)}", highlight=False)
         if task in files:
-            write_json(files[task], {"scores": [score.as_json() for score in known[task]], "results": results})
-    return list(chain.from_iterable(known[task] for task in config.tasks))
+            write_json(files[task], {"scores": list(map(Score.as_json, known[task])), "results": results})
+
+    in_order = []
+    for task in config.tasks:
+        in_order += known[task]
+    return in_order
 
 
 def check_tasks(
@@ -132,7 +138,7 @@ def result_files(
 def _read(file: Path) -> list[Score]:
     """The scores in the file of a result."""
     try:
-        return [Score.from_json(values) for values in json.loads(file.read_text())["scores"]]
+        return list(map(Score.from_json, json.loads(file.read_text())["scores"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not a result of blockspin; remove it, or choose another folder (--cache)"

@@ -105,8 +105,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: no stack of layers was found.
     """
-    layers = find_stack(model).layers
-    return [Block(i, _kind(layer), count_parameters(layer)) for i, layer in enumerate(layers)]
+    blocks = []
+    for i, layer in enumerate(find_stack(model).layers):
+        blocks.append(Block(i, _kind(layer), count_parameters(layer)))
+    return blocks
 
 
 def other_lists(model: nn.Module) -> list[str]:

@@ -133,7 +133,8 @@ def load_model(
     if quantization is not None:
         arguments["quantization_config"] = quantization
     if Path(source).is_dir():
-        read_headers([path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"])
+        paths = [path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"]
+        read_headers(paths)
 
     opening = auto_class(config, trust_remote_code=trust_remote_code)
     try:

@@ -88,7 +88,12 @@ def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:
     """What `removal_passes` costs for these removals, in passes of the whole model over the same samples."""
     if traced.shares_passes:
         return passes_of_walk(removals, traced.depth)
-    return sum(share_that_runs(traced, removed) for removed in removals)  # each is a pass of its own
+
+    # Each is a pass of its own.
+    passes = 0.0
+    for removed in removals:
+        passes += share_that_runs(traced, removed)
+    return passes
 
 
 def share_that_runs(traced: TracedModel, removed: Removal) -> float:

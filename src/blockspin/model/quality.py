@@ -55,7 +55,10 @@ def measured(
     passes = removal_passes(
         traced, with_whole, samples, batch_size=batch_size, memory_limit=memory_limit, progress=progress
     )
-    result: list[list[list[float]]] = [[[]] * len(samples) for _ in removals]
+    result: list[list[list[float]]] = []
+    for _ in removals:
+        result.append([[]] * len(samples))
+
     for batch, outputs in passes:
         _, whole = next(outputs)  # nothing removed comes first
         for k, logits in outputs:

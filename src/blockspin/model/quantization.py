@@ -69,5 +69,5 @@ def layers_that_cannot_be_packed(model: nn.Module) -> list[str]:
 
 def _summary(names: list[str]) -> str:
     """Layers that differ in numbers only as one entry: "30 x model.layers.*.mlp.down_proj"."""
-    alike = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+    alike = Counter([re.sub(r"\b\d+\b", "*", name) for name in names])
     return ", ".join(f"{count} x {name}" for name, count in alike.items())

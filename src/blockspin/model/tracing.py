@@ -136,8 +136,8 @@ def trace_model(model: nn.Module) -> TracedModel:
                 raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
 
             if i - 1 in traces:
-                passed = tuple(_argument_that_is(value, kwargs) for value in further)
-                traces[i - 1] = replace(traces[i - 1], passed=passed)
+                passed = [_argument_that_is(value, kwargs) for value in further]
+                traces[i - 1] = replace(traces[i - 1], passed=tuple(passed))
 
             samples, shape = len(_TRACED_IDS), stream.shape
             batch_dim = shape.index(samples) if samples in shape else 0
@@ -165,7 +165,9 @@ def trace_model(model: nn.Module) -> TracedModel:
     for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
         if not torch.equal(left.to(entered.device), entered):
             raise ValueError(f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}")
-    return TracedModel(model, layers, tuple(blocks), tuple(traces[i] for i in range(len(blocks))))
+
+    in_order = [traces[i] for i in range(len(blocks))]
+    return TracedModel(model, layers, tuple(blocks), tuple(in_order))
 
 
 def _argument_that_is(value: Any, kwargs: dict[str, Any]) -> str:
@@ -286,8 +288,11 @@ def kept_streams(
 
 def drop_shallowest(streams: dict[int, Tensor], memory_limit: int) -> None:
     """Delete hidden states, those of the first blocks first, until the others fit into so many bytes."""
-    while streams and sum(stream.nbytes for stream in streams.values()) > memory_limit:
-        del streams[min(streams)]
+    held = 0  # bytes
+    for stream in streams.values():
+        held += stream.nbytes
+    while streams and held > memory_limit:
+        held -= streams.pop(min(streams)).nbytes
 
 
 @contextmanager

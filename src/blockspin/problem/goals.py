@@ -122,7 +122,9 @@ def constraints_on_parameters(share: float, blocks: Sequence[Block] | None, prot
 
     # At least one block stays: the smallest, where none is protected.
     index = [i for i in range(len(blocks)) if i not in protect]
-    open_parameters = sum(sizes) - sum(sizes[i] for i in protect)
+    open_parameters = 0
+    for i in index:
+        open_parameters += sizes[i]
     most = open_parameters - (0 if protect else min(sizes))
     need = math.ceil(share * sum(sizes))
     if need > most:
@@ -153,8 +155,12 @@ def _checked_count(remove: int, num_blocks: int, num_open: int) -> int:
 
 def _checked_counts(remove: Mapping[str, int], kind_of: list[str], open_to: list[int]) -> dict[str, int]:
     """The number to remove of each kind. kind_of: the kind of every block; open_to: those that are not protected."""
-    have, free = Counter(kind_of), Counter(kind_of[i] for i in open_to)
-    wanted = {kind: whole(count, f"remove[{kind!r}]") for kind, count in remove.items()}
+    have = Counter(kind_of)
+    free = Counter([kind_of[i] for i in open_to])
+    wanted = {}
+    for kind, number in remove.items():
+        wanted[kind] = whole(number, f"remove[{kind!r}]")
+
     for kind, count in wanted.items():
         if kind not in have:
             raise ValueError(f"remove: no block is of kind {kind!r}; the kinds are {', '.join(sorted(have))}")

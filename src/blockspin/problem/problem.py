@@ -83,12 +83,16 @@ class RemovalProblem(Views):
         rows = np.asarray(removals, dtype=bool)
         if rows.ndim != 2 or rows.shape[1] != self.num_blocks:
             raise ValueError(f"removals must be (K, {self.num_blocks}), not {rows.shape}")
-        return np.array([self.energy(np.flatnonzero(row)) for row in rows])
+
+        energies = np.zeros(len(rows))  # (K,)
+        for k, row in enumerate(rows):
+            energies[k] = self.energy(np.flatnonzero(row))
+        return energies
 
     def allows(self, removed: Iterable[int]) -> bool:
         """Whether removing these blocks meets every constraint."""
         r, chosen = self.reduced, set(removed)
-        picked = np.array([int(i) in chosen for i in r.block], dtype=bool)  # (n,)
+        picked = np.isin(r.block, list(chosen))  # (n,)
         if len(chosen) != picked.sum() + len(r.always) or not chosen.issuperset(r.always):
             return False
 
@@ -121,8 +125,11 @@ class RemovalProblem(Views):
         r = self.reduced
         if not r.equality:
             return 1 << len(r.block)
-        sizes = np.bincount(r.group, minlength=len(r.need))
-        return math.prod(math.comb(n, int(m)) for n, m in zip(sizes.tolist(), r.need.tolist(), strict=True))
+        number = 1
+        sizes = np.bincount(r.group, minlength=len(r.need))  # (groups,)
+        for n, m in zip(sizes.tolist(), r.need.tolist(), strict=True):
+            number *= math.comb(n, int(m))
+        return number
 
     @property
     def resolution(self) -> float:
@@ -136,7 +143,10 @@ class RemovalProblem(Views):
     def blocks_of(self, rows: NDArray[np.bool_]) -> list[Removal]:
         """The removals, as sorted tuples of block indices, of rows (K, n) over the reduced problem's variables."""
         r = self.reduced
-        return [tuple(sorted([*r.always, *r.block[row].tolist()])) for row in rows]
+        removals: list[Removal] = []
+        for row in rows:
+            removals.append(tuple(sorted([*r.always, *r.block[row].tolist()])))
+        return removals
 
     def _reduced(self) -> Reduced:
         """The problem over the blocks whose fate is open; what always goes is in the linear term and the constant."""

@@ -122,6 +122,7 @@ def _binary_model(block: Ints, quadratic: Floats, diagonal: Floats, offset: floa
 
     names = block.tolist()
     linear = dict(zip(names, diagonal, strict=True))
-    pairs = zip(*np.triu_indices(len(names), 1), strict=True)
-    couplings = {(names[i], names[j]): 2.0 * quadratic[i, j] for i, j in pairs}
+    couplings = {}
+    for i, j in zip(*np.triu_indices(len(names), 1), strict=True):
+        couplings[names[i], names[j]] = 2.0 * quadratic[i, j]
     return dimod.BinaryQuadraticModel(linear, couplings, offset, dimod.BINARY)

@@ -30,7 +30,10 @@ class Candidate:
 
 def states_as_candidates(spectrum: Spectrum) -> list[Candidate]:
     """State k of the spectrum as the candidate `CBO:k`."""
-    return [Candidate(state.removed, f"CBO:{k}", state.energy) for k, state in enumerate(spectrum.states)]
+    candidates = []
+    for k, state in enumerate(spectrum.states):
+        candidates.append(Candidate(state.removed, f"CBO:{k}", state.energy))
+    return candidates
 
 
 def open_blocks(problem: RemovalProblem, removed: Iterable[int]) -> list[int]:
@@ -79,7 +82,8 @@ def distinct(candidates: Sequence[Candidate], apart: int = 2) -> list[Candidate]
     """
     kept: list[Candidate] = []
     for candidate in candidates:
-        if all(len({*candidate.removed} ^ {*other.removed}) > apart for other in kept):
+        differences = [len({*candidate.removed} ^ {*other.removed}) for other in kept]
+        if min(differences, default=apart + 1) > apart:
             kept.append(candidate)
     return kept
 

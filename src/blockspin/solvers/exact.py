@@ -84,7 +84,8 @@ def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics
                 nodes, turns = nodes + result.seen, turns + 1
             stop.expired()
 
-    return min((bound for bound, _, _ in queue), default=np.inf), {"nodes": nodes, "turns": turns}
+    least = queue[0][0] if queue else np.inf  # what comes first in the heap is the lowest
+    return least, {"nodes": nodes, "turns": turns}
 
 
 def search_subtree(

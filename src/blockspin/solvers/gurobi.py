@@ -45,7 +45,8 @@ def _optimised(gp: Any, problem: RemovalProblem, states: int, time_limit: float 
         model.addConstr(x.sum() <= r.max_removed)
 
         model.optimize()
-        rows = np.array([_solution(model, x, k) for k in range(model.SolCount)])
+        solutions = [_solution(model, x, k) for k in range(model.SolCount)]
+        rows = np.array(solutions)  # (number of solutions, n)
         least, done = float(model.ObjBound) * scale, model.Status == gp.GRB.OPTIMAL
         statistics: Statistics = {"nodes": float(model.NodeCount), "pool": int(model.SolCount)}
 
@@ -54,7 +55,7 @@ def _optimised(gp: Any, problem: RemovalProblem, states: int, time_limit: float 
     if not done:
         return SearchResult(rows, least + r.constant, statistics | {"stopped": "time limit"})
 
-    worst = max(problem.energy(removed) for removed in problem.blocks_of(rows))
+    worst = max(map(problem.energy, problem.blocks_of(rows)))
     return SearchResult(rows, worst if len(rows) == states else np.inf, statistics)
 
 

@@ -107,7 +107,9 @@ class Spectrum:
     def as_json(self) -> dict[str, Any]:
         """What JSON can hold; an infinite lower bound is null."""
         values = asdict(self) | {"lower_bound": self.lower_bound if math.isfinite(self.lower_bound) else None}
-        values["states"] = [{"removed": list(s.removed), "energy": s.energy} for s in self.states]
+        values["states"] = []
+        for state in self.states:
+            values["states"].append({"removed": list(state.removed), "energy": state.energy})
         return values
 
     def to_json(self) -> str:
@@ -119,9 +121,11 @@ class Spectrum:
         """The inverse of to_json. Raises ValueError if the text is no spectrum."""
         try:
             values = json.loads(text)
-            states = tuple(State(tuple(s["removed"]), s["energy"]) for s in values.pop("states"))
+            states = []
+            for state in values.pop("states"):
+                states.append(State(tuple(state["removed"]), state["energy"]))
             bound = values.pop("lower_bound")
-            return cls(states=states, lower_bound=-math.inf if bound is None else bound, **values)
+            return cls(states=tuple(states), lower_bound=-math.inf if bound is None else bound, **values)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a spectrum file ({error})") from None
 
@@ -131,14 +135,20 @@ def spectrum_of(problem: RemovalProblem, result: SearchResult, states: int, solv
     removals = problem.blocks_of(result.rows)
     assert len(set(removals)) == len(removals), "a solver returned a removal twice"
 
-    ranked = sorted((problem.energy(removed), removed) for removed in removals)
-    kept = tuple(State(removed, energy) for energy, removed in ranked[:states])
+    found = []
+    for removed in removals:
+        found.append((problem.energy(removed), removed))
+    ranked = sorted(found)
+    kept = [State(removed, energy) for energy, removed in ranked[:states]]
 
     # Proven is a state that nothing outside the list can lie below.
     bound = min(result.bound, ranked[states][0]) if len(ranked) > states else result.bound
-    proven = sum(1 for state in kept if state.energy <= bound + problem.resolution)
+    proven = 0
+    for state in kept:
+        if state.energy <= bound + problem.resolution:
+            proven += 1
     return Spectrum(
-        states=kept,
+        states=tuple(kept),
         num_proven=proven,
         lower_bound=kept[0].energy if proven else float(bound),
         solver=solver,

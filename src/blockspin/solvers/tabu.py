@@ -68,8 +68,11 @@ def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop:
 def add_neighbours(terms: Terms, pool: Pool, num_variables: int, stop: Stop) -> None:
     """Offer the neighbours of every removal in the pool, those that enter it included, until none is left to do."""
     looked_at: set[bytes] = set()
-    while rows := [row for row in pool_rows(pool, num_variables) if row.tobytes() not in looked_at]:
-        for row in rows:
+    while True:
+        entered = [row for row in pool_rows(pool, num_variables) if row.tobytes() not in looked_at]
+        if not entered:
+            return
+        for row in entered:
             if stop.expired():
                 return
             looked_at.add(row.tobytes())
