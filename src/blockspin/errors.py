@@ -1,4 +1,4 @@
-"""What is said of errors that other packages raise."""
+"""The messages of errors that other packages raise."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
 
 
 def _num_elements(layer: Any) -> int:
-    """Of the tensors that one layer of a cache holds."""
+    """How many elements the tensors in one layer of a cache have."""
     number = 0
     for value in vars(layer).values():
         if isinstance(value, Tensor):
@@ -153,7 +153,7 @@ def _num_elements(layer: Any) -> int:
 
 
 def _left(whole: int, parts: Sequence[int], number: int) -> str:
-    """The share that is left without `number` of the parts: of the largest, of the smallest."""
+    """The share of the whole that is left without so many of its parts: the largest ones, and the smallest ones."""
     ordered = sorted(parts)
     least, most = 1 - sum(ordered[-number:]) / whole, 1 - sum(ordered[:number]) / whole
     return f"{least:.0%}" if f"{least:.0%}" == f"{most:.0%}" else f"{least:.0%} to {most:.0%}"

@@ -1,4 +1,4 @@
-"""What is refused before a run starts: folders of other runs, removals that cannot be, trainings without room."""
+"""What is refused before a run starts: folders of other runs, impossible removals, trainings that lack memory."""
 
 from __future__ import annotations
 

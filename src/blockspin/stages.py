@@ -64,7 +64,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
         raise ValueError(f"the calibration set has {len(drawn)} samples; at least {wanted} are needed (--calibration)")
 
     def share(size: int) -> int:
-        """Of what was drawn, but at least one sample for a set that is wanted."""
+        """How many samples of what was drawn a set gets: at least one, if any are wanted."""
         return max(size * len(drawn) // sum(sizes), min(size, 1))
 
     selection, evaluation = share(config.selection_samples), share(held_out)

@@ -117,7 +117,7 @@ def merge_windows(model: nn.Module, windows: Windows) -> nn.Module:
 
 @contextmanager
 def merged(traced: TracedModel, windows: Windows) -> Iterator[None]:
-    """Inside, each window of the model runs as one block; the model is as it was afterwards."""
+    """Inside, each window of the model runs as one block; afterwards the model is as it was."""
     stack = traced.layers
     with ExitStack() as undo:
         undo.enter_context(skipped(traced, gone_from(windows)))

@@ -40,7 +40,7 @@ def weight_importance(
     """(N,) Taylor importance: sum over the weights w of block i of |w * dL/dw|, L the mean over samples of their loss.
 
     The gradient is that of the whole set, taken before the absolute value. All parameters of a block count, norms
-    too. The only method here that needs weight gradients: memory for one more copy of the blocks.
+    too. No other method here needs gradients of the weights; they take the memory of one more copy of the blocks.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.

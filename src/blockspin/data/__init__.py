@@ -1,1 +1,1 @@
-"""Text in, token samples and training windows out."""
+"""Turns text into token samples and training windows."""

@@ -1,4 +1,4 @@
-"""A dataset (hub id or local file) to seeded token samples."""
+"""Turns a dataset (hub id or local file) into token samples, in an order fixed by a seed."""
 
 from __future__ import annotations
 

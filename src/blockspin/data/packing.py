@@ -1,4 +1,4 @@
-"""A dataset to a file of token windows, all full, for training: no step is spent on padding."""
+"""Turns a dataset into a file of full token windows for training, so that no step is spent on padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training needs, checked before anything is loaded or written: models that fit each other, and room."""
+"""What a training needs, checked before anything is loaded or written: models that fit each other, and memory."""
 
 from __future__ import annotations
 

@@ -290,14 +290,14 @@ def _steps(config: DistillConfig, samples: int, processes: int) -> int:
 
 
 def _load_student(folder: Path, config: DistillConfig) -> PreTrainedModel:
-    """On the CPU: the Trainer moves or shards it."""
+    """The student, on the CPU: the Trainer moves or shards it."""
     automatic = "bfloat16" if torch.cuda.is_available() else "float32"
     dtype = automatic if config.dtype == "auto" else config.dtype
     return load_model(folder, dtype=dtype, device_map="cpu", trust_remote_code=config.trust_remote_code)
 
 
 def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel:
-    """On the device of this process, in 16 bits on a GPU; quantised where that is asked for."""
+    """The teacher, on the device of this process: in 16 bits on a GPU, quantised where that is asked for."""
     assert config.teacher is not None
     remote = config.trust_remote_code
     cuda = torch.cuda.is_available()
@@ -351,7 +351,7 @@ def _write(
     result: Distillation,
     config: DistillConfig,
 ) -> None:
-    """The checkpoint: the student's own files, but for the weights."""
+    """Write the checkpoint: the trained weights, and the student's own other files."""
     summary = {
         "student": fingerprint.of_model(source),
         "steps": result.steps,

@@ -59,7 +59,7 @@ def robustness(
 ) -> Robustness:
     """Bootstrap over the calibration samples: solve the problem again with samples drawn with replacement.
 
-    No model is run. Solved by tabu search: what matters is the scatter, not a proof.
+    No model is run. The problems are solved by tabu search, because what matters is the scatter, not a proof.
     """
     generator = np.random.default_rng(seed)
     lowest = [state.removed for state in solve(problem, states=states, solver="tabu", seed=seed).states]

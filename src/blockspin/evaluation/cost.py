@@ -93,9 +93,9 @@ def measure_costs(
     rounds: int = 5,
     progress: bool = True,
 ) -> list[ModelCost]:
-    """The cost of each named model; speeds are medians over rounds in which the models take turns.
+    """The cost of each named model; speeds are medians over rounds.
 
-    So a machine that slows down or speeds up does so for all of them.
+    The models take turns within each round, so that a machine that slows down or speeds up does so for all of them.
 
     num_bytes: size of each model's weights on disk.
 

@@ -1,4 +1,4 @@
-"""The contact with EleutherAI's lm-evaluation-harness: finds its tasks, opens models for it, runs it."""
+"""Calls EleutherAI's lm-evaluation-harness: finds its tasks, opens models for it, runs it."""
 
 from __future__ import annotations
 

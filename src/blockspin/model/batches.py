@@ -48,7 +48,7 @@ class Batch:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the token ids must be: with the embedding, also when device_map spreads the model over several devices."""
+    """The device where token ids must be: that of the embedding, also when the model is spread over several."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return device
 
@@ -68,7 +68,7 @@ def check_tokens(model: nn.Module, token_ids: Tensor) -> None:
 
 
 def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
-    """Group samples of similar length, so that little is padding. Longest first: memory runs out early or never.
+    """Group samples of similar length, so that little is padding; the longest first, so that memory runs out early.
 
     samples: 1-D int64 tensors of token ids.
 
@@ -95,7 +95,7 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without parameter gradients; as it was afterwards, also after an exception."""
+    """Inside, the model is in evaluation mode and its parameters need no gradients; afterwards it is as it was."""
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()

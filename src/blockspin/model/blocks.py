@@ -130,11 +130,12 @@ def looks_at_images(block: Block) -> bool:
 
 
 def check_images(model: nn.Module, removed: Sequence[int]) -> None:
-    """Blocks that attend to images must stay, and features of images that are added to the hidden states between blocks
-    must stay where they are.
+    """Refuse to remove blocks that attend to images, or those after which features of images are added.
+
+    Such features are added to the hidden states after certain blocks, and must stay where they are.
 
     Raises:
-        ValueError: without the removed blocks this would not hold, or it cannot be told where features are added.
+        ValueError: the removal takes such a block, or it cannot be told where features are added.
     """
     looking = [block.index for block in find_blocks(model) if looks_at_images(block)]
     seeing = sorted({*looking} & {*removed})

@@ -1,4 +1,4 @@
-"""What identifies a model, and files: results computed for one are never taken for those of another."""
+"""Fingerprints of models and files, so that results computed for one are never taken for those of another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def digest(value: Any) -> str:
 
 
 def of_results(model: nn.Module, samples: Sequence[Tensor], *settings: object) -> str:
-    """Of what decides the results of a measurement: the model, the samples (1-D token ids) and some settings."""
+    """The fingerprint of what decides a measurement: the model, the samples (1-D token ids) and some settings."""
     found = hashlib.sha256(repr([_of_weights(model), *settings]).encode())
     for sample in samples:
         found.update(len(sample).to_bytes(8, "little"))
@@ -38,7 +38,7 @@ def of_results(model: nn.Module, samples: Sequence[Tensor], *settings: object) -
 
 
 def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -> str:
-    """Of a model in memory by its configuration and weights, of a folder by its files, of a hub id by its revision.
+    """The fingerprint of a model: its configuration and weights, the files of a folder, or a hub id's revision.
 
     Weight files are taken as unchanged while their size and time of change are.
 
@@ -63,12 +63,12 @@ def of_model(model: nn.Module | str | Path, *, trust_remote_code: bool = False) 
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of its vocabulary, special tokens and chat template."""
+    """The fingerprint of a tokenizer: its vocabulary, special tokens and chat template."""
     return digest([tokenizer.get_vocab(), str(tokenizer.special_tokens_map), tokenizer.chat_template])
 
 
 def of_folder(folder: str | Path) -> str:
-    """Of the names and contents of all files in a folder and below."""
+    """The fingerprint of the names and contents of all files in a folder and below."""
     folder, contents = Path(folder), []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -81,7 +81,7 @@ def _of_file(path: Path) -> str:
 
 
 def _of_weights(model: nn.Module) -> str:
-    """Of a model in memory: its configuration and all its weights and buffers, those without values by their shapes."""
+    """The fingerprint of a model in memory: its configuration, weights and buffers; the shapes where there are none."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
     for name in _ORIGIN:

@@ -44,7 +44,7 @@ def _broadcast(alpha: Tensor, branch: Tensor) -> Tensor:
 
 
 def _gate_branch(branch: Tensor, alpha: Tensor, open_: bool) -> Tensor:
-    """branch: (batch, ...); alpha: (batch,)."""
+    """The branch (batch, ...) of each sample, multiplied by the sample's gate, alpha (batch,)."""
     assert branch.shape[0] == alpha.shape[0], f"{alpha.shape[0]} gates for a branch of shape {tuple(branch.shape)}"
     gated: Tensor = _Gate.apply(branch, alpha.to(branch.device), open_)  # type: ignore[no-untyped-call]
     return gated

@@ -25,9 +25,9 @@ def removal_passes(
     memory_limit: int = MEMORY_LIMIT,
     progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """Every batch with (k, logits without the blocks of removals[k]) of all k, shared where the model allows it.
+    """Yield every batch with its outputs: (k, logits without the blocks of removals[k]) for all k.
 
-    Nothing removed comes first.
+    The removals share passes where the model allows it. The one that removes nothing comes first.
 
     Raises:
         ValueError: unusable samples or removals.

@@ -179,7 +179,7 @@ def _argument_that_is(value: Any, kwargs: dict[str, Any]) -> str:
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
-    """The last token must not change the predictions before it. logits: of _TRACED_IDS."""
+    """Refuse a model in which the last token changes the predictions before it. logits: of _TRACED_IDS."""
     before = logits[:, :-1]
     rounding = _ROUNDING * torch.finfo(logits.dtype).eps * before.abs().max()
     if (before[0] - before[1]).abs().max() > rounding:
@@ -190,7 +190,7 @@ def _check_causal(model: nn.Module, logits: Tensor) -> None:
 
 
 def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The residual branches of a block; 0 unless gates of zero on them make it the identity, of one nothing."""
+    """The number of residual branches; 0 unless gates of 0 make the block the identity and gates of 1 do nothing."""
     stream = stream_of(args, kwargs)
     untouched = stream_in(run(*args, **kwargs))
     with ResidualBranches(stream, torch.zeros_like) as closed_branches:

@@ -295,8 +295,8 @@ def _drop_quantisation(config: PretrainedConfig) -> bool:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without transformers' own table of what is missing, of which what matters becomes one line, and without its bar
-    of the tensors that are loaded; bars of downloads stay."""
+    """Inside, transformers prints no table of what is missing, of which what matters becomes one line, and no bar of
+    the tensors that are loaded; bars of downloads stay."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -33,7 +33,7 @@ class Block:
 
 
 class Constraints(NamedTuple):
-    """Which removals meet a goal, told by the n blocks whose fate is open; those of one group are next to each other.
+    """Which removals meet a goal, for the n blocks whose fate is open; those of one group are next to each other.
 
     A removal y (n,) is allowed when, for every group, the sum of weight * y equals need (equality) or reaches it (a
     parameter budget: one group), and at most max_removed entries are 1.
@@ -184,7 +184,7 @@ def _constraints(
     need: list[int],
     equality: bool,
 ) -> Constraints:
-    """index, group, weight: of each open block. One block of the model always stays."""
+    """The constraints as arrays. index, group, weight: of each open block. One block of the model always stays."""
     return Constraints(
         block=np.array(index, dtype=np.int64),
         always=tuple(sorted(always)),

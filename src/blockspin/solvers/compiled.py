@@ -26,7 +26,7 @@ def compiled(function: Function) -> Function:
 
 
 def compiled_for_scans(function: Function) -> Function:
-    """The same for loops that search or count: no "not a number", sums in any order, so that they use vectors."""
+    """As `compiled`, for loops that search or count: sums in any order and no NaN, so that they use vectors."""
     liberties = {"nnan", "nsz", "reassoc"}
     return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=liberties)(_versioned(function)))
 

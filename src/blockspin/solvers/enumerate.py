@@ -216,7 +216,7 @@ def first_picks(plan: Plan) -> list[Ints]:
 
 
 def margin(terms: Terms) -> float:
-    """More than the error of an energy summed in float32."""
+    """A bound on the error of an energy summed in float32."""
     picks = float(terms.need.sum())
     slopes = 2.0 * np.abs(terms.quadratic).sum(axis=1) + np.abs(terms.linear)
     return float(2.0**-23 * (picks + 4.0) * np.sort(slopes)[-int(picks) :].sum()) + terms.resolution

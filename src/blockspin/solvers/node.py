@@ -43,7 +43,7 @@ class Relaxed(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Working place for one node; stacks of nodes are rows of such arrays."""
+    """The arrays that the work on one node needs; a stack of nodes has a row for each."""
 
     assignment: Assignment  # (v,)
     z: Floats  # (v,)
@@ -254,7 +254,7 @@ def bound(relaxed: Relaxed, node: Node, low: Floats, high: Floats, filled: Float
 def fix_by_cost(
     relaxed: Relaxed, node: Node, level: float, at: float, low: Floats, high: Floats, filled: Floats
 ) -> bool:
-    """Fix every variable whose other value would lift the bound, which is at, to the level."""
+    """Fix every variable whose other value would lift the bound, now `at`, to `level`."""
     changed = False
     for i in range(relaxed.num_binary):
         if node.assignment[i] != FREE:

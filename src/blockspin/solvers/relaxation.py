@@ -129,7 +129,7 @@ def _interior_point(
 
 
 def _largest_step(matrix: Floats, change: Floats) -> float:
-    """Nearly the longest step up to 1 that keeps a positive definite matrix so."""
+    """Nearly the longest step, at most 1, after which a positive definite matrix still is one."""
     step = 1.0
     while step > 1e-8:
         try:
@@ -142,7 +142,7 @@ def _largest_step(matrix: Floats, change: Floats) -> float:
 
 
 def _made_safe(q: Floats, d: Floats, group: Ints | None) -> Floats:
-    """Move d evenly, so that q - Diag(d) is just surely positive semidefinite where the group sums are constant."""
+    """Shift d evenly, until q - Diag(d) is certainly positive semidefinite where the group sums are constant."""
     shifted = q - np.diag(d)
     size = float(np.abs(shifted).sum(axis=1).max())
 

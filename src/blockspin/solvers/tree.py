@@ -53,7 +53,7 @@ def explore(
     flag: Ints,
     limit: int,
 ) -> tuple[int, int]:
-    """Depth-first below a node, until done, or limit nodes are seen, or flag is raised.
+    """Walk depth-first below a node, until done, or limit nodes are seen, or flag is raised.
 
     above holds the assignment (n,) of the problem's variables decided before. stack has one row per waiting node, and
     lower its bound; the rows left at the end are still to do. cut (1,) is the lowest known energy to beat, shared with
