@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Comparison:
             for row in values["rows"]:
                 comparison.rows.append(_row(row))
             for goal, points in values["landscape"].items():
-                comparison.landscape[goal] = [_point(point) for point in points]
+                comparison.landscape[goal] = list(map(_point, points))
             return comparison
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a comparison of blockspin ({error})") from error
@@ -137,10 +138,10 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
             continue
         numbers = {}
         for name in AVERAGED:
-            numbers[name] = sum(getattr(row, name) for row in draws) / len(draws)
+            numbers[name] = sum(map(attrgetter(name), draws)) / len(draws)
         errors = {}
         for error, name in (("above_error", "loss"), ("kl_error", "kl")):
-            errors[error] = statistics.stdev(getattr(row, name) for row in draws) / math.sqrt(len(draws))
+            errors[error] = statistics.stdev(map(attrgetter(name), draws)) / math.sqrt(len(draws))
         scores = mean_scores([row.scores for row in draws])
         means.append(replace(draws[0], **numbers, **errors, removed=(), energy=None, scores=scores))
 

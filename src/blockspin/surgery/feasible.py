@@ -96,9 +96,12 @@ def pattern_of(layers: Sequence[nn.Module]) -> Pattern:
     """Which layers are built alike: the same modules, shapes and settings, whatever their weights."""
     pattern: list[int] = []
     for j, layer in enumerate(layers):
-        earlier = sorted(set(pattern))  # one layer of each sort
-        same = (i for i in earlier if alike(layers[i], layer, i, j, len(layers)))
-        pattern.append(next(same, j))
+        sort = j  # a new one, unless an earlier layer is like it
+        for i in sorted(set(pattern)):
+            if alike(layers[i], layer, i, j, len(layers)):
+                sort = i
+                break
+        pattern.append(sort)
     return tuple(pattern)
 
 

@@ -109,11 +109,12 @@ def first_proven(
 def _own_code(config_class: type[PretrainedConfig], model_class: type[PreTrainedModel]) -> str:
     """The source of the files that define a model type and its configuration, without transformers' base classes."""
     of_all_types = {*PretrainedConfig.__mro__, *PreTrainedModel.__mro__, *GenerationMixin.__mro__}
-    modules = {}
+    sources = {}
     for base in (*config_class.__mro__, *model_class.__mro__):
-        if base not in of_all_types:
-            modules[base.__module__] = inspect.getmodule(base)
-    return "\n".join([inspect.getsource(module) for module in modules.values() if module is not None])
+        module = inspect.getmodule(base)
+        if base not in of_all_types and module is not None:
+            sources[base.__module__] = inspect.getsource(module)
+    return "\n".join(sources.values())
 
 
 def _rewritten(

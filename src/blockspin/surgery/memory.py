@@ -78,8 +78,10 @@ def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
 
     for layer, name, module in lists:
         assert isinstance(module, nn.ModuleList)
-        new_entries = zip(module, renaming.slots[name], strict=True)
-        left = nn.ModuleList([entry for entry, new in new_entries if new is not None])
+        left = nn.ModuleList()
+        for entry, new_index in zip(module, renaming.slots[name], strict=True):
+            if new_index is not None:
+                left.append(entry)
         layer.set_submodule(name, left)
 
 

@@ -107,7 +107,8 @@ def _new_names(
         stored = [name.replace(stack_name, prefix, 1) for name in group]
         if any(renamed.get(name) is not None for name in stored):
             continue
-        heirs = list(filter(None, [renaming.name(name, prefix) for name in stored]))
+        new_names = [renaming.name(name, prefix) for name in stored]
+        heirs = list(filter(None, new_names))
         holders = [name for name in stored if name in names]
         if heirs and holders:
             renamed[holders[0]] = heirs[0]
@@ -200,7 +201,8 @@ def write_shards(shards: Sequence[Shard], target: Path, progress: bool) -> None:
                 for chunk in _chunks(source, shard.entries):
                     file.write(chunk)
                     display.advance(task, len(chunk) / 2**20)
-            weight_map |= {entry.name: name for entry in shard.entries}
+            for entry in shard.entries:
+                weight_map[entry.name] = name
 
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
