@@ -75,7 +75,7 @@ def distill(
     check_pair(student.config, teacher.config, max(map(len, [*samples, *validation])))
     taught = {id(p) for p in teacher.parameters()}
     if any(id(p) in taught for p in student.parameters()):
-        raise ValueError("student and teacher share weights, as `remove_blocks` leaves them; distil a deep copy")
+        raise ValueError("student and teacher share weights, as after remove_blocks(copy=False); distil a copy")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         trainer, result = _train(student, teacher, _Samples(samples), _Samples(validation), config, kept, place)
