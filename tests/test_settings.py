@@ -131,7 +131,7 @@ def test_a_switch_in_a_file_can_be_turned_off(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[CompressConfig] = []
-    monkeypatch.setattr("blockspin.cli.runs._compress", lambda config, out: seen.append(config))
+    monkeypatch.setattr("blockspin.cli.runs._compress", lambda config, out, json: seen.append(config))
     (tmp_path / "settings.yaml").write_text("model: m\ncalibration: c\nremove: 2\ngradient_checkpointing: true\n")
     command("compress", "--config", tmp_path / "settings.yaml")
     command("compress", "--config", tmp_path / "settings.yaml", "--no-gradient-checkpointing")
