@@ -10,6 +10,7 @@ in being first.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
@@ -43,11 +44,17 @@ def make_checkpoint(folder: Path, gib: float, shards: int = 4) -> None:
 
     with torch.device("meta"):
         weights = tf.AutoModelForCausalLM.from_config(config).state_dict()
+    weight_map = {}  # name of a tensor -> its file
     for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         tensors = {}
         for name in list(weights)[number::shards]:
             tensors[name] = torch.ones(weights[name].shape, dtype=torch.bfloat16)
-        save_file(tensors, folder / f"model-{number + 1:05}-of-{shards:05}.safetensors", metadata={"format": "pt"})
+            weight_map[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def prune(source: Path, target: Path) -> tuple[float, float]:
