@@ -12,7 +12,7 @@ _SCRIPT = """
 import sys
 import numpy as np
 from numba.core.dispatcher import Dispatcher
-from blockspin import RemovalProblem
+from blockspin import Block, RemovalProblem
 from blockspin.solvers import SOLVERS, compile_kernels
 
 def compiled():
@@ -24,11 +24,20 @@ def compiled():
     return kernels
 
 columns = np.random.default_rng(1).normal(size=(24, 24))
-compile_kernels(sys.argv[1])
+compile_kernels(sys.argv[1], True)
 before = compiled()
 for problem in (RemovalProblem(columns.T @ columns, remove=6), RemovalProblem(columns.T @ columns, remove=1)):
     SOLVERS[sys.argv[1]](problem, 20, None, 0)
 assert sum(before.values()) > 0
+assert compiled() == before
+
+# A share of the parameters is another kind of constraint.
+blocks = [Block(i, "block", i % 3 + 1) for i in range(16)]
+compile_kernels(sys.argv[1], False)
+before = compiled()
+share = RemovalProblem((columns.T @ columns)[:16, :16], remove_parameters=0.25, blocks=blocks)
+assert not share.reduced.equality
+SOLVERS[sys.argv[1]](share, 20, None, 0)
 assert compiled() == before
 """
 
