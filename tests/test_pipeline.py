@@ -41,6 +41,7 @@ def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_pat
         "spectrum.json",
         "candidates.json",
         "checkpoint",
+        "repaired",
         "evaluation.json",
         "report.html",
     }
@@ -59,6 +60,21 @@ def test_a_run_leaves_every_artefact(tiny_folder: Path, text_file: Path, tmp_pat
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny_folder)
     held_out = load_calibration(text_file, tokenizer, num_samples=40, max_length=32, progress=False)[32:]
     assert rows[2].loss == pytest.approx(mean_loss(loaded, held_out), rel=1e-5)
+
+    repaired = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "repaired", dtype=torch.float32)
+    assert [row.name for row in rows] == ["original", "CBO:0", rows[2].name, "random", "repaired"]
+    assert rows[4].removed == chosen.removed
+    assert rows[4].num_bytes == rows[2].num_bytes
+    assert rows[4].loss == pytest.approx(mean_loss(repaired, held_out), rel=1e-5)
+
+
+def test_a_run_can_do_without_the_repair_and_have_it_later(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    plain = compress(settings(tiny_folder, text_file, repair=False), tmp_path / "run")
+    assert "repaired" not in [row.name for row in plain]
+    assert not (tmp_path / "run" / "repaired").exists()
+    assert compress(settings(tiny_folder, text_file), tmp_path / "run")[:-1] == plain
+    with pytest.raises(ValueError, match=r"other settings \(repair\)"):
+        compress(settings(tiny_folder, text_file, repair=False), tmp_path / "run")
 
 
 def test_the_choice_is_the_candidate_of_lowest_measured_loss(tiny_folder: Path) -> None:

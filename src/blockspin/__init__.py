@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .evaluation.tasks import evaluate
     from .model.blocks import find_blocks
     from .problem import Block, RemovalProblem
+    from .repair.checkpoint import repair_checkpoint
+    from .repair.run import repair
     from .selection.select import select
     from .solvers import Spectrum, solve
     from .solvers.candidates import Candidate
@@ -47,6 +49,8 @@ _HOME = {
     "Spectrum": "solvers",
     "solve": "solvers",
     "prune_checkpoint": "surgery.checkpoint",
+    "repair": "repair.run",
+    "repair_checkpoint": "repair.checkpoint",
     "remove_blocks": "surgery.memory",
     "evaluate": "evaluation.tasks",
 }
@@ -72,6 +76,8 @@ __all__ = [
     "perplexity",
     "prune_checkpoint",
     "remove_blocks",
+    "repair",
+    "repair_checkpoint",
     "select",
     "solve",
     "text_perplexity",

@@ -284,6 +284,7 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
 
     remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
     The samples for the energy, the selection and the evaluation come after each other and are distinct.
+    repair: what the samples for the energy and the selection say on how the smaller model should follow the original.
     distill: train the result with the original as its teacher; by default on what is left of the calibration set.
     """
 
@@ -296,6 +297,7 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     evaluation_samples: int = setting("Samples of the report.", 128, least=1)
+    repair: bool = setting("Give out-projections of the kept blocks new weights, in closed form.", True)
     distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:

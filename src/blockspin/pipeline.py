@@ -1,4 +1,4 @@
-"""The whole method on one page: calibrate, energies, solve, select, prune, evaluate; each stage is a file of the run.
+"""The whole method on one page: calibrate, energies, solve, select, prune, repair, evaluate; each stage is a file.
 
 A stage whose file exists is not done again, so a run that was cut off continues where it was.
 """
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .config import CompressConfig
 from .data.calibration import tokenise
@@ -22,6 +23,8 @@ from .lock import locked
 from .machine import describe_machine
 from .model.loading import load_config, load_model, load_tokenizer
 from .preflight import check_before, open_run
+from .progress import console
+from .repair.checkpoint import repair_checkpoint
 from .run_origin import describe_samples, public_name
 from .run_report import write_run_report
 from .solvers.candidates import random_candidate, states_as_candidates
@@ -51,13 +54,14 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     spectrum.json         the lowest-energy removals, and what is proven of them
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for from_pretrained of the class that opens the original
+    repaired/             unless `repair` is off: the same with new weights in the out-projections
     distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     report.html           all of it as one page
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
     Returns the rows of evaluation.json: original, CBO:0 (the lowest state that can be saved), the chosen state, random,
-    and distilled where wanted.
+    then repaired and distilled where wanted.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
@@ -70,8 +74,13 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         else:
             rows = shorten(config, out)
 
-        if config.distill is not None and rows[-1].name != "distilled":
-            chosen = next(row for row in rows if row.name.startswith("chosen"))
+        chosen = next(row for row in rows if row.name.startswith("chosen"))
+        names = [row.name for row in rows]
+        if config.repair and "repaired" not in names:
+            rows.append(repair_stage(config, out, chosen.removed))
+            write_rows(rows, out)
+            write_run_report(out)
+        if config.distill is not None and "distilled" not in names:
             rows.append(distillation_stage(config, out, chosen.removed))
             write_rows(rows, out)
             write_run_report(out)
@@ -142,6 +151,52 @@ def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
 
 
+def result_folder(config: CompressConfig, out: Path) -> Path:
+    """Where the last stage of a run leaves the model."""
+    if config.distill is not None:
+        return out / "distilled"
+    return out / ("repaired" if config.repair else "checkpoint")
+
+
+def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
+    """Repair the smaller model, and measure it as the others were, on text that the repair has not seen."""
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    samples = load_samples(config, tokenizer, model_config)
+    if not (out / "repaired").is_dir():
+        report = repair_checkpoint(
+            out / "checkpoint",
+            config.model,
+            [*samples.calibration, *samples.selection],
+            out / "repaired",
+            dtype=config.dtype,
+            device_map=config.device_map,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
+        config.save(out / "run.yaml")
+        console.print(report.summary(), soft_wrap=True, highlight=False)
+
+    return evaluated(config, out, "repaired", removed, samples.evaluation, tokenizer)
+
+
+def evaluated(
+    config: CompressConfig,
+    out: Path,
+    name: str,
+    removed: tuple[int, ...],
+    samples: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Evaluation:
+    """The row of the model in the folder `name` of the run."""
+    remote = config.trust_remote_code
+    model = load_model(str(out / name), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    size = checkpoint_bytes(out / name, trust_remote_code=remote)
+    (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
+    return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))
+
+
 def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
     """Train the smaller model with the original as its teacher, and measure it as the others were.
 
@@ -167,14 +222,8 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     held_out = settings.data == config.calibration and config.evaluation is None
     leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
     if not (out / "distilled").is_dir():
-        distill_checkpoint(out / "checkpoint", out / "distilled", settings, leave_out=leave_out)
+        student = out / ("repaired" if config.repair else "checkpoint")
+        distill_checkpoint(student, out / "distilled", settings, leave_out=leave_out)
         config.save(out / "run.yaml")
 
-    # Measured as the others were, in the same dtype and on the same samples.
-    model = load_model(
-        str(out / "distilled"), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote
-    )
-    size = checkpoint_bytes(out / "distilled", trust_remote_code=remote)
-    (row,) = evaluate_models({"distilled": model}, [size], samples.evaluation, batch_size=config.batch_size)
-    score = scorer(config, tokenizer, out / "scores")
-    return replace(row, removed=removed, scores=score(model))
+    return evaluated(config, out, "distilled", removed, samples.evaluation, tokenizer)

@@ -43,7 +43,8 @@ _DECIDED_BY = (
     ("spectrum.json", ("remove", *_names(SolvingSettings))),
     ("candidates.*", _names(ChoosingSettings)),
     ("evaluation.json", _names(TaskSettings)),
-    ("distilled*", ("distill",)),
+    ("repaired*", ("repair",)),
+    ("distilled*", ("repair", "distill")),
 )
 
 

@@ -1,11 +1,13 @@
 """The methods that block removal by binary optimisation is compared with, each written from its paper.
 
 Every method returns a `Candidate` for a `RemovalProblem`, whose constraints (kinds, protected blocks, budgets) it
-meets; the problem's energy plays no part in the choice and is only noted.
+meets; the problem's energy plays no part in the choice and is only noted. The methods in `linear` choose nothing: they
+repair a removal.
 """
 
 from __future__ import annotations
 
+from .linear import ghosted_layers, linear_patch, replaceme
 from .merging import Merged, merge_windows, sliding_window_merging
 from .scores import (
     Activations,
@@ -25,12 +27,15 @@ __all__ = [
     "angular_distance",
     "block_influence",
     "evopress",
+    "ghosted_layers",
     "iterative_block_influence",
     "last_blocks",
+    "linear_patch",
     "losses_without_each",
     "measure_activations",
     "merge_windows",
     "norm_ratio",
+    "replaceme",
     "shortened_llama",
     "sleb",
     "sliding_window_merging",

@@ -51,7 +51,7 @@ def demo(
         budget=24.0,
     )
     _compress(config, out, json)
-    console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r}).", soft_wrap=True)
+    console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'repaired')!r}).", soft_wrap=True)
 
 
 @app.command()
@@ -72,7 +72,7 @@ def compress(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation; with --distill, training.
+    """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation, repair; with --distill, training.
 
     Everything is in the folder --out. Run the same command again to continue a run that was cut off.
 
@@ -173,11 +173,11 @@ def _show_rows(rows: Sequence[Row], json: bool) -> None:
 
 def _compress(config: CompressConfig, out: Path, json: bool) -> None:
     from ..evaluation.perplexity import results_table
-    from ..pipeline import compress
+    from ..pipeline import compress, result_folder
 
     rows = compress(config, out)
     if json:
         show_json([row.as_json() for row in rows])
     else:
         show(results_table(rows))
-    console.print(f"The run is in {out}, the smaller model in {out / 'checkpoint'}.", soft_wrap=True)
+    console.print(f"The run is in {out}, the smaller model in {result_folder(config, out)}.", soft_wrap=True)

@@ -1,4 +1,5 @@
-"""The commands for one stage of the method each, and what comes before: info, energies, solve, select, prune."""
+"""The commands for one stage of the method each, and what comes before: info, energies, solve, select, prune,
+repair."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..config import (
+    BatchSettings,
     ChoosingSettings,
     DataSettings,
     EnergySettings,
@@ -170,3 +172,37 @@ def prune(
 
     prune_checkpoint(model, parse_indices(blocks), out, trust_remote_code=loading.trust_remote_code)
     console.print(f"The smaller model is in {out}.", soft_wrap=True)
+
+
+@app.command()
+@with_settings
+def repair(
+    shortened: Annotated[str, typer.Argument(help="The shortened model: a folder that `blockspin prune` made.")],
+    original: Annotated[str, typer.Option("--original", help="The model it was made of: hub id or local folder.")],
+    data: Data,
+    out: Out,
+    drawing: DataSettings,
+    batches: BatchSettings,
+    loading: LoadingSettings,
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Samples of the text.")] = 128,
+) -> None:
+    """Give the out-projections of a shortened model new weights, in closed form, so that it follows the original.
+
+    Run the same command again to continue a repair that was cut off.
+
+    Example: blockspin repair smaller --original MODEL --data teknium/OpenHermes-2.5 --out repaired
+    """
+    from ..repair.checkpoint import repair_checkpoint
+
+    report = repair_checkpoint(
+        shortened,
+        original,
+        load_samples(original, data, num_samples, drawing, loading),
+        out,
+        dtype=loading.dtype,
+        device_map=loading.device_map,
+        batch_size=batches.batch_size,
+        seed=drawing.seed,
+        trust_remote_code=loading.trust_remote_code,
+    )
+    console.print(report.summary(), f"The repaired model is in {out}.", sep="\n", soft_wrap=True, highlight=False)

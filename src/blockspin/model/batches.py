@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,10 @@ class Batch:
     token_ids: Tensor
     lengths: Tensor
 
-    def forward(self, model: nn.Module) -> Tensor:
+    def forward(self, model: nn.Module, last_logits: bool = False) -> Tensor:
         """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster.
+
+        last_logits: where the model can, only those of the last position, for passes made for something else.
 
         Raises:
             ValueError: a token is beyond the model's embedding.
@@ -36,8 +40,10 @@ class Batch:
         device = input_device(model)
         positions = torch.arange(self.token_ids.shape[1])
         mask = (positions < self.lengths[:, None]).long()  # (batch, length)
-        padded = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-        logits: Tensor = model(input_ids=self.token_ids.to(device), use_cache=False, **padded).logits
+        arguments: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
+        if last_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            arguments["logits_to_keep"] = 1
+        logits: Tensor = model(input_ids=self.token_ids.to(device), use_cache=False, **arguments).logits
         return logits
 
 

@@ -1,0 +1,335 @@
+"""The repair of a shortened model, against few-line references and what must hold of any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from conftest import VOCABULARY, tiny_model
+from tiny import tiny_config, tiny_random_model
+from torch import nn
+
+from blockspin.model.batches import make_batches, mean_loss
+from blockspin.model.quality import quality_of
+from blockspin.model.tracing import trace_model
+from blockspin.repair import run
+from blockspin.repair.finished import FinishedBlocks
+from blockspin.repair.fitting import Fitting, Text
+from blockspin.repair.least_squares import NormalEquations
+from blockspin.repair.projections import find_projections
+from blockspin.repair.run import repair
+from blockspin.surgery.memory import remove_blocks
+
+PROJECTIONS = {
+    "llama": [("self_attn.o_proj", 0), ("mlp.down_proj", 1)],
+    "phi3": [("self_attn.o_proj", 0), ("mlp.down_proj", 1)],
+    "gpt2": [("attn.c_proj", 0), ("mlp.c_proj", 1)],
+    "gpt_neox": [("attention.dense", 0), ("mlp.dense_4h_to_h", 0)],  # both in one addition
+    "gemma2": [],  # norms follow both
+}
+HYBRIDS = {
+    "nemotron_h": [["mixer.out_proj"], ["mixer.shared_experts.down_proj"], ["mixer.o_proj"]],
+    "jamba": [["mamba.out_proj", "feed_forward.down_proj"], ["self_attn.o_proj"]],
+    "falcon": [["self_attention.dense", "mlp.dense_4h_to_h"]],
+    "qwen2_moe": [["self_attn.o_proj"]],  # its shared expert is weighed by a gate
+}
+REPAIRED = {"llama": 2, "gpt2": 2, "gpt_neox": 2, "mamba2": 2, "jamba": 0, "nemotron_h": 0, "deepseek_v3": 2}
+
+
+def tiny(name: str) -> tf.PreTrainedModel:
+    return tiny_model(name) if name in PROJECTIONS else tiny_random_model(tiny_config(name))
+
+
+def random_text(number: int = 24, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
+    """Random tokens in samples of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCABULARY, (length - i % 5,), generator=generator) for i in range(number)]
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("name", list(PROJECTIONS))
+def test_out_projections_are_found(name: str) -> None:
+    for found in find_projections(trace_model(tiny_model(name))):
+        assert [(projection.name, projection.addition) for projection in found] == PROJECTIONS[name]
+        assert all(projection.factor == pytest.approx(1, rel=1e-5) for projection in found)
+
+
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_out_projections_of_hybrids_and_experts_are_found(name: str) -> None:
+    found = find_projections(trace_model(tiny(name)))
+    for block, names in zip(found, HYBRIDS[name], strict=False):
+        assert [projection.name for projection in block] == names
+
+
+def test_a_factor_on_the_way_is_measured() -> None:
+    model = tiny_random_model(tiny_config("granite", residual_multiplier=0.5))
+    factors = [projection.factor for found in find_projections(trace_model(model)) for projection in found]
+    assert factors == pytest.approx([0.5] * 12, rel=1e-5)
+
+
+def test_the_normal_equations_are_those_of_augmented_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5000, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 3])  # more than one chunk
+    missing, weights = torch.randn(5000, 3, generator=generator), torch.rand(5000, generator=generator)
+    sums = NormalEquations(6, 3)
+    sums.add(inputs[:100], missing[:100], weights[:100])
+    sums.add(inputs[100:], missing[100:], weights[100:])
+    solution = sums.solution(0.3)
+
+    # The penalty is one more row for each input, with nothing missing.
+    roots = weights.double().sqrt()[:, None]
+    rows, sides = inputs.double() * roots, missing.double() * roots
+    penalty = torch.diag((0.3 * rows.square().sum(0)).sqrt())
+    expected = torch.linalg.lstsq(torch.cat([rows, penalty]), torch.cat([sides, torch.zeros(6, 3)])).solution
+    torch.testing.assert_close(solution, expected, rtol=1e-4, atol=1e-6)
+    assert sums.error(solution) == pytest.approx(float((sides - rows @ solution).square().sum()), rel=1e-4)
+    assert sums.error() == pytest.approx(float(sides.square().sum()), rel=1e-4)
+
+
+def test_inputs_that_are_zero_or_the_same_are_no_trouble() -> None:
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    sums = NormalEquations(3, 1)
+    sums.add(torch.cat([x, x, torch.zeros(50, 1)], 1), 2 * x, torch.ones(50))
+    torch.testing.assert_close(sums.solution(0.0), torch.tensor([[1.0], [1.0], [0.0]]).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_first_changes_are_least_squares_on_gathered_activations() -> None:
+    """Block 2 of 4 is gone: o_proj of block 1 aims at half of what it added, down_proj at all of it."""
+    original = tiny_model("llama")
+    smaller = remove_blocks(original, [2])
+    samples = random_text(40)
+    text = Text(samples, 8, 0)
+    report = repair(smaller, original, samples, batch_size=8)
+
+    fitted = [sample for sample in samples if not any(sample is other for other in text.held_out)]
+    assert report.tokens == sum(map(len, fitted))
+    seen: dict[str, list[torch.Tensor]] = {"heads": [], "middle": [], "hidden": [], "end": [], "entry": []}
+    layers = original.model.layers
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs=None: seen[name].append((args or tuple(kwargs.values()))[0][0].double())
+
+    handles = [
+        layers[1].self_attn.o_proj.register_forward_pre_hook(keep("heads")),
+        layers[1].post_attention_layernorm.register_forward_pre_hook(keep("middle")),
+        layers[2].register_forward_pre_hook(keep("entry"), with_kwargs=True),
+        layers[3].register_forward_pre_hook(keep("end"), with_kwargs=True),
+    ]
+    with torch.no_grad():
+        for sample in fitted:
+            original(input_ids=sample[None])
+    for handle in handles:
+        handle.remove()
+    heads, middle, entry, end = (torch.cat(seen[name]) for name in ("heads", "middle", "entry", "end"))
+
+    aim = middle + (end - entry) / 2
+    roots = 1 / aim.norm(dim=1, keepdim=True)
+    rows, sides = heads * roots, (aim - middle) * roots
+    penalty = torch.diag((0.3 * rows.square().sum(0)).sqrt())
+    solution = torch.linalg.lstsq(
+        torch.cat([rows, penalty]), torch.cat([sides, torch.zeros(len(penalty), sides.shape[1])])
+    ).solution
+    step = report.steps[0]
+    assert (step.block, step.projection) == (1, "self_attn.o_proj")
+    found = smaller.model.layers[1].self_attn.o_proj.weight - layers[1].self_attn.o_proj.weight
+    expected = solution.T.float() if step.kept else torch.zeros_like(found)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_can_be_recovered_exactly_is() -> None:
+    """Block 2 repeats the hidden activations of block 1, which adds nothing; its down projection moves to block 1."""
+    original = tiny_model("llama")
+    before, gone = original.model.layers[1], original.model.layers[2]
+    with torch.no_grad():
+        before.self_attn.v_proj.weight.zero_()  # the attention has nothing that it could bring instead
+        gone.self_attn.o_proj.weight.zero_()
+        gone.mlp.gate_proj.weight.copy_(before.mlp.gate_proj.weight)
+        gone.mlp.up_proj.weight.copy_(before.mlp.up_proj.weight)
+        before.mlp.down_proj.weight.zero_()
+    smaller = remove_blocks(original, [2])
+    report = repair(smaller, original, random_text(60), ridge=1e-9)
+    assert report.kl_before > 0.01
+    assert report.kl_after < 1e-6 * report.kl_before
+
+
+@pytest.mark.parametrize(("name", "block"), list(REPAIRED.items()))
+def test_a_repair_helps_and_leaves_the_original_alone(name: str, block: int) -> None:
+    original = tiny(name)
+    whole = weights_of(original)
+    smaller = remove_blocks(original, [block])
+    samples = random_text(64)
+    report = repair(smaller, original, samples, batch_size=16)
+    assert same(whole, weights_of(original))
+    assert report.removed == (block,)
+    assert report.steps
+    assert any(step.kept for step in report.steps)
+    assert all(step.kept == (step.after < step.before) for step in report.steps)
+    assert report.kl_after < report.kl_before
+    assert quality_of(smaller, original, Text(samples, 16, 0).held_out).kl == pytest.approx(report.kl_after, rel=1e-3)
+
+
+def test_it_generalises() -> None:
+    original = tiny_model("llama")
+    smaller = remove_blocks(original, [1])
+    fresh = random_text(32, seed=7)
+    before = quality_of(smaller, original, fresh).kl
+    repair(smaller, original, random_text(200))
+    assert quality_of(smaller, original, fresh).kl < 0.95 * before
+
+
+def test_where_it_does_not_help_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tiny_model("llama")
+    smaller = remove_blocks(original, [1])
+    before = weights_of(smaller)
+    aims = run._aims
+
+    def misleading(*arguments: Any) -> Any:
+        return [[-aim for aim in additions] for additions in aims(*arguments)]
+
+    monkeypatch.setattr(run, "_aims", misleading)
+    report = repair(smaller, original, random_text(64))
+    assert report.undone
+    assert report.kl_after == report.kl_before
+    assert same(before, weights_of(smaller))
+    assert "as they were" in report.summary()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_batch_size_does_not_matter(name: str) -> None:
+    original = tiny(name)
+    results = []
+    for batch_size in (1, 7):
+        smaller = remove_blocks(original, [1])
+        repair(smaller, original, random_text(40), batch_size=batch_size)
+        results.append(weights_of(smaller))
+    for key, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_repair_that_was_cut_off_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, samples = tiny_model("gpt2"), random_text(40)
+    unbroken = remove_blocks(original, [0])
+    expected = repair(unbroken, original, samples, partial=tmp_path / "unbroken")
+    assert not (tmp_path / "unbroken").exists()
+
+    add = FinishedBlocks.add
+
+    def killed(self: FinishedBlocks, block: int, *rest: Any) -> None:
+        if block == 3:
+            raise KeyboardInterrupt
+        add(self, block, *rest)
+
+    monkeypatch.setattr(FinishedBlocks, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        repair(remove_blocks(original, [0]), original, samples, partial=tmp_path / "partial")
+    monkeypatch.setattr(FinishedBlocks, "add", add)
+
+    fitted: list[int] = []
+    refit = Fitting.refit
+
+    def counted(self: Fitting, block: int, aims: Any) -> Any:
+        fitted.append(block)
+        return refit(self, block, aims)
+
+    monkeypatch.setattr(Fitting, "refit", counted)
+    continued = remove_blocks(original, [0])
+    assert repair(continued, original, samples, partial=tmp_path / "partial") == expected
+    assert fitted == [3]
+    assert same(weights_of(unbroken), weights_of(continued))
+
+    monkeypatch.setattr(FinishedBlocks, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        repair(remove_blocks(original, [0]), original, samples, partial=tmp_path / "partial")
+    with pytest.raises(ValueError, match="holds results of another"):
+        repair(remove_blocks(original, [0]), original, samples[1:], partial=tmp_path / "partial")
+
+
+def test_a_model_without_out_projections_is_left_alone() -> None:
+    original = tiny_model("gemma2")
+    smaller = remove_blocks(original, [1])
+    before = weights_of(smaller)
+    report = repair(smaller, original, random_text())
+    assert report.steps == ()
+    assert report.untouched == (0, 2, 3)
+    assert same(before, weights_of(smaller))
+
+
+def test_experts_are_left_alone_and_that_is_said() -> None:
+    original = tiny("nemotron_h")
+    smaller = remove_blocks(original, [0])
+    routed = [name for name in weights_of(smaller) if ".experts." in name]
+    before = weights_of(smaller)
+    repair(smaller, original, random_text(64))
+    assert routed
+    assert all(torch.equal(before[name], smaller.state_dict()[name]) for name in routed)
+
+
+def test_bad_input_is_refused() -> None:
+    original, samples = tiny_model("llama"), random_text(64)
+    smaller = remove_blocks(original, [1])
+    with pytest.raises(ValueError, match=r"no block is gone"):
+        repair(original, smaller, samples)
+    with pytest.raises(ValueError, match=r"different token embeddings"):
+        repair(smaller, tiny_model("llama", seed=1), samples)
+    with pytest.raises(ValueError, match=r"block 1 of the shortened model has other weights than block 1"):
+        repair(smaller, original, samples, removed=[2])
+    with pytest.raises(ValueError, match=r"has 2 blocks, but the shortened model 3"):
+        repair(smaller, original, samples, removed=[1, 2])
+    with pytest.raises(ValueError, match=r"30 tokens .* 48 inputs needs at least 96"):
+        repair(smaller, original, random_text(4, 12, seed=2)[:5])
+    with pytest.raises(ValueError, match=r"two samples or more"):
+        repair(smaller, original, samples[:1])
+
+    assert mean_loss(smaller, samples) > 0
+    repair(smaller, original, samples)
+    with pytest.raises(ValueError, match=r"was repaired or trained already"):
+        repair(smaller, original, samples)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    original = tiny_model("llama")
+    smaller = remove_blocks(original, [1])
+    with torch.no_grad():
+        original.model.layers[3].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.2.mlp.down_proj.weight of the shortened model are not finite"):
+        repair(smaller, original, random_text(64))
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.requires_grad_(False)
+
+    class Quantised(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
+
+    quantised = Quantised(48, 32, bias=False)
+    quantised.weight = nn.Parameter(weight.round().to(torch.int8), requires_grad=False)
+    model.model.layers[1].mlp.down_proj = quantised
+    with pytest.raises(ValueError, match=r"mlp.down_proj in block 1 are quantised .*quantise it afterwards"):
+        find_projections(trace_model(model))
+
+
+def test_batches_keep_held_out_samples_apart() -> None:
+    samples = random_text(32)
+    text = Text(samples, 5, seed=3)
+    assert len(text.held_out) == 2
+    fitted = held = 0
+    for batch in make_batches(samples, 5):
+        train_mask, held_mask = text.masks(batch)
+        assert not (train_mask & held_mask).any()
+        fitted, held = fitted + int(train_mask.sum()), held + int(held_mask.sum())
+    assert fitted == text.num_tokens
+    assert held == sum(map(len, text.held_out))
