@@ -44,7 +44,7 @@ def repair(
     is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Some
     samples are held out, and only what helps there is kept.
 
-    The original keeps its weights, also where `shortened` shares them (as `remove_blocks` leaves it).
+    The original keeps its weights, also where `shortened` shares them (`remove_blocks` with copy=False).
 
     samples: 1-D int64 tensors of token ids, tens of thousands of tokens in all.
     removed: the blocks that are gone; None: found by comparing weights.
