@@ -59,7 +59,11 @@ def test_sizes_are_those_of_the_run(command: Command, tiny_folder: Path, text_fi
     config = settings(tiny_folder, text_file)
     plan = plan_run(config)
     forms = 4 * 4**2 * 24  # energies of 24 samples
-    assert plan.disk_bytes == pytest.approx(checkpoint_bytes(tiny_folder, (0, 1)) + forms, rel=0.02)
+    checkpoint = checkpoint_bytes(tiny_folder, (0, 1))
+    assert plan.disk_bytes == pytest.approx(2 * checkpoint + forms, rel=0.02)  # as pruned, and repaired
+    plain = plan_run(settings(tiny_folder, text_file, repair=False))
+    assert plain.disk_bytes == pytest.approx(checkpoint + forms, rel=0.02)
+    assert {step.stage for step in plan.steps} - {step.stage for step in plain.steps} == {"repair"}
     evaluation = next(step for step in plan.steps if step.stage == "evaluation")
     assert evaluation.samples == 8
     assert evaluation.seconds == pytest.approx(evaluation.tokens / plan.tokens_per_second)

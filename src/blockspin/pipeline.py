@@ -79,10 +79,10 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         if config.repair and "repaired" not in names:
             rows.append(repair_stage(config, out, chosen.removed))
             write_rows(rows, out)
+            write_run_report(out)
         if config.distill is not None and "distilled" not in names:
             rows.append(distillation_stage(config, out, chosen.removed))
             write_rows(rows, out)
-        if len(rows) > len(names):
             write_run_report(out)
     return rows
 

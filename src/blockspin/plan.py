@@ -31,6 +31,7 @@ FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # of a batch, in float32, while a loss is computed
 SECANT_POSITIONS = 64  # tokens of a sample whose logits are kept for every block
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
+REPAIRING = 4  # a repair of two out-projections a block, with its sums, in passes of the shortened model
 TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 
 
@@ -110,7 +111,7 @@ def plan_run(config: CompressConfig) -> Plan:
 
     whole = checkpoint_bytes(config.model, trust_remote_code=remote)
     forms = FLOAT * traced.depth**2 * len(samples.calibration)
-    checkpoints = 1 if config.distill is None else 2
+    checkpoints = 1 + config.repair + (config.distill is not None)
     disk = int(checkpoints * left * whole) + forms
     return Plan(tuple(steps), speed, _memory(config, traced, samples), disk)
 
@@ -140,7 +141,7 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
         return Step(stage, 0, None, 0, None)
 
     # The whole model and shortened ones: losses, and a batch again and again for the speed.
-    models = 1 + COMPARED * left
+    models = 1 + (COMPARED + config.repair) * left
     timed = min(1.0, TIMING_ROUNDS * config.batch_size / len(samples.evaluation))
     steps = [
         running(
@@ -154,6 +155,8 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
         idle("checkpoint"),
         running("evaluation", samples.evaluation, models * (1 + timed)),
     ]
+    if config.repair:
+        steps.append(running("repair", [*samples.calibration, *samples.selection], 1 + REPAIRING * left))
     if config.distill is not None:
         training = config.distill
         per_step = training.batch_size * training.gradient_accumulation * training.max_length

@@ -79,10 +79,10 @@ def report_page(config: CompressConfig, rows: Sequence[Evaluation], selection: S
 
 
 def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
-    """The model that a run is about: the trained one, else the one that was chosen."""
-    return next((row for row in rows if row.name == "distilled"), None) or next(
-        row for row in rows if row.name.startswith("chosen")
-    )
+    """The model that a run is about, of its last stage: trained, else repaired, else as it was chosen."""
+    by_name = {row.name: row for row in rows}
+    chosen = next(row for row in rows if row.name.startswith("chosen"))
+    return by_name.get("distilled", by_name.get("repaired", chosen))
 
 
 def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection) -> tuple[str, str]:

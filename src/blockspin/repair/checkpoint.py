@@ -18,6 +18,7 @@ from ..lock import locked
 from ..model.batches import frozen, input_device
 from ..model.blocks import find_stack
 from ..model.loading import load_model
+from ..surgery.card import add_repair
 from ..surgery.checkpoint import local_folder
 from ..surgery.shards import layer_prefix
 from .report import RepairReport
@@ -83,6 +84,7 @@ def repair_checkpoint(
             _write_weights(source, temporary, shortened, changed)
             about = json.loads((source / _PROVENANCE).read_text())
             write_json(temporary / _PROVENANCE, about | {"repair": {"original": str(original), **report.as_json()}})
+            add_repair(temporary, report.summary())
             _prove(load(temporary), shortened, _stored_bytes(temporary))
     return report
 

@@ -69,6 +69,20 @@ def add_results(folder: Path, table: Table, about: str) -> None:
         temporary.write_text(f"{head}{_RESULTS}\n\n{about}\n\n{table.markdown()}\n{heading}{tail}", encoding="utf-8")
 
 
+def add_repair(folder: Path, summary: str) -> None:
+    """Say at the end of the card of a checkpoint that its weights were repaired.
+
+    Raises:
+        ValueError: the card cannot be written.
+    """
+    path = folder / CARD
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        with replacing(path) as temporary:
+            after = "What was measured above was measured before the repair."
+            temporary.write_text(f"{text.rstrip()}\n\n## Repair\n\n{summary} {after}\n", encoding="utf-8")
+
+
 def _names(source: str) -> tuple[str, str | None]:
     """What a model is called, without the path of a folder; and its hub id, if it is from there."""
     is_local = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
