@@ -203,7 +203,7 @@ def test_what_ctrl_c_ends_continues_with_the_same_command(
 
     arguments = energies_of(tiny_folder, text_file, tmp_path / "e.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr("blockspin.stages.estimate_energies", interrupt)
+        patch.setattr("blockspin.pipeline.stages.estimate_energies", interrupt)
         code, printed = command(*arguments)
     assert (code, "Interrupted. Run the same command again to continue." in printed) == (130, True)
     assert command(*arguments)[0] == 0

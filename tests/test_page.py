@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from blockspin import page
-from blockspin.pipeline import compress
-from blockspin.run_origin import command_options, goal_text, public_name, public_settings
+from blockspin.pipeline.compress import compress
+from blockspin.pipeline.origin import command_options, goal_text, public_name, public_settings
 from blockspin.tables import Column, Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

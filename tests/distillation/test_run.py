@@ -24,8 +24,8 @@ from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
 from blockspin.distillation.run import Distillation, distill_checkpoint, last_checkpoint
 from blockspin.evaluation.perplexity import Evaluation
-from blockspin.pipeline import compress
-from blockspin.stages import load_samples
+from blockspin.pipeline.compress import compress
+from blockspin.pipeline.stages import load_samples
 from blockspin.surgery.checkpoint import prune_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_tokenizers_must_agree(run: Callable[..., Distillation], student_folder:
 def test_the_whole_workflow_in_one_call(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from blockspin import pipeline
+    from blockspin.pipeline import compress as pipeline
 
     small: dict[str, Any] = {"selection_samples": 8, "evaluation_samples": 8, "max_length": 32, "states": 6}
     training = DistillConfig(batch_size=4, max_steps=6, learning_rate=3e-3)
@@ -238,8 +238,8 @@ def test_settings_of_the_training_come_from_the_command_line(
 ) -> None:
     from typer.testing import CliRunner
 
-    from blockspin import pipeline
     from blockspin.cli import app
+    from blockspin.pipeline import compress as pipeline
 
     seen: list[CompressConfig] = []
 

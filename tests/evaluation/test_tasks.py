@@ -28,7 +28,7 @@ from blockspin.comparison.report import write_report
 from blockspin.config import PAPER_TASKS, CompressConfig, EvaluateConfig
 from blockspin.evaluation import harness
 from blockspin.evaluation.perplexity import results_table
-from blockspin.pipeline import compress
+from blockspin.pipeline.compress import compress
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 

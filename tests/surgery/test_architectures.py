@@ -19,7 +19,7 @@ from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_blocks
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import skipped, trace_model
-from blockspin.pipeline import compress
+from blockspin.pipeline.compress import compress
 from blockspin.problem import Removal
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.feasible import Removable

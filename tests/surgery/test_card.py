@@ -9,7 +9,7 @@ from conftest import settings
 from huggingface_hub import ModelCard
 
 from blockspin import prune_checkpoint
-from blockspin.pipeline import compress
+from blockspin.pipeline.compress import compress
 from blockspin.surgery.card import write_card
 
 CLAIMS = "---\nlicense: apache-2.0\nlanguage: [en, de]\ndatasets: [some/data]\n---\n# Tiny\nIt scores 99.9 on all.\n"

@@ -12,7 +12,7 @@ import transformers as tf
 from conftest import save_tokenizer, settings
 from tiny import DEPTH, tiny_config, tiny_random_model
 
-from blockspin.pipeline import compress
+from blockspin.pipeline.compress import compress
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 from blockspin.surgery.feasible import Removable, protect_what_must_stay, same_pattern_candidates, without

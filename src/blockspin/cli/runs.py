@@ -141,7 +141,7 @@ def report(
     from ..comparison.results import Comparison
 
     if (out / "run.yaml").is_file():
-        from ..run_report import write_run_report
+        from ..pipeline.report import write_run_report
 
         console.print(f"Wrote {write_run_report(out)}.", soft_wrap=True)
         return
@@ -151,7 +151,7 @@ def report(
 
 
 def _show_plan(config: CompressConfig, json: bool) -> None:
-    from ..plan import plan_run
+    from ..pipeline.plan import plan_run
 
     plan = plan_run(config)
     if json:
@@ -174,7 +174,7 @@ def _show_rows(rows: Sequence[Row], json: bool) -> None:
 
 def _compress(config: CompressConfig, out: Path, json: bool) -> None:
     from ..evaluation.perplexity import results_table
-    from ..pipeline import compress, result_folder
+    from ..pipeline.compress import compress, result_folder
 
     rows = compress(config, out)
     if json:

@@ -74,7 +74,7 @@ def energies(
 
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
     """
-    from ..stages import energies_stage
+    from ..pipeline.stages import energies_stage
 
     with locked(out):
         refuse_existing(out)
@@ -99,7 +99,7 @@ def solve(
     """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
     from ..energies import load_energies
     from ..energies.robustness import robustness
-    from ..stages import find_states, pose_problem
+    from ..pipeline.stages import find_states, pose_problem
 
     goal, found = parse_remove(remove), load_energies(file)
     with locked(out):
@@ -138,7 +138,7 @@ def select(
     """
     from ..energies import load_energies
     from ..model.loading import load_config
-    from ..stages import find_states, pose_problem, selection_stage
+    from ..pipeline.stages import find_states, pose_problem, selection_stage
     from ..surgery.feasible import Removable, protect_what_must_stay
 
     with locked(out):

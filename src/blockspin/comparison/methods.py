@@ -17,11 +17,11 @@ from ..config import CompressConfig
 from ..energies import Energies
 from ..model.quality import shared_losses
 from ..model.tracing import TracedModel
+from ..pipeline.stages import Samples
 from ..problem import RemovalProblem
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
-from ..stages import Samples
 from ..surgery.feasible import Removable
 from .cost import MethodCost, counted
 from .results import RANDOM

@@ -14,7 +14,7 @@ from .. import page
 from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
-from ..run_origin import command_options, public_name, public_settings
+from ..pipeline.origin import command_options, public_name, public_settings
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, short, write_csv
 from .figures import (

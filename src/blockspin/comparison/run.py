@@ -25,12 +25,12 @@ from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
-from ..preflight import check_before
+from ..pipeline.origin import describe_samples
+from ..pipeline.preflight import check_before
+from ..pipeline.stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
 from ..problem import Goal, Removal
 from ..progress import console
-from ..run_origin import describe_samples
 from ..solvers.candidates import random_candidate
-from ..stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from .config import (
+from ..config import (
     GRADIENT_ENERGIES,
     ChoosingSettings,
     CompressConfig,
@@ -18,15 +18,15 @@ from .config import (
     SolvingSettings,
     TaskSettings,
 )
-from .distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
-from .journal import check_settings
-from .model.blocks import count_parameters, find_blocks
-from .model.loading import model_without_weights
-from .problem import Block, check_goal
-from .settings import Settings
-from .solvers import SOLVERS
+from ..distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
+from ..journal import check_settings
+from ..model.blocks import count_parameters, find_blocks
+from ..model.loading import model_without_weights
+from ..problem import Block, check_goal
+from ..settings import Settings
+from ..solvers import SOLVERS
+from ..surgery.checkpoint import checkpoint_bytes
 from .stages import max_length
-from .surgery.checkpoint import checkpoint_bytes
 
 
 def _names(*groups: type[Settings]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from conftest import Command, random_samples, settings, tiny_model
 from blockspin.comparison.cost import counted
 from blockspin.energies import estimate_energies
 from blockspin.model.tracing import trace_model
-from blockspin.plan import _energy_passes, duration, plan_run
+from blockspin.pipeline.plan import _energy_passes, duration, plan_run
 from blockspin.surgery.checkpoint import checkpoint_bytes
 
 

@@ -22,7 +22,7 @@ from blockspin.config import ENERGY_NAMES, CompressConfig, parse_remove
 from blockspin.data.calibration import load_calibration
 from blockspin.energies import load_energies
 from blockspin.model.batches import mean_loss
-from blockspin.pipeline import compress
+from blockspin.pipeline.compress import compress
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.result import Selection
 from blockspin.selection.select import select
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_done_again(
 ) -> None:
     config = settings(tiny_folder, text_file)
     rows = compress(config, tmp_path / "run")
-    monkeypatch.setattr("blockspin.pipeline.load_model", lambda *a, **k: pytest.fail("loaded the model again"))
+    monkeypatch.setattr("blockspin.pipeline.compress.load_model", lambda *a, **k: pytest.fail("loaded the model again"))
     assert compress(config, tmp_path / "run") == rows
 
 
@@ -293,13 +293,13 @@ def test_settings_bind_a_run_from_the_stage_that_used_them(
 
     # Nothing is computed yet when the energies are refused: every setting may change.
     with monkeypatch.context() as patch:
-        patch.setattr("blockspin.stages.estimate_energies", refuse)
+        patch.setattr("blockspin.pipeline.stages.estimate_energies", refuse)
         with pytest.raises(ValueError, match="not today"):
             compress(replace(config, dtype="float16", max_length=16), out)
     assert (out / "run.yaml").is_file()
 
     with monkeypatch.context() as patch:
-        patch.setattr("blockspin.stages.solve", refuse)
+        patch.setattr("blockspin.pipeline.stages.solve", refuse)
         with pytest.raises(ValueError, match="not today"):
             compress(replace(config, states=3), out)
     energies = (out / "energies.safetensors").stat().st_mtime_ns

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import GRADIENT_ENERGIES, CompressConfig
-from .energies.fitted import PASSES_PER_BLOCK
-from .model.batches import frozen, make_batches
-from .model.blocks import count_parameters
-from .model.loading import load_config, load_model, load_tokenizer
-from .model.passes import MEMORY_LIMIT, num_passes
-from .model.tracing import TracedModel, trace_model
+from ..config import GRADIENT_ENERGIES, CompressConfig
+from ..energies.fitted import PASSES_PER_BLOCK
+from ..model.batches import frozen, make_batches
+from ..model.blocks import count_parameters
+from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.passes import MEMORY_LIMIT, num_passes
+from ..model.tracing import TracedModel, trace_model
+from ..problem import Block, Goal, Removal
+from ..selection.select import ACTIVATION_SAMPLES
+from ..surgery.checkpoint import checkpoint_bytes
+from ..tables import Column, Table, short
 from .preflight import check_before
-from .problem import Block, Goal, Removal
-from .selection.select import ACTIVATION_SAMPLES
 from .stages import Samples, load_samples
-from .surgery.checkpoint import checkpoint_bytes
-from .tables import Column, Table, short
 
 TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch

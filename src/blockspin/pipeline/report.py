@@ -11,14 +11,14 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from . import page
-from .config import CompressConfig
-from .evaluation.perplexity import Evaluation, results_table
-from .files import replacing
-from .run_origin import command_options, goal_text, public_name, public_settings
-from .selection.result import Selection
-from .surgery.provenance import read_record
-from .tables import ranges, short
+from .. import page
+from ..config import CompressConfig
+from ..evaluation.perplexity import Evaluation, results_table
+from ..files import replacing
+from ..selection.result import Selection
+from ..surgery.provenance import read_record
+from ..tables import ranges, short
+from .origin import command_options, goal_text, public_name, public_settings
 
 BLUE, MUTE, LINE = "#0072B2", "#B4BCC6", "#E3E6EA"
 FAR = 2.0  # times the objective of the chosen one; what is above that is not shown

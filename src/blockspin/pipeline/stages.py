@@ -10,22 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
-from .data.calibration import load_calibration
-from .energies import Energies, estimate_energies, load_energies
-from .evaluation.perplexity import Evaluation, evaluate_models
-from .evaluation.scores import Score
-from .files import write_json
-from .model.loading import context_length, vocabulary_size
-from .problem import Goal, Removal, RemovalProblem
-from .progress import console
-from .selection.result import Selection
-from .selection.select import ACTIVATION_SAMPLES, select_with_energies
-from .solvers import Spectrum, solve
-from .solvers.candidates import Candidate
-from .surgery.checkpoint import checkpoint_bytes, prune_checkpoint
-from .surgery.feasible import Removable
-from .surgery.memory import remove_blocks
+from ..config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
+from ..data.calibration import load_calibration
+from ..energies import Energies, estimate_energies, load_energies
+from ..evaluation.perplexity import Evaluation, evaluate_models
+from ..evaluation.scores import Score
+from ..files import write_json
+from ..model.loading import context_length, vocabulary_size
+from ..problem import Goal, Removal, RemovalProblem
+from ..progress import console
+from ..selection.result import Selection
+from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
+from ..solvers import Spectrum, solve
+from ..solvers.candidates import Candidate
+from ..surgery.checkpoint import checkpoint_bytes, prune_checkpoint
+from ..surgery.feasible import Removable
+from ..surgery.memory import remove_blocks
 
 
 @dataclass(frozen=True)

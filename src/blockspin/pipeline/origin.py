@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import CompressConfig
-from .problem import Goal
-from .settings import flag
+from ..config import CompressConfig
+from ..problem import Goal
+from ..settings import flag
 from .stages import Samples
 
 _ARGUMENTS = ("model", "remove", "distill")  # what no option of its own says, or another

@@ -13,21 +13,24 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import CompressConfig
-from .data.calibration import tokenise
-from .distillation.run import distill_checkpoint
-from .evaluation.perplexity import Evaluation, evaluate_models, results_table
-from .evaluation.tasks import scorer
-from .files import write_json
-from .lock import locked
-from .machine import describe_machine
-from .model.loading import load_config, load_model, load_tokenizer
+from ..config import CompressConfig
+from ..data.calibration import tokenise
+from ..distillation.run import distill_checkpoint
+from ..evaluation.perplexity import Evaluation, evaluate_models, results_table
+from ..evaluation.tasks import scorer
+from ..files import write_json
+from ..lock import locked
+from ..machine import describe_machine
+from ..model.loading import load_config, load_model, load_tokenizer
+from ..progress import console
+from ..repair.checkpoint import repair_checkpoint
+from ..solvers.candidates import random_candidate, states_as_candidates
+from ..surgery.card import add_results
+from ..surgery.checkpoint import checkpoint_bytes
+from ..surgery.feasible import Removable, protect_what_must_stay
+from .origin import describe_samples, public_name
 from .preflight import check_before, open_run
-from .progress import console
-from .repair.checkpoint import repair_checkpoint
-from .run_origin import describe_samples, public_name
-from .run_report import write_run_report
-from .solvers.candidates import random_candidate, states_as_candidates
+from .report import write_run_report
 from .stages import (
     checkpoint_stage,
     energies_stage,
@@ -39,9 +42,6 @@ from .stages import (
     selection_stage,
     spectrum_stage,
 )
-from .surgery.card import add_results
-from .surgery.checkpoint import checkpoint_bytes
-from .surgery.feasible import Removable, protect_what_must_stay
 
 _RANDOM_DRAWS = 100  # in which a random removal that can be saved is looked for
 
