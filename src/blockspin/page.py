@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .tables import Table, ranges
+from .tables import Column, Table, ranges
 
 # What figures are drawn in becomes a colour of the page, which is another one in the dark.
 _COLOURS = {
@@ -111,14 +111,22 @@ def paragraph(text: str) -> str:
 
 def html_table(table: Table, marked: Sequence[int] = ()) -> str:
     """Headings and rows, some of them marked; the caption below."""
-    places = ["word" if column.words else "" for column in table.columns]
-    headings = [f'<th class="{p}">{html.escape(c.heading)}</th>' for p, c in zip(places, table.columns, strict=True)]
-    lines = ['<div class="scroll"><table>', f"<tr>{''.join(headings)}</tr>"]
+    headings = [column.heading for column in table.columns]
+    lines = ['<div class="scroll"><table>', f"<tr>{_html_cells('th', headings, table.columns)}</tr>"]
     for number, row in enumerate(table.rows):
-        cells = [f'<td class="{p}">{html.escape(cell)}</td>' for p, cell in zip(places, row, strict=True)]
-        lines.append(f"<tr{' class=ours' if number in marked else ''}>{''.join(cells)}</tr>")
+        opening = "<tr class=ours>" if number in marked else "<tr>"
+        lines.append(f"{opening}{_html_cells('td', row, table.columns)}</tr>")
     lines.append("</table></div>")
     return "\n".join(lines) + (paragraph(table.caption) if table.caption else "")
+
+
+def _html_cells(tag: str, cells: Sequence[str], columns: Sequence[Column]) -> str:
+    """The cells of a row, words at the left. tag: th for headings, td for the rest."""
+    parts = []
+    for cell, column in zip(cells, columns, strict=True):
+        place = ' class="word"' if column.words else ""
+        parts.append(f"<{tag}{place}>{html.escape(cell)}</{tag}>")
+    return "".join(parts)
 
 
 def block_strip(removed: Sequence[int], depth: int, merged: Sequence[int] = ()) -> str:
