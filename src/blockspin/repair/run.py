@@ -36,22 +36,18 @@ def repair(
 
     Block by block from the first cut on, every linear map whose output is added to the residual stream is changed by
     a ridge least-squares solution. With the inputs a_t of the map in the shortened and so far repaired model, the
-    stream s_t there after the addition and the aim z_t, it is the D that minimises
-
-        sum_t |z_t - s_t - a_t D|^2 / |z_t|^2  plus the penalty of `NormalEquations.solution`.
+    stream s_t there after the addition and the aim z_t, it is the D that minimises the sum over tokens of
+    |z_t - s_t - a_t D|^2 / |z_t|^2, plus the penalty of `NormalEquations.solution`.
 
     The aim after a block is what enters the next kept block in the original; after an earlier addition of the block it
-    is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Some
-    samples are held out, and only what helps there is kept.
-
-    The original keeps its weights, also where `shortened` shares them (`remove_blocks` with copy=False).
+    is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Only
+    what helps on held-out samples is kept. The original keeps its weights, also where `shortened` shares them.
 
     samples: 1-D int64 tensors of token ids, tens of thousands of tokens in all.
     removed: the blocks that are gone; None: found by comparing weights.
     ridge: how strongly the change is held small, relative to the inputs' own size.
     seed: draws the samples that are held out.
-    partial: a folder for finished blocks, from which the same call continues after an interruption. It goes when the
-        repair is done.
+    partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
 
     Raises:
         ValueError: the models do not belong together, weights are quantised, there is too little text, or a hidden
@@ -70,12 +66,10 @@ def repair(
     fitting = Fitting(Walk(ours, text.batches), projections, text, ridge)
     steps = _repair_blocks(fitting, Walk(theirs, text.batches), kept, finished, progress)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
-
     undone = not kl_after < kl_before
-    if undone:
-        for module, name, parameter in old:
-            setattr(module, name, parameter)
+    _put_back(old if undone else [])
     finished.remove()
+
     return RepairReport(
         removed=tuple(i for i in range(theirs.depth) if i not in kept),
         tokens=text.num_tokens,
@@ -141,6 +135,12 @@ def _weights(
             module = layer.get_submodule(projection.name)
             found += [(module, name, parameter) for name, parameter in module.named_parameters()]
     return found
+
+
+def _put_back(weights: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Undo a repair: give modules the parameters that they had before."""
+    for module, name, parameter in weights:
+        setattr(module, name, parameter)
 
 
 def _widest(layers: nn.ModuleList, projections: Sequence[Sequence[Projection]]) -> int:
