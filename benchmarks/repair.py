@@ -26,7 +26,7 @@ from blockspin.config import parse_indices
 from blockspin.data.calibration import load_calibration
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import quality_of
-from blockspin.repair.run import repair
+from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .evaluation.tasks import evaluate
     from .model.blocks import find_blocks
     from .problem import Block, RemovalProblem
-    from .repair.checkpoint import repair_checkpoint
-    from .repair.run import repair
+    from .repairs.checkpoint import repair_checkpoint
+    from .repairs.run import repair
     from .selection.select import select
     from .solvers import Spectrum, solve
     from .solvers.candidates import Candidate
@@ -49,8 +49,8 @@ _HOME = {
     "Spectrum": "solvers",
     "solve": "solvers",
     "prune_checkpoint": "surgery.checkpoint",
-    "repair": "repair.run",
-    "repair_checkpoint": "repair.checkpoint",
+    "repair": "repairs.run",
+    "repair_checkpoint": "repairs.checkpoint",
     "remove_blocks": "surgery.memory",
     "evaluate": "evaluation.tasks",
 }

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..model.batches import make_batches
 from ..model.residual import stream_in, with_stream
 from ..model.tracing import trace_model
-from ..repair.least_squares import NormalEquations
-from ..repair.pairing import kept_blocks
-from ..repair.projections import change, find_projections, matrix, with_constant
-from ..repair.walk import Walk
+from ..repairs.least_squares import NormalEquations
+from ..repairs.pairing import kept_blocks
+from ..repairs.projections import change, find_projections, matrix, with_constant
+from ..repairs.walk import Walk
 
 _RIDGE = 1e-6  # the papers have none; this keeps the sums solvable
 _EPOCHS = 6

@@ -192,7 +192,7 @@ def repair(
 
     Example: blockspin repair smaller --original MODEL --data teknium/OpenHermes-2.5 --out repaired
     """
-    from ..repair.checkpoint import repair_checkpoint
+    from ..repairs.checkpoint import repair_checkpoint
 
     report = repair_checkpoint(
         shortened,

@@ -23,7 +23,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..progress import console
-from ..repair.checkpoint import repair_checkpoint
+from ..repairs.checkpoint import repair_checkpoint
 from ..solvers.candidates import random_candidate, states_as_candidates
 from ..surgery.card import add_results
 from ..surgery.checkpoint import checkpoint_bytes

@@ -16,12 +16,12 @@ from torch import nn
 from blockspin.model.batches import make_batches, mean_loss
 from blockspin.model.quality import quality_of
 from blockspin.model.tracing import trace_model
-from blockspin.repair import run
-from blockspin.repair.finished import FinishedBlocks
-from blockspin.repair.fitting import Fitting, Text
-from blockspin.repair.least_squares import NormalEquations
-from blockspin.repair.projections import find_projections
-from blockspin.repair.run import repair
+from blockspin.repairs import run
+from blockspin.repairs.finished import FinishedBlocks
+from blockspin.repairs.fitting import Fitting, Text
+from blockspin.repairs.least_squares import NormalEquations
+from blockspin.repairs.projections import find_projections
+from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 
 PROJECTIONS = {
