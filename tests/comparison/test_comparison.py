@@ -234,9 +234,8 @@ def test_the_page_says_what_is_in_the_rows(finished: Path) -> None:
     assert f"keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters" in page
 
     for table in page.split("<table>")[1:]:
-        column = [
-            float(value) for value in re.findall(r'<tr[^>]*><td class="word">.*?</td><td class="">([\d.]+)', table)
-        ]
+        first_numbers = re.findall(r'<tr[^>]*><td class="word">.*?</td><td>([\d.]+)', table)
+        column = [float(value) for value in first_numbers]
         assert len(column) > 10
         assert column[1:] == sorted(column[1:])
 

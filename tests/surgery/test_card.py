@@ -51,8 +51,10 @@ def test_the_base_model_is_one_of_the_hub(tmp_path: Path) -> None:
 def test_a_run_adds_what_it_measured(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     rows = compress(settings(tiny_folder, text_file), tmp_path / "run")
     text = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    for row in rows:
+    assert [row.name for row in rows][-1] == "repaired"
+    for row in rows[:-1]:
         assert f"{row.perplexity:.2f}" in text
+    assert "## Repair" in (tmp_path / "run" / "repaired" / "README.md").read_text()
     assert text.index("## Quality") < text.index("## What to expect")
     assert "KL divergence" in text
     assert str(tmp_path) not in text
