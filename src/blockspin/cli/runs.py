@@ -44,7 +44,7 @@ def demo(
         calibration=CALIBRATION,
         evaluation=VALIDATION,
         remove=parse_remove(remove),
-        energy="secant",  # as good as the default on this model, in a third of the passes
+        energy="fitted" if large else "secant",  # as good on the embedded model, in a third of the passes
         energy_samples=16,
         selection_samples=16,
         evaluation_samples=16 if large else 64,
