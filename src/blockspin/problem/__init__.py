@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from .goals import Block, Floats, Goal, Ints, Removal, check_goal
+from .goals import Floats, Goal, Ints, Removal, check_goal
 from .problem import RemovalProblem
+from .units import Block, Sublayer, Units, block_of, units_of
 from .views import Reduced
 
-__all__ = ["Block", "Floats", "Goal", "Ints", "Reduced", "Removal", "RemovalProblem", "check_goal"]
+__all__ = [
+    "Block",
+    "Floats",
+    "Goal",
+    "Ints",
+    "Reduced",
+    "Removal",
+    "RemovalProblem",
+    "Sublayer",
+    "Units",
+    "block_of",
+    "check_goal",
+    "units_of",
+]

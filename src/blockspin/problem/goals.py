@@ -1,35 +1,22 @@
-"""What may go and how much must: blocks, goals, and the constraints that a goal puts on a removal."""
+"""What may go and how much must: goals, and the constraints that a goal puts on a removal."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .units import Block
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 Removal = tuple[int, ...]  # the sorted indices of the blocks that go
 Goal = int | dict[str, int] | float  # what must go: so many blocks, so many of each kind, a share of the parameters
-
-
-@dataclass(frozen=True)
-class Block:
-    """A removable unit: one decoder layer with all its residual branches.
-
-    index: position in the original model, from 0.
-    kind: what the block holds, e.g. "attention+mlp", "attention+moe", "mamba".
-    num_parameters: parameters inside the block.
-    """
-
-    index: int
-    kind: str
-    num_parameters: int
 
 
 class Constraints(NamedTuple):

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .goals import (
-    Block,
     Floats,
     Removal,
     checked_protect,
     constraints_on_counts,
     constraints_on_parameters,
 )
+from .units import Block, Units, units_of
 from .views import Reduced, Views
 
 
@@ -118,6 +118,11 @@ class RemovalProblem(Views):
             gradient=gradient,
             remove_parameters=self.remove_parameters,
         )
+
+    @property
+    def units(self) -> Units:
+        """What the numbers of a removal stand for: blocks, or sub-layers where `blocks` lists those."""
+        return units_of(self.blocks)
 
     @property
     def num_candidates(self) -> int:
