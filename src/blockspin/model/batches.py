@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .offload import running_device
+
 _IGNORED = -100  # the label that `cross_entropy` leaves out
 _SEED_STRIDE = 1_000_003  # apart by a prime, so that the seeds of samples and of runs do not meet
 
@@ -49,8 +51,7 @@ class Batch:
 
 def input_device(model: nn.Module) -> torch.device:
     """The device where token ids must be: that of the embedding, also when the model is spread over several."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
+    return running_device(model.get_input_embeddings())  # type: ignore[operator]
 
 
 def check_tokens(model: nn.Module, token_ids: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..problem import Removal
 from ..progress import track
 from .batches import Batch, frozen, make_batches
+from .streaming import streamed_passes
 from .tracing import TracedModel, drop_shallowest, kept_streams, resumed, skipped
 
 MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
@@ -27,11 +28,16 @@ def removal_passes(
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
     """Yield every batch with its outputs: (k, logits without the blocks of removals[k]) for all k.
 
-    The removals share passes where the model allows it. The one that removes nothing comes first.
+    The removals share passes where the model allows it. The one that removes nothing comes first. Where weights of
+    blocks are offloaded, all passes share the loading (`streamed_passes`).
 
     Raises:
         ValueError: unusable samples or removals.
     """
+    if traced.is_offloaded and traced.shares_passes:
+        yield from streamed_passes(traced, removals, samples, batch_size=batch_size, progress=progress)
+        return
+
     with frozen(traced.model), torch.no_grad():
         batches = make_batches(samples, batch_size)
         for batch in track(batches, "Evaluating", len(batches), show=progress):

@@ -51,6 +51,11 @@ def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return stream
 
 
+def with_entering(args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor) -> tuple[Any, Any]:
+    """The arguments of a block, with other hidden states that enter it."""
+    return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+
 def stream_in(output: Any) -> Any:
     """The residual stream in what a block returned: the first of several outputs, or the only one."""
     return output[0] if isinstance(output, tuple | list) else output

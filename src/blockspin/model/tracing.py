@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..problem import Block, Removal
 from .batches import Batch, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
-from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_stream
+from .calls import BlockCall, noted_calls
+from .offload import is_offloaded, resident
+from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_entering, with_stream
 
 _ROUNDING = 50  # differences up to so many units of the last place, of the largest value, are rounding
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
@@ -61,13 +63,21 @@ class TracedModel:
         return len(self.blocks)
 
     @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether weights of blocks are loaded for each pass through them, so that passes should share the loading."""
+        return is_offloaded(self.layers)
+
+    @cached_property
     def has_independent_blocks(self) -> bool:
         """Whether no block needs another one to run: all that it takes from those before are the hidden states.
 
         Found by passes of four tokens without some of the blocks. Two blocks differ in at least one binary digit of
         their indices, so that leaving out those with a digit of 0, then those with 1, for every digit, leaves each
-        block out while each other one runs: 2 log2(N) passes of half the model.
+        block out while each other one runs: 2 log2(N) passes of half the model. Where each pass reads the weights anew,
+        one pass first tries to show more than that.
         """
+        if self.is_offloaded and self._runs_block_by_block:
+            return True
         for digit in range((self.depth - 1).bit_length()):
             for value in (0, 1):
                 half = [i for i in range(self.depth) if i >> digit & 1 == value]
@@ -93,6 +103,8 @@ class TracedModel:
         """
         if not self.has_independent_blocks or any(trace.rests for trace in self.traces):
             return False
+        if self.is_offloaded:
+            return self._runs_block_by_block
 
         starts = (self.depth // 2, self.depth - 1)
         with frozen(self.model), torch.no_grad():
@@ -107,6 +119,37 @@ class TracedModel:
                 if not _same(logits, whole):
                     return False
         return True
+
+    @cached_property
+    def _runs_block_by_block(self) -> bool:
+        """Whether every block, given what it gets in a pass in which no block runs, computes what it does in a whole
+        pass. Proven on four tokens; reads the weights once."""
+        if any(trace.rests for trace in self.traces):
+            return False
+
+        equal: list[bool] = []
+
+        def comparing(call: BlockCall, run: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                stream = stream_of(args, kwargs)
+                with resident(call.layer):
+                    output = run(*args, **kwargs)
+                    alone_args, alone_kwargs = with_entering(call.args, call.kwargs, stream)
+                    alone = run(*alone_args, **alone_kwargs)
+                equal.append(_same(stream_in(alone), stream_in(output)))
+                return output
+
+            return forward
+
+        with frozen(self.model), torch.no_grad(), ExitStack() as patches:
+            try:
+                calls = block_calls(self, _TRIAL)
+                for call in calls:
+                    patches.enter_context(patched_forward(call.layer, comparing(call, call.layer.forward)))
+                _TRIAL.forward(self.model)
+            except _NOT_COMPUTED:
+                return False
+        return len(equal) == self.depth and all(equal)
 
 
 def trace_model(model: nn.Module) -> TracedModel:
@@ -129,8 +172,9 @@ def trace_model(model: nn.Module) -> TracedModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal further
             stream = stream_of(args, kwargs)
-            branches = _proven_branches(run, args, kwargs)
-            output = run(*args, **kwargs)
+            with resident(layers[i]):
+                branches = _proven_branches(run, args, kwargs)
+                output = run(*args, **kwargs)
             left = stream_in(output)
             if not isinstance(left, Tensor) or left.shape != stream.shape:
                 raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
@@ -304,7 +348,7 @@ def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: T
     """
 
     def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+        return with_entering(args, kwargs, stream)
 
     # `skipped` refuses to skip every block; what block 0 computes here is not used.
     skip = {*removed, *range(start)}
@@ -315,6 +359,27 @@ def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: T
         handle = traced.layers[start].register_forward_pre_hook(entering, with_kwargs=True)
         undo.callback(handle.remove)
         yield
+
+
+@contextmanager
+def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
+    """Inside, no block runs in a pass: the rest of the model goes on with the hidden states that leave the last one."""
+
+    def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return with_entering(args, kwargs, stream)
+
+    with ExitStack() as undo:
+        undo.enter_context(_bypassed(traced, range(traced.depth)))
+        handle = traced.layers[0].register_forward_pre_hook(entering, with_kwargs=True)
+        undo.callback(handle.remove)
+        yield
+
+
+def block_calls(traced: TracedModel, batch: Batch) -> list[BlockCall]:
+    """What each block is given in a pass over a batch in which no block runs."""
+    with _bypassed(traced, range(traced.depth)), noted_calls(list(traced.layers)) as calls:
+        batch.forward(traced.model, last_logits=True)
+    return calls
 
 
 def _runs_without(traced: TracedModel, removed: Collection[int]) -> bool:

@@ -1,0 +1,62 @@
+"""How much memory this process may still take: what the machine has free, or less where a limit is set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+if sys.platform != "win32":  # which sets no limits of this kind
+    import resource
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIPS = Path("/proc/self/cgroup")  # of this process
+# Of control groups, version 2 and 1: the limit, what is used, and what of it is a cache of files, which goes first.
+_FILES_2 = ("memory.max", "memory.current", "inactive_file")
+_FILES_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that this process may still take.
+
+    That is what is free, at most what is left of the limit of its control group (containers, systemd) and of its data
+    segment (ulimit -d).
+    """
+    left = [int(psutil.virtual_memory().available), *_left_in_groups()]
+    if sys.platform != "win32":
+        most, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if most != resource.RLIM_INFINITY:
+            left.append(most - psutil.Process().memory_info().data)
+    return max(0, min(left))
+
+
+def _left_in_groups() -> list[int]:
+    """Bytes that are left of the limits of the control groups of this process."""
+    if not _MEMBERSHIPS.is_file():
+        return []
+
+    left = []
+    for line in _MEMBERSHIPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            left += _left(_CGROUPS / path.lstrip("/"), _FILES_2)
+        elif "memory" in controllers.split(","):
+            left += _left(_CGROUPS / "memory" / path.lstrip("/"), _FILES_1)
+    return left
+
+
+def _left(group: Path, files: tuple[str, str, str]) -> list[int]:
+    """What is left in a control group and in those above it; nothing where no limit is set or it cannot be read."""
+    limit_file, usage_file, cache = files
+    left = []
+    while group.is_relative_to(_CGROUPS) and group != _CGROUPS.parent:
+        try:
+            limit = int((group / limit_file).read_text())
+            used = int((group / usage_file).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            left.append(limit - used + int(statistics[cache]))
+        except (OSError, ValueError, KeyError):  # no such file here, or "max"
+            pass
+        group = group.parent
+    return left

@@ -1,0 +1,169 @@
+"""Many passes in one sweep over the weights: block by block, all hidden states that need a block go through it.
+
+For models whose blocks lie in host memory or on disk: the weights of a block are read once for all removals and all
+batches, and not once for every pass. What the blocks compute, and on which tensors, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..memory import available_memory
+from ..problem import Removal
+from ..progress import track
+from .batches import Batch, frozen, make_batches
+from .blocks import check_removal
+from .calls import BlockCall
+from .offload import resident_in_turn, running_device
+from .spill import SpilledStates, check_spill_room, spilled_states
+from .tracing import TracedModel, at_the_end, block_calls
+
+STATES_SHARE = 0.5  # of the memory that is free, for the hidden states of a sweep
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch, and the removals that are measured on it."""
+
+    batch: Batch
+    removals: tuple[Removal, ...]
+
+    def state_bytes(self, bytes_per_token: float) -> int:
+        """Of the hidden states that are held at a time at most: those of each removal, and what is just computed."""
+        states = len(set(self.removals)) + 1
+        return int(states * self.batch.token_ids.numel() * bytes_per_token)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Removals that agree on the blocks so far.
+
+    members: their places among the removals of the job. state: the number of their hidden states, which they share.
+    """
+
+    members: list[int]
+    state: int
+
+
+class BatchInSweep:
+    """The hidden states of a batch at one block of a sweep, a branch for all removals that agree so far."""
+
+    def __init__(self, traced: TracedModel, job: Job, states: SpilledStates) -> None:
+        self.batch = job.batch
+        self._traced, self._job, self._states = traced, job, states
+        self._calls: list[BlockCall] = block_calls(traced, job.batch)
+        everything = list(range(len(job.removals)))
+        self._branches = [Branch(everything, states.add(self._calls[0].stream.cpu()))]
+
+    def go_through(self, block: int, device: torch.device) -> None:
+        """Take the branches behind a block, which runs once for each that has removals without it."""
+        following: list[Branch] = []
+        for branch in self._branches:
+            gone = [k for k in branch.members if block in self._job.removals[k]]
+            staying = [k for k in branch.members if block not in self._job.removals[k]]
+            entering = self._states.get(branch.state)
+            if not gone:
+                self._states.drop(branch.state)
+
+            # Those that keep the block come first, so that the removal of nothing stays the first of all.
+            if staying:
+                leaving = self._calls[block].run(entering.to(device))
+                following.append(Branch(staying, self._states.add(leaving.cpu())))
+            if gone:
+                following.append(Branch(gone, branch.state))
+        self._branches = following
+
+    def outputs(self) -> Iterator[tuple[int, Tensor]]:
+        """(k, logits without the blocks of removal k) for every k, nothing removed first; for once."""
+        for branch in self._branches:
+            with at_the_end(self._traced, self._states.get(branch.state)):
+                logits = self.batch.forward(self._traced.model)
+            self._states.drop(branch.state)
+            for k in branch.members:
+                yield k, logits
+
+
+def streamed_passes(
+    traced: TracedModel,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    *,
+    batch_size: int = 8,
+    memory_limit: int | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
+    """As `removal_passes`, in as few sweeps over the weights as the hidden states of all batches allow.
+
+    memory_limit: bytes of hidden states on the host; None: half of what is free. Batches share a sweep as long as their
+        states fit; what a single batch has beyond that goes into a temporary file.
+
+    Raises:
+        ValueError: unusable samples or removals, or no room for the temporary file.
+    """
+    checked = tuple(check_removal(removed, traced.depth) for removed in removals)
+    jobs = [Job(batch, checked) for batch in make_batches(samples, batch_size)]
+    yield from swept(traced, jobs, memory_limit, progress)
+
+
+def swept(
+    traced: TracedModel, jobs: Sequence[Job], memory_limit: int | None = None, progress: bool = False
+) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
+    """Yield the batch of every job with its outputs, as `removal_passes` does; jobs may have removals of their own."""
+    if memory_limit is None:
+        memory_limit = int(STATES_SHARE * available_memory())
+
+    with frozen(traced.model), torch.no_grad():
+        stream = block_calls(traced, jobs[-1].batch)[0].stream
+        bytes_per_token = stream.nbytes / jobs[-1].batch.token_ids.numel()
+        groups = _groups(jobs, bytes_per_token, memory_limit)
+        for number, group in enumerate(groups):
+            title = "Sweep" if len(groups) == 1 else f"Sweep {number + 1} of {len(groups)}"
+            with spilled_states(memory_limit) as states:
+                for batch in _one_sweep(traced, group, states, title, progress):
+                    yield batch.batch, batch.outputs()
+
+
+def _groups(jobs: Sequence[Job], bytes_per_token: float, memory_limit: int) -> list[list[Job]]:
+    """Neighbouring jobs whose hidden states fit into memory together; a job that does not fit is alone.
+
+    Raises:
+        ValueError: there is no room on the disk for what such a job has beyond the limit.
+    """
+    groups: list[list[Job]] = []
+    held = 0  # bytes of the last group
+    for job in jobs:
+        needed = job.state_bytes(bytes_per_token)
+        check_spill_room(needed - memory_limit)
+        if not groups or held + needed > memory_limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(job)
+        held += needed
+    return groups
+
+
+def _one_sweep(
+    traced: TracedModel, jobs: Sequence[Job], states: SpilledStates, title: str, progress: bool
+) -> list[BatchInSweep]:
+    """Take all branches of the jobs through all blocks."""
+    batches = [BatchInSweep(traced, job, states) for job in jobs]
+    needed = _blocks_that_run(traced.depth, jobs)
+    layers = resident_in_turn([traced.layers[i] for i in needed])
+    for i, layer in track(zip(needed, layers, strict=True), title, len(needed), show=progress):
+        device = running_device(layer)
+        for batch in batches:
+            batch.go_through(i, device)
+    return batches
+
+
+def _blocks_that_run(depth: int, jobs: Sequence[Job]) -> list[int]:
+    """The blocks that are not part of every removal."""
+    always = set(range(depth))
+    for job in jobs:
+        for removed in job.removals:
+            always.intersection_update(removed)
+    return [i for i in range(depth) if i not in always]

@@ -1,0 +1,200 @@
+"""Sweeps over offloaded weights give bit by bit what the model in memory gives."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import random_samples, tiny_model
+from torch import Tensor
+
+from blockspin.energies import estimate_energies
+from blockspin.energies.removals import gauss_newton
+from blockspin.model.blocks import find_blocks, find_stack
+from blockspin.model.offload import OffloadedTensor, offloaded_tensors
+from blockspin.model.passes import removal_passes
+from blockspin.model.spill import spilled_states
+from blockspin.model.streaming import BatchInSweep, streamed_passes
+from blockspin.model.tracing import TracedModel, trace_model
+from blockspin.problem import RemovalProblem
+from blockspin.selection.select import run_selection
+from blockspin.solvers import solve
+from blockspin.solvers.candidates import states_as_candidates
+
+REMOVALS = [(), (0,), (1,), (1, 2), (0, 3), (2,), (1, 2), (0, 1, 2), (3,)]
+
+
+def on_disk(model: tf.PreTrainedModel, folder: Path, everything: bool = False) -> tf.PreTrainedModel:
+    """The same model with the weights of its blocks on disk, or all of its weights."""
+    model.save_pretrained(folder)
+    stack = find_stack(model).name
+    places = {}
+    for name, module in model.named_modules():
+        inside_stack = name.startswith(f"{stack}.")
+        if not list(module.children()) and not inside_stack:
+            places[name] = "disk" if everything else "cpu"
+        elif name.rpartition(".")[0] == stack:
+            places[name] = "disk"
+    found: tf.PreTrainedModel = tf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float32", device_map=places, offload_folder=folder / "offload"
+    )
+    return found.eval()
+
+
+def outputs(traced: TracedModel, samples: list[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """(removal, sample) -> the logits of its row."""
+    found = {}
+    for batch, logits in removal_passes(traced, REMOVALS, samples, batch_size=2):
+        for k, of_removal in logits:
+            for index, row in zip(batch.indices, of_removal, strict=True):
+                found[k, index] = row.clone()
+    return found
+
+
+def test_sweep_gives_the_logits_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    streamed = trace_model(on_disk(model, tmp_path))
+    assert streamed.is_offloaded
+    assert streamed.shares_passes
+
+    samples = random_samples()
+    expected, found = outputs(trace_model(model), samples), outputs(streamed, samples)
+    assert expected.keys() == found.keys()
+    for key, logits in expected.items():
+        assert torch.equal(found[key], logits)
+
+
+def test_sweeps_in_groups_and_through_a_file_give_the_same(tmp_path: Path) -> None:
+    """No memory for hidden states: each batch has a sweep of its own, and its states lie in a file."""
+    model = tiny_model("llama")
+    streamed, samples = trace_model(on_disk(model, tmp_path)), random_samples()
+    expected = outputs(trace_model(model), samples)
+    for limit in (0, 20_000):
+        for batch, logits in streamed_passes(streamed, REMOVALS, samples, batch_size=2, memory_limit=limit):
+            for k, of_removal in logits:
+                for index, row in zip(batch.indices, of_removal, strict=True):
+                    assert torch.equal(row, expected[k, index])
+
+
+def test_weights_are_read_once_for_all_removals_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = trace_model(on_disk(tiny_model("llama"), tmp_path))
+    assert streamed.shares_passes
+    read: list[str] = []
+    load = OffloadedTensor.load
+
+    def counting(tensor: OffloadedTensor) -> Tensor:
+        read.append(f"{id(tensor.owner)} {tensor.name}")
+        return load(tensor)
+
+    monkeypatch.setattr(OffloadedTensor, "load", counting)
+    outputs(streamed, random_samples())
+    assert sorted(read) == sorted(f"{id(tensor.owner)} {tensor.name}" for tensor in offloaded_tensors(streamed.layers))
+
+
+def test_model_is_offloaded_again_after_a_sweep(tmp_path: Path) -> None:
+    streamed = trace_model(on_disk(tiny_model("llama"), tmp_path))
+    before = dict(streamed.model.named_parameters())
+    outputs(streamed, random_samples())
+    assert all(before[name] is parameter for name, parameter in streamed.model.named_parameters())
+    assert {p.device.type for p in streamed.layers.parameters()} == {"meta"}
+
+
+def test_model_that_is_on_disk_as_a_whole(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    streamed = trace_model(on_disk(model, tmp_path, everything=True))
+    expected, found = outputs(trace_model(model), random_samples()), outputs(streamed, random_samples())
+    for key, logits in expected.items():
+        assert torch.equal(found[key], logits)
+
+
+@pytest.mark.parametrize("energy", ["secant", "pairwise", "fitted"])
+def test_energies_are_those_of_the_model_in_memory(energy: str, tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), random_samples()
+    found = estimate_energies(energy, on_disk(model, tmp_path), samples, batch_size=2, progress=False)
+    expected = estimate_energies(energy, model, samples, batch_size=2, progress=False)
+    assert np.array_equal(found.hessian, expected.hessian)
+
+
+def test_selection_is_that_of_the_model_in_memory(tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), random_samples()
+    hessian = np.diag([1.0, 3.0, 2.0, 4.0])
+    found = []
+    for own in (model, on_disk(model, tmp_path)):
+        problem = RemovalProblem(hessian, remove=2, blocks=find_blocks(own))
+        pool = states_as_candidates(solve(problem, states=6))
+        found.append(run_selection(own, pool, samples, problem=problem, budget=8, batch_size=2, progress=False))
+    expected, streamed = found
+    assert streamed.chosen == expected.chosen
+    assert streamed.trials == expected.trials
+
+
+def test_resumes_with_what_sweeps_before_a_kill_have_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = on_disk(tiny_model("llama"), tmp_path), random_samples()
+    expected = gauss_newton(model, samples, batch_size=2, progress=False).hessian
+
+    # Without memory for hidden states every batch is a sweep; the process ends in the third.
+    monkeypatch.setattr("blockspin.model.streaming.STATES_SHARE", 0.0)
+    with monkeypatch.context() as patches:
+        patches.setattr(BatchInSweep, "outputs", interrupted_after(2, BatchInSweep.outputs))
+        with pytest.raises(KeyboardInterrupt):
+            gauss_newton(model, samples, batch_size=2, partial=tmp_path / "partial.jsonl", progress=False)
+
+    swept_again: list[int] = []
+    outputs_of = BatchInSweep.outputs
+
+    def noting(batch: BatchInSweep) -> Iterator[tuple[int, Tensor]]:
+        swept_again.extend(batch.batch.indices)
+        return outputs_of(batch)
+
+    monkeypatch.setattr(BatchInSweep, "outputs", noting)
+    found = gauss_newton(model, samples, batch_size=2, partial=tmp_path / "partial.jsonl", progress=False)
+    assert np.array_equal(found.hessian, expected)
+    assert len(swept_again) == 1  # of five samples, two batches of two were done
+
+
+def interrupted_after(
+    number: int, run: Callable[[BatchInSweep], Iterator[tuple[int, Tensor]]]
+) -> Callable[[BatchInSweep], Iterator[tuple[int, Tensor]]]:
+    """The function, which is interrupted once it was called so many times."""
+    calls = 0
+
+    def counted(batch: BatchInSweep) -> Iterator[tuple[int, Tensor]]:
+        nonlocal calls
+        calls += 1
+        if calls > number:
+            raise KeyboardInterrupt
+        return run(batch)
+
+    return counted
+
+
+def test_spilled_states_are_what_was_kept() -> None:
+    """Random additions and removals, against a dictionary; the file uses its space again."""
+    generator = random.Random(0)
+    expected: dict[int, Tensor] = {}
+    with spilled_states(memory_limit=2_000) as states:
+        for _ in range(300):
+            if expected and generator.random() < 0.5:
+                number = generator.choice(list(expected))
+                assert torch.equal(states.get(number), expected.pop(number))
+                states.drop(number)
+            else:
+                tensor = torch.randn(4, generator.choice([5, 9]), 3).to(generator.choice([torch.bfloat16, torch.float]))
+                expected[states.add(tensor)] = tensor
+        for number, tensor in expected.items():
+            assert torch.equal(states.get(number), tensor)
+        assert states.held <= 2_000
+        assert 0 < states.in_file < 100_000  # of more than 150 tensors with 120 to 432 bytes, few at a time
+
+
+def test_full_disk_is_said_before_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = trace_model(on_disk(tiny_model("llama"), tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    with pytest.raises(ValueError, match=r"100 B free.*--batch-size.*TMPDIR"):
+        next(streamed_passes(streamed, REMOVALS, random_samples(), memory_limit=0))
