@@ -14,6 +14,7 @@ GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; t
 ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRAINED = ("all", "neighbours", "norms-and-projections")
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("hf", "vllm")
 GRADIENT_SAMPLES, REMOVAL_SAMPLES = 2048, 64  # for energies of gradients (the paper's number), and for the others
@@ -245,7 +246,9 @@ class DistillConfig(Settings):
     max_steps: int = setting("Optimiser steps at most.", 10_000, least=1)
     batch_size: int = setting("Samples in one pass, on each device.", 16, least=1)
     gradient_accumulation: int = setting("Passes before each optimiser step.", 1, least=1)
-    learning_rate: float = setting("Highest learning rate; it falls along a cosine.", 2e-5, above=0)
+    learning_rate: float | None = setting(
+        "Highest learning rate; it falls along a cosine (default: by the width of the model).", None, above=0
+    )
     warmup_steps: int = setting("Steps in which the learning rate rises; a tenth of all steps at most.", 100, least=0)
     weight_decay: float = setting("Weight decay of AdamW.", 1e-4, least=0)
     max_grad_norm: float = setting("Gradients longer than this are cut.", 1.0, least=0)
@@ -264,6 +267,11 @@ class DistillConfig(Settings):
     )
     teacher_quantization: str = setting(
         "auto, nf4 (4 bits, needs bitsandbytes) or none.", "auto", choices=QUANTIZATIONS
+    )
+    train: str = setting(
+        "all weights, those of the neighbours of removed blocks, or norms-and-projections: norms and out-projections.",
+        "all",
+        choices=TRAINED,
     )
     lora_rank: int | None = setting(
         "Train low-rank adapters, merged at the end, not all weights (needs peft).", None, least=1

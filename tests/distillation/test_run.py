@@ -171,6 +171,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         (r"vocabularies differ: 320 .* 300", {"student": other}),
         ("32 tokens|100 tokens and the student takes 64; lower --max-length", {"max_length": 100}),
         ("no blockspin.json", {"student": tiny_folder, "hidden_states": 1.0}),
+        ("no blockspin.json .*--train neighbours", {"student": tiny_folder, "train": "neighbours"}),
     ]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused += [("needs bitsandbytes: pip", {"teacher_quantization": "nf4"}), ("needs peft: pip", {"lora_rank": 4})]

@@ -6,13 +6,16 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from conftest import VOCABULARY, random_samples, tiny_model
 from students import losses_of, reference_kl, samples, settings, shortened
 from torch.nn.functional import cross_entropy
 
+from blockspin.config import DistillConfig
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
 from blockspin.distillation.run import distill
+from blockspin.distillation.trained import learning_rate
 from blockspin.surgery.memory import remove_blocks
 
 
@@ -68,6 +71,32 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         distill(student, teacher, samples(16), samples(2), config=config, kept=[0, 3])
         weights.append(student.state_dict())
     torch.testing.assert_close(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("neighbours", [f"layers.{i}." for i in (0, 1)]),  # 1 of 4 blocks is gone
+        ("norms-and-projections", ["norm", "o_proj", "down_proj"]),
+    ],
+)
+def test_only_the_chosen_weights_change(train: str, expected: list[str]) -> None:
+    teacher = tiny_model("llama")
+    student = copy.deepcopy(remove_blocks(teacher, [1]))
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    distill(student, teacher, samples(16), samples(2), config=settings(train=train, max_steps=3), kept=[0, 2, 3])
+    for name, p in student.named_parameters():
+        assert torch.equal(p, before[name]) != any(part in name for part in expected), name
+        assert p.requires_grad
+
+
+def test_the_learning_rate_falls_with_the_width() -> None:
+    """The paper's for models of its width, and about what was found on the embedded model, of width 96."""
+    widths = {4096: 2e-5, 96: 3e-3}
+    for width, best in widths.items():
+        config = tf.LlamaConfig(hidden_size=width)
+        assert learning_rate(DistillConfig(), config) == pytest.approx(best, rel=0.5)
+        assert learning_rate(DistillConfig(learning_rate=0.1), config) == 0.1
 
 
 def test_shared_weights_are_refused() -> None:

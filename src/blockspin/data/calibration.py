@@ -116,12 +116,27 @@ def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     Raises:
         ValueError: the row has none of the fields, they hold something else, or the chat template refuses it.
     """
-    name = _conversation_field(row)
-    if name is not None:
-        return _conversation(name, row[name], tokenizer)
+    messages = conversation_of(row)
+    if messages is not None:
+        return _conversation(messages, tokenizer)
     if isinstance(row.get("text"), str):
         return str(row["text"])
     raise ValueError(f"it has the fields {', '.join(row)}; it needs `messages`, `conversations` or `text`")
+
+
+def conversation_of(row: Mapping[str, Any]) -> list[dict[str, str]] | None:
+    """The turns of a row's conversation, each with role and content; None where it holds none.
+
+    Raises:
+        ValueError: the field of a conversation holds something else.
+    """
+    name = _conversation_field(row)
+    if name is None:
+        return None
+    turns = row[name]
+    if not isinstance(turns, list):
+        raise ValueError(f"its `{name}` is {_shown(turns)}; it must be a list of turns")
+    return [_message(turn) for turn in turns]
 
 
 def _conversation_field(row: Mapping[str, Any]) -> str | None:
@@ -129,12 +144,8 @@ def _conversation_field(row: Mapping[str, Any]) -> str | None:
     return next((name for name in _CONVERSATION_FIELDS if row.get(name)), None)
 
 
-def _conversation(name: str, turns: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     """The turns under the chat template of the tokenizer."""
-    if not isinstance(turns, list):
-        raise ValueError(f"its `{name}` is {_shown(turns)}; it must be a list of turns")
-
-    messages = [_message(turn) for turn in turns]
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join([message["content"] for message in messages])
     try:

@@ -195,10 +195,12 @@ class DistillationLoss:
         """KL and cross-entropy, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
         kls, cross_entropies = [], []
         size = self.chunk_tokens
-        chunks = torch.split(hidden, size), torch.split(target, size), torch.split(labels, size)
-        for chunk in zip(*chunks, strict=True):
-            if torch.is_grad_enabled():
-                # The backward pass computes the logits of the chunk again instead of keeping them.
+        parts = torch.split(hidden, size), torch.split(target, size), torch.split(labels, size)
+        chunks = list(zip(*parts, strict=True))
+        for number, chunk in enumerate(chunks, 1):
+            if torch.is_grad_enabled() and number < len(chunks):
+                # The backward pass computes the logits of the chunk again instead of keeping them. It begins with the
+                # last chunk, whose logits are still there.
                 kl, cross_entropy = checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
             else:
                 kl, cross_entropy = self._chunk(*chunk)

@@ -42,10 +42,9 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
 
     if hasattr(ours, "quantization_config"):
         raise ValueError("the student is quantised; shorten the original in full precision and train that")
-    if config.hidden_states and kept_blocks(student, config) is None:
-        raise ValueError(
-            f"{student} has no blockspin.json that tells which blocks of the teacher were kept (--hidden-states)"
-        )
+    option = needs_kept_blocks(config)
+    if option is not None and kept_blocks(student, config) is None:
+        raise ValueError(f"{student} has no blockspin.json that tells which blocks of the teacher were kept ({option})")
     sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
@@ -134,7 +133,8 @@ def memory_estimate(
     cuda = torch.cuda.is_available()
     width = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and cuda) else 4  # bytes of a weight
     teacher_width = NF4_BYTES if config.teacher_quantization == "nf4" else 2 if cuda else 4
-    trained = student if config.lora_rank is None else 0  # adapters are small
+    everything = config.train == "all" and config.lora_rank is None
+    trained = student if everything else 0  # a part of the weights is small beside them
     chunk = min(config.chunk_tokens, config.batch_size * config.max_length)  # tokens
 
     return {
@@ -156,9 +156,16 @@ def choose_quantization(config: DistillConfig) -> str:
     return "nf4" if found and not hasattr(teacher, "quantization_config") else "none"
 
 
+def needs_kept_blocks(config: DistillConfig) -> str | None:
+    """The option for which it must be known which blocks were kept, if there is one."""
+    if config.hidden_states:
+        return "--hidden-states"
+    return "--train neighbours" if config.train == "neighbours" else None
+
+
 def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
-    """Which blocks of the teacher the student's blocks are, where that is asked for and blockspin.json tells it."""
-    if not config.hidden_states:
+    """Which blocks of the teacher the student's blocks are, where that is needed and blockspin.json tells it."""
+    if needs_kept_blocks(config) is None:
         return None
     teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
     return kept_blocks_of(student, teacher.get_text_config(decoder=True).num_hidden_layers)

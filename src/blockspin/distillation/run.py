@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
-from ..data.packing import Windows, write_windows
 from ..files import replacing, write_json, writing
-from ..journal import check_settings
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
-from ..model.loading import load_config, load_model, model_without_weights, vocabulary_size
+from ..model.blocks import find_stack
+from ..model.loading import load_config, load_model, model_without_weights
 from ..model.quantization import nf4
 from ..progress import console
 from ..surgery.checkpoint import local_folder
+from .data import Samples, packed
 from .loss import DistillationLoss, split, training_forward
-from .preflight import check_pair, check_training, choose_quantization, kept_blocks
+from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks
+from .trained import learning_rate, only_some_trained
 from .trainer import DistillationTrainer, collate, training_arguments
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", ".*")
@@ -78,7 +79,7 @@ def distill(
         raise ValueError("student and teacher share weights, as after remove_blocks(copy=False); distil a copy")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
-        trainer, result = _train(student, teacher, _Samples(samples), _Samples(validation), config, kept, place)
+        trainer, result = _train(student, teacher, Samples(samples), Samples(validation), config, kept, place)
 
     if config.lora_rank is not None:
         trainer.model.merge_and_unload()
@@ -132,7 +133,7 @@ def _train_checkpoint(
     """The training of `distill_checkpoint`, after its checks."""
     folder = out.with_name(f"{out.name}-training")
     with state.main_process_first():
-        samples, validation = _data(config, tokenizer, folder, student, leave_out, state.num_processes)
+        samples, validation = packed(config, tokenizer, folder, student, leave_out, state.num_processes)
 
     model, teacher = _load_student(student, config), _load_teacher(config, state)
     trainer, result = _train(model, teacher, samples, validation, config, kept_blocks(student, config), folder)
@@ -173,13 +174,17 @@ def _train(
     folder: Path,
 ) -> tuple[DistillationTrainer, Distillation]:
     """The trainer after all its steps, and what it measured."""
-    if config.hidden_states and kept is None:
-        raise ValueError("--hidden-states needs to know which blocks were kept (blockspin.json of the student)")
+    option = needs_kept_blocks(config)
+    if option is not None and kept is None:
+        raise ValueError(f"{option} needs to know which blocks were kept (kept=, blockspin.json of the student)")
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     steps = _steps(config, len(samples), processes)  # type: ignore[arg-type]
     use_cache = student.config.use_cache  # the Trainer turns it off
 
-    with frozen(teacher), split(student) as ours, split(teacher) as theirs:
+    rate = learning_rate(config, student.config)
+
+    some = only_some_trained(student, config.train, kept, len(find_stack(teacher).layers))
+    with frozen(teacher), some, split(student) as ours, split(teacher) as theirs:
         loss = DistillationLoss(
             ours,
             theirs,
@@ -192,7 +197,7 @@ def _train(
             trainer = DistillationTrainer(
                 config,
                 model=student if config.lora_rank is None else _with_adapters(student, config.lora_rank),
-                args=training_arguments(config, folder, steps, student.dtype),
+                args=training_arguments(config, folder, steps, rate, student.dtype),
                 train_dataset=samples,
                 eval_dataset=validation,
                 data_collator=collate,
@@ -231,55 +236,6 @@ def _is_whole(checkpoint: Path) -> bool:
         return isinstance(json.loads((checkpoint / "trainer_state.json").read_text()), dict)
     except (OSError, ValueError):
         return False
-
-
-class _Samples(Dataset[dict[str, Tensor]]):
-    """Samples in memory as the Trainer reads them."""
-
-    def __init__(self, samples: Sequence[Tensor]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.samples[index]}
-
-
-def _data(
-    config: DistillConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    student: Path,
-    leave_out: range,
-    processes: int,
-) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The packed text, written once: what is trained on, and the first windows, on which the student is measured."""
-    path, settings_file = folder / "tokens.int32", folder / "settings.json"
-    settings = {"student": str(student), **asdict(config)}
-
-    # The settings are written last: they say that the text beside them is whole, and that nothing was refused.
-    if settings_file.is_file():
-        check_settings(folder, "training", json.loads(settings_file.read_text()), settings)
-    else:
-        step = config.batch_size * config.gradient_accumulation * processes  # windows
-        model_config = load_config(student, trust_remote_code=config.trust_remote_code)
-        write_windows(
-            config.data or "",
-            tokenizer,
-            path,
-            length=config.max_length,
-            limit=max(2, math.ceil(config.max_steps * step / (1 - config.validation_split))),
-            seed=config.seed,
-            split=config.split,
-            leave_out=leave_out,
-            vocabulary=vocabulary_size(model_config),
-        )
-        write_json(settings_file, settings)
-
-    windows = Windows(path, config.max_length)
-    held_out = max(1, round(len(windows) * config.validation_split))
-    return Subset(windows, range(held_out, len(windows))), Subset(windows, range(held_out))
 
 
 def _steps(config: DistillConfig, samples: int, processes: int) -> int:

@@ -28,10 +28,13 @@ REPORTS = 5  # reports whose mean loss is compared, to see whether the loss rise
 RISE = 1.5  # times the lowest mean: a loss that has risen so much is reported
 
 
-def training_arguments(config: DistillConfig, folder: Path, steps: int, weights: torch.dtype) -> TrainingArguments:
+def training_arguments(
+    config: DistillConfig, folder: Path, steps: int, rate: float, weights: torch.dtype
+) -> TrainingArguments:
     """The arguments of the Trainer for these settings.
 
-    weights: the dtype of the student. Weights in float32 are multiplied in bfloat16 on a GPU (autocast).
+    rate: the highest learning rate. weights: the dtype of the student. Weights in float32 are multiplied in bfloat16
+    on a GPU (autocast).
     """
     cuda = torch.cuda.is_available()
     checkpointing: dict[str, Any] = {}
@@ -44,7 +47,7 @@ def training_arguments(config: DistillConfig, folder: Path, steps: int, weights:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=rate,
         weight_decay=config.weight_decay,
         warmup_steps=min(config.warmup_steps, steps // WARMUP_SHARE),
         max_grad_norm=config.max_grad_norm,
