@@ -13,18 +13,19 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ..model.batches import frozen, make_batches
-from ..model.residual import stream_in, stream_of
+from ..model.branches import followed
+from ..model.residual import patched_forward, stream_in, stream_of
 from ..model.tracing import TracedModel, skipped, trace_model
-from ..problem import RemovalProblem
+from ..problem import Removal, RemovalProblem, Units
 from ..progress import track
 from ..solvers.candidates import Candidate, fill, open_blocks
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the blocks do to the hidden states h_0 (enters block 0) to h_N (leaves the last block, before the norm).
+    """What the units do to the hidden states h_0 (enters unit 0) to h_N (leaves the last unit, before the norm).
 
-    cosine: (N,) mean over tokens of cos(h_i, h_{i+1}).
+    cosine: (N,) mean over tokens of cos(h_i, h_{i+1}); of sub-layers the score of LLM-Drop (arXiv 2406.15786).
     ratio: (N,) mean over tokens of |h_{i+1}| / |h_i|.
     angle: (N+1, N+1) mean over samples of arccos(cos(h_i, h_j)) / pi at the sample's last token.
     """
@@ -38,54 +39,66 @@ def measure_activations(
     model: nn.Module,
     samples: Sequence[Tensor],
     *,
+    units: Units = "blocks",
     removed: Sequence[int] = (),
     batch_size: int = 8,
     progress: bool = False,
 ) -> Activations:
     """One streaming pass: hidden states are reduced to sums as they come; only last-token states are kept for a batch.
 
-    removed: blocks to bypass; their cosine and ratio are 1, as are those of blocks that rest (`BlockTrace.rests`).
+    units: what is scored: blocks, or each of their residual branches.
+    removed: units to bypass; their cosine and ratio are 1, as are those of blocks that rest (`BlockTrace.rests`).
 
     Raises:
-        ValueError: unusable samples or blocks.
+        ValueError: unusable samples or units.
     """
-    return _activations(trace_model(model), samples, removed, batch_size, progress)
+    return _activations(trace_model(model, units), samples, removed, batch_size, progress)
 
 
 def _activations(
     traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: int, progress: bool
 ) -> Activations:
-    depth = traced.depth
-    cosine = torch.zeros(depth, dtype=torch.float64)  # sums over the tokens, in the end their means
-    ratio = torch.zeros(depth, dtype=torch.float64)
-    angle = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
+    number = traced.num_units
+    cosine = torch.zeros(number, dtype=torch.float64)  # sums over the tokens, in the end their means
+    ratio = torch.zeros(number, dtype=torch.float64)
+    angle = torch.zeros(number + 1, number + 1, dtype=torch.float64)
     mask = lengths = torch.empty(0)  # of the batch that runs: (batch, length) True where there is a token, and (batch,)
-    last: dict[int, Tensor] = {}  # the hidden states that enter block i, at the last token of each sample
+    last: dict[int, Tensor] = {}  # the hidden states that enter unit i, at the last token of each sample
 
-    def watching(i: int) -> Callable[..., None]:
-        batch_dim = traced.traces[i].batch_dim
+    def watch(unit: int, entered: Tensor, left: Tensor, batch_dim: int) -> None:
+        before = _by_token(entered, batch_dim, mask.shape[1])  # (batch, length, width)
+        after = _by_token(left, batch_dim, mask.shape[1]).to(before.device)
+        real = mask.to(before.device)
 
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before = _by_token(stream_of(args, kwargs), batch_dim, mask.shape[1])  # (batch, length, width)
-            after = _by_token(stream_in(output), batch_dim, mask.shape[1]).to(before.device)
-            real = mask.to(before.device)
+        norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
+        cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
+        ratio[unit] += _total(norm_after / norm_before, real)
 
-            norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
-            cosine[i] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
-            ratio[i] += _total(norm_after / norm_before, real)
+        rows = torch.arange(len(lengths))
+        last.setdefault(unit, before[rows, lengths - 1].cpu())
+        last[unit + 1] = after[rows, lengths - 1].cpu()
 
-            rows = torch.arange(len(lengths))
-            last.setdefault(i, before[rows, lengths - 1].cpu())
-            last[i + 1] = after[rows, lengths - 1].cpu()
+    def watching(block: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        units, batch_dim = traced.units_in[block], traced.traces[block].batch_dim
 
-        return hook
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = stream_of(args, kwargs)
+            output, additions = followed(lambda: run(*args, **kwargs), stream)
+
+            # A block that is one unit is seen as a whole; one that is bypassed adds nothing.
+            after = additions if len(additions) == len(units) else [stream_in(output)] * len(units)
+            for unit, entered, left in zip(units, [stream, *after], after, strict=False):
+                watch(unit, entered, left, batch_dim)
+            return output
+
+        return forward
 
     batches = make_batches(samples, batch_size)
-    with ExitStack() as hooks, torch.no_grad():
-        hooks.enter_context(skipped(traced, removed))
-        hooks.enter_context(frozen(traced.model))
-        for i, layer in enumerate(traced.layers):
-            hooks.callback(layer.register_forward_hook(watching(i), with_kwargs=True).remove)
+    with ExitStack() as patches, torch.no_grad():
+        patches.enter_context(skipped(traced, removed))
+        patches.enter_context(frozen(traced.model))
+        for block, layer in enumerate(traced.layers):
+            patches.enter_context(patched_forward(layer, watching(block, layer.forward)))
 
         for batch in track(batches, "Activations", len(batches), show=progress):
             lengths = batch.lengths
@@ -93,14 +106,14 @@ def _activations(
             last.clear()
             batch.forward(traced.model)
 
-            # The hooks of blocks that rest were not called: they leave the hidden states as they are.
-            for i, trace in enumerate(traced.traces):
+            # Blocks that rest did not run: they leave the hidden states as they are.
+            for (unit, *_), trace in zip(traced.units_in, traced.traces, strict=True):
                 if trace.rests:
-                    last[i + 1] = last[i]
-                    cosine[i] += lengths.sum()
-                    ratio[i] += lengths.sum()
+                    last[unit + 1] = last[unit]
+                    cosine[unit] += lengths.sum()
+                    ratio[unit] += lengths.sum()
 
-            states = torch.stack([last[i] for i in range(depth + 1)], dim=1)  # (batch, N+1, width)
+            states = torch.stack([last[i] for i in range(number + 1)], dim=1)  # (batch, N+1, width)
             directions = nn.functional.normalize(states.double(), dim=-1)
             angles = torch.arccos((directions @ directions.mT).clamp(-1, 1)) / np.pi  # (batch, N+1, N+1)
             angle += angles.sum(dim=0)
@@ -135,7 +148,7 @@ def iterative_block_influence(
 
     Removed blocks are bypassed, so all indices are those of the original model.
     """
-    traced = trace_model(model)
+    traced = trace_model(model, problem.units)
     removed = problem.reduced.always
     steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
     for _ in track(range(steps), "Iterative block influence", steps, show=progress):
@@ -162,18 +175,25 @@ def angular_distance(problem: RemovalProblem, activations: Activations) -> Candi
     Raises:
         ValueError: no run of consecutive blocks meets the problem (protected blocks or kinds lie between).
     """
+    removed = consecutive_run(problem, activations)
+    if removed is None:
+        raise ValueError("angular distance removes consecutive blocks, and no such run is what is to be removed")
+    return Candidate(removed, "angular distance", problem.energy(removed))
+
+
+def consecutive_run(problem: RemovalProblem, activations: Activations) -> Removal | None:
+    """The run of consecutive units that `angular_distance` removes; None where none meets the problem."""
     n = problem.num_blocks
-    runs = []  # (angle, first block, block after the last)
+    runs = []  # (angle, first unit, unit after the last)
     for first in range(n):
         for end in range(first + 1, n + 1):
             if problem.allows(range(first, end)):
                 runs.append((activations.angle[first, end], first, end))
                 break
     if not runs:
-        raise ValueError("angular distance removes consecutive blocks, and no such run is what is to be removed")
+        return None
     _, first, end = min(runs)
-    removed = tuple(range(first, end))
-    return Candidate(removed, "angular distance", problem.energy(removed))
+    return tuple(range(first, end))
 
 
 def _by_token(hidden: Tensor, batch_dim: int, length: int) -> Tensor:

@@ -28,7 +28,7 @@ def sleb(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    traced = trace_model(model)
+    traced = trace_model(model, problem.units)
     removed, loss = problem.reduced.always, None
 
     # A goal counted in blocks takes as many steps; one in parameters ends when nothing more needs to go.
@@ -68,7 +68,7 @@ def evopress(
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    traced = trace_model(model)
+    traced = trace_model(model, problem.units)
     generator = np.random.default_rng(seed)
     few = max(1, len(samples) // 8)
     spent = 0.0

@@ -13,7 +13,7 @@ from ..model.batches import check_finite, frozen, make_batches, sample_losses
 from ..model.blocks import find_stack
 from ..model.quality import shared_losses
 from ..model.tracing import trace_model
-from ..problem import RemovalProblem
+from ..problem import RemovalProblem, Units
 from ..progress import track
 from ..solvers.candidates import Candidate
 from .scores import from_scores
@@ -22,15 +22,20 @@ FIRST, LAST = 4, 2  # blocks at the ends that the "+" variant keeps
 
 
 def losses_without_each(
-    model: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    units: Units = "blocks",
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> NDArray[np.float64]:
-    """(N,) loss of the model without block i, in nats; its order is that of the perplexity.
+    """(N,) loss of the model without unit i, in nats; its order is that of the perplexity.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    traced = trace_model(model)
-    removals = [(i,) for i in range(traced.depth)]
+    traced = trace_model(model, units)
+    removals = [(i,) for i in range(traced.num_units)]
     return np.array(shared_losses(traced, removals, samples, batch_size=batch_size, progress=progress))
 
 

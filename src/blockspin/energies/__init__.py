@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..config import GRADIENT_ENERGIES
+from ..problem import Units
 from .energies import Energies
 from .fitted import fit_removals
 from .gradients import estimate_gradients
@@ -33,12 +34,15 @@ def estimate_energies(
     samples: Sequence[Tensor],
     *,
     batch_size: int = 8,
+    units: Units = "blocks",
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
     progress: bool = True,
 ) -> Energies:
     """The energies of a model by the name of their kind, one of `ENERGIES`.
+
+    units: what one spin stands for: a block, or each of its residual branches.
 
     Raises:
         ValueError: unknown name, unusable samples or model, or a partial file of something else.
@@ -52,6 +56,7 @@ def estimate_energies(
         model,
         samples,
         batch_size=batch_size,
+        units=units,
         partial=partial,
         metadata={**(metadata or {}), "energy": energy},
         progress=progress,

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from ..files import replacing
 from ..journal import Journal
-from ..problem import Block, Floats
+from ..problem import Block, Floats, Sublayer, block_of
 
 
 class Energies(ABC):
@@ -25,7 +25,8 @@ class Energies(ABC):
     A kind of energies is a subclass and a frozen dataclass: `blocks`, `metadata`, and numpy arrays. It says how the
     form is made of its arrays; saving and loading are the same for all kinds.
 
-    blocks: the N blocks of the model, in order. metadata: where the numbers come from, as text.
+    blocks: the N units of the model, in order: its blocks, or its sub-layers.
+    metadata: where the numbers come from, as text.
     """
 
     blocks: tuple[Block, ...]
@@ -102,16 +103,21 @@ def _description(text: str) -> tuple[str, tuple[Block, ...], dict[str, str]] | N
     """Kind, blocks and metadata in the header of a file; None where it is no header of energies."""
     try:
         values = json.loads(text)
-        blocks = tuple(Block(**entry) for entry in values["blocks"])
+        blocks = tuple(_unit(entry) for entry in values["blocks"])
         kind, metadata = values["kind"], values["metadata"]
     except (ValueError, KeyError, TypeError):
         return None
 
     for position, block in enumerate(blocks):
         sound = block.index == position and isinstance(block.kind, str) and type(block.num_parameters) is int
-        if not sound or block.num_parameters < 0:
+        if not sound or block.num_parameters < 0 or type(block_of(block)) is not int:
             return None
     return (kind, blocks, metadata) if isinstance(kind, str) and isinstance(metadata, dict) else None
+
+
+def _unit(entry: dict[str, Any]) -> Block:
+    """A block or a sub-layer from its fields in a file. Raises TypeError where they are others."""
+    return Sublayer(**entry) if "branch" in entry else Block(**entry)
 
 
 def _fault(kind: type[Energies], arrays: dict[str, NDArray[Any]], num_blocks: int) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Goal, check_goal
+from ..problem import Block, Floats, Goal, Units, check_goal
 from ..progress import bar
 from .design import affordable, lowest_removals, problems_for, random_removals
 from .energies import Energies
@@ -98,6 +98,7 @@ def fit_removals(
     passes: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
     progress: bool = True,
@@ -113,22 +114,23 @@ def fit_removals(
         blocks. Protected blocks are in none of them.
     passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
     batch_size: of the single removals; the others are measured on one sample at a time.
+    units: what one spin stands for: a block, or each of its residual branches.
     partial: a file that keeps what was measured, so that the same call continues it.
 
     Raises:
         ValueError: unusable samples, model or number of passes, a goal that no removal meets, a divergence that is NaN
             or infinite, or a partial file of something else.
     """
-    traced, protect = trace_model(model), tuple(protect)
+    traced, protect = trace_model(model, units), tuple(protect)
     if goal is not None:
-        check_goal(traced.blocks, goal, protect)
+        check_goal(traced.units, goal, protect)
 
-    budget = PASSES_PER_BLOCK * (traced.depth + 1) if passes is None else passes
-    used = _affordable_samples(samples, budget, traced.depth)
+    budget = PASSES_PER_BLOCK * (traced.num_units + 1) if passes is None else passes
+    used = _affordable_samples(samples, budget, traced.num_units)
 
-    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect)
+    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect, units)
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
-    problems = problems_for(traced.blocks, known.singles, goal, protect)
+    problems = problems_for(traced.units, known.singles, goal, protect)
     generator = np.random.default_rng(seed)
     turns = 2 * len(used)
 
@@ -151,16 +153,16 @@ def fit_removals(
 
 def _energies(known: Measurements, traced: TracedModel) -> Fitted:
     """What fits everything measured so far."""
-    return Fitted(*known.arrays(), known.singles, traced.blocks)
+    return Fitted(*known.arrays(), known.singles, traced.units)
 
 
-def _affordable_samples(samples: Sequence[Tensor], passes: float, depth: int) -> Sequence[Tensor]:
+def _affordable_samples(samples: Sequence[Tensor], passes: float, num_units: int) -> Sequence[Tensor]:
     """As many of the samples as can have two turns of `LEAST_TURN` passes each after the single removals.
 
     Raises:
         ValueError: not even one can.
     """
-    for_singles = SINGLES_SAMPLES * (depth + 1)
+    for_singles = SINGLES_SAMPLES * (num_units + 1)
     most = int((passes - for_singles) / (2 * LEAST_TURN))
     if most < 1 or not samples:
         least = for_singles + 2 * LEAST_TURN

@@ -17,7 +17,7 @@ from ..model import fingerprint
 from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
 from ..model.gates import gated
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block
+from ..problem import Block, Units
 from ..progress import track
 from .energies import Energies, finished_rows, keep_rows
 
@@ -67,6 +67,7 @@ def estimate_gradients(
     labels: Labels = "text",
     seed: int = 0,
     batch_size: int = 8,
+    units: Units = "blocks",
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
@@ -86,6 +87,7 @@ def estimate_gradients(
             Gauss-Newton curvature of the KL divergence from the whole model.
         seed: of the drawn labels.
         batch_size: samples in one pass; lower it when memory runs out.
+        units: what has a gate: each block, or each of their residual branches.
         gradient_checkpointing: keep only each block's input for the backward pass: less memory, a third more time.
         partial: a file to which each finished batch is added. If a run was cut off, the same call with the same file
             continues it. Remove the file once the result is saved.
@@ -97,13 +99,13 @@ def estimate_gradients(
             or infinite, a partial file of another model or other samples, or memory that runs out.
     """
     batches = make_batches(samples, batch_size)
-    traced = trace_model(model)
-    matrix = np.zeros((len(samples), traced.depth), dtype=np.float32)
+    traced = trace_model(model, units)
+    matrix = np.zeros((len(samples), traced.num_units), dtype=np.float32)
     losses = np.full(len(samples), np.nan, dtype=np.float32)
     label_seed = seed if labels == "model" else None
 
     # A row of the journal is the loss of a sample, then its gradient.
-    journal = Journal(partial, fingerprint.of_results(model, samples, labels, label_seed or 0))
+    journal = Journal(partial, fingerprint.of_results(model, samples, labels, label_seed or 0, units))
     for index, row in finished_rows(journal):
         losses[index], matrix[index] = row[0], row[1:]
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
@@ -116,7 +118,7 @@ def estimate_gradients(
             keep_rows(journal, batch.indices, rows)
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
 
-    return Gradients(matrix, traced.blocks, losses, metadata or {})
+    return Gradients(matrix, traced.units, losses, metadata or {})
 
 
 def gate_gradients(
@@ -133,7 +135,7 @@ def gate_gradients(
     Raises:
         ValueError: a loss is NaN or infinite, or memory runs out.
     """
-    alphas = torch.ones(len(batch.indices), traced.depth, dtype=torch.float32)
+    alphas = torch.ones(len(batch.indices), traced.num_units, dtype=torch.float32)
     alphas = alphas.to(next(traced.model.parameters()).device).requires_grad_(True)
     try:
         with torch.enable_grad(), gated(traced, alphas, gradient_checkpointing):

@@ -50,7 +50,7 @@ class Measurements:
             self._remember(removals, entry["samples"], np.array(entry["kl"]))
 
         first = list(range(min(SINGLES_SAMPLES, len(samples))))
-        each = [(block,) for block in range(traced.depth)]
+        each = [(block,) for block in range(traced.num_units)]
         self.singles: Floats = self._measured(each, first).mean(axis=1)
 
     def add(self, removals: Sequence[Removal], sample: int) -> None:
@@ -66,7 +66,7 @@ class Measurements:
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32], Floats]:
         """The removals as rows of zeros and ones (K, N), the samples (K,), the divergences (K,)."""
-        removed = np.zeros((len(self.removals), self._traced.depth), dtype=np.uint8)
+        removed = np.zeros((len(self.removals), self._traced.num_units), dtype=np.uint8)
         for row, blocks in zip(removed, self.removals, strict=True):
             row[list(blocks)] = 1
         return removed, np.array(self.samples, dtype=np.uint32), np.array(self.divergences)

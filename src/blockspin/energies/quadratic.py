@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Block, Floats
+from ..problem import Block, Floats, block_of
 
 ALIKE = 0.75  # the share of a coefficient that resembles those of the blocks around
 PER_BLOCK = 0.6  # what is left of the resemblance with each block further away
@@ -48,7 +48,7 @@ def fit_quadratic(
 
     removed: (K, N), one row for each value. values: (K,). basis: (K, B); columns may depend on each other.
     noise: (K,), the variances of the values relative to each other; None: they are equal.
-    blocks: where they are of several kinds, only those of one kind resemble each other.
+    blocks: where they are of several kinds, only those of one kind resemble each other; sub-layers by their blocks.
     ratio: that of an earlier fit; None: the one of largest restricted likelihood.
     """
     x = removed.astype(np.float64)
@@ -75,7 +75,7 @@ def fit_quadratic(
 
 def resemblance(num_blocks: int, blocks: Sequence[Block] | None = None) -> Floats:
     """(N, N): the prior correlation between the coefficients of two blocks; positive definite, 1 on the diagonal."""
-    place = np.arange(num_blocks)
+    place = np.arange(num_blocks) if blocks is None else np.array(list(map(block_of, blocks)))
     alike = ALIKE * PER_BLOCK ** np.abs(place[:, None] - place)
     if blocks is not None:
         kinds = np.array([block.kind for block in blocks])

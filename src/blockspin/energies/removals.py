@@ -24,7 +24,7 @@ from ..model.gates import gated
 from ..model.passes import num_passes, removal_passes
 from ..model.quality import kl, loss, measured
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Removal, RemovalProblem
+from ..problem import Block, Floats, Removal, RemovalProblem, Units
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
@@ -87,6 +87,7 @@ def measure_pairs(
     *,
     objective: Literal["kl", "loss"] = "kl",
     batch_size: int = 8,
+    units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
     progress: bool = True,
@@ -99,15 +100,16 @@ def measure_pairs(
     N(N+1)/2. All pairs are measured on the first quarter of the samples; on the rest only those that occur together in
     a low-energy removal, which are the ones whose errors matter (`pairs_in_low_states`).
 
+    units: what one spin stands for: a block, or each of its residual branches.
     partial: a file to which every finished batch is added; the same call continues it.
 
     Raises:
         ValueError: unusable samples or model, a loss that is NaN or infinite, or a partial file of something else.
     """
-    traced = trace_model(model)
-    blocks, n = traced.blocks, traced.depth
+    traced = trace_model(model, units)
+    blocks, n = traced.units, traced.num_units
     tokens = np.array(list(map(len, samples)), dtype=np.int64) - 1  # (num_samples,) that are predicted
-    journal = Journal(partial, fingerprint.of_results(model, samples, objective))
+    journal = Journal(partial, fingerprint.of_results(model, samples, objective, units))
     matrices = _finished_forms(journal, len(samples), n)
 
     first = min(len(samples), max(4, len(samples) // 4))
@@ -142,7 +144,7 @@ def _pair_forms(
     traced: TracedModel, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str
 ) -> NDArray[np.float32]:
     """(number of samples, N, N): Q of each sample; NaN for other pairs."""
-    measure, n = {"kl": kl, "loss": loss}[objective], traced.depth
+    measure, n = {"kl": kl, "loss": loss}[objective], traced.num_units
     removals = [*_at_most_one(n), *pairs]
     values = measured(traced, removals, samples, measure, batch_size=len(samples))[..., 0]  # (removals, samples)
     change = values - values[0]
@@ -178,6 +180,7 @@ def gauss_newton(
     step: float = 1.0,
     positions: int = 64,
     batch_size: int = 8,
+    units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
     progress: bool = True,
@@ -190,16 +193,17 @@ def gauss_newton(
     step 1 removes the block, which gives the secant instead: right for single blocks whatever their size. Costs a
     pass for each block, half of it where passes can be shared (step 1).
 
-    positions: tokens of each sample that are used, spread over it. Memory: the logits there for every block.
+    positions: tokens of each sample that are used, spread over it. Memory: the logits there for every unit.
+    units: what one spin stands for: a block, or each of its residual branches.
 
     Raises:
         ValueError: unusable samples or model, step not in (0, 1], or a partial file of something else.
     """
     if not 0 < step <= 1:
         raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
-    traced = trace_model(model)
-    n = traced.depth
-    journal = Journal(partial, fingerprint.of_results(model, samples, step, positions))
+    traced = trace_model(model, units)
+    n = traced.num_units
+    journal = Journal(partial, fingerprint.of_results(model, samples, step, positions, units))
     matrices = _finished_forms(journal, len(samples), n)
 
     # What a journal has no form of is measured, batch by batch.
@@ -215,7 +219,7 @@ def gauss_newton(
 
     lengths = np.array(list(map(len, samples)), dtype=np.int64)  # (num_samples,)
     tokens = np.minimum(lengths - 1, positions)  # that are used
-    return Interactions(matrices, tokens, traced.blocks, metadata or {})
+    return Interactions(matrices, tokens, traced.units, metadata or {})
 
 
 def _finished_forms(journal: Journal, num_samples: int, n: int) -> NDArray[np.float32]:
@@ -241,7 +245,7 @@ def _at_most_one(n: int) -> list[Removal]:
 
 def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
     """Every batch with the logits of the whole model (0) and of those without block i (i + 1)."""
-    return removal_passes(traced, _at_most_one(traced.depth), samples, batch_size=batch_size)
+    return removal_passes(traced, _at_most_one(traced.num_units), samples, batch_size=batch_size)
 
 
 def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
@@ -249,8 +253,8 @@ def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, ba
     model = traced.model
 
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        for k in range(traced.depth + 1):
-            alphas = torch.ones(len(batch.indices), traced.depth, device=next(model.parameters()).device)
+        for k in range(traced.num_units + 1):
+            alphas = torch.ones(len(batch.indices), traced.num_units, device=next(model.parameters()).device)
             alphas[:, k - 1 : k] = 1 - step  # none for k = 0
             with gated(traced, alphas):
                 yield k, batch.forward(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -107,7 +107,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     blocks = []
     for i, layer in enumerate(find_stack(model).layers):
-        blocks.append(Block(i, _kind(layer), count_parameters(layer)))
+        blocks.append(Block(i, kind_of(layer), count_parameters(layer)))
     return blocks
 
 
@@ -195,8 +195,11 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
     return tuple(indices)
 
 
-def _kind(layer: nn.Module) -> str:
-    """The mixers inside the block, e.g. "attention+mlp"; "block" where none is recognised."""
+def kind_of(layer: nn.Module, parts: Sequence[str] | None = None) -> str:
+    """The mixers inside the block, e.g. "attention+mlp"; "block" where none is recognised.
+
+    parts: names of modules inside the block; those of them alone.
+    """
     classes = set()
     for module in layer.modules():
         if type(module).__module__ == type(layer).__module__:
@@ -210,13 +213,16 @@ def _kind(layer: nn.Module) -> str:
                 break
             family += first
 
-    found = set(_mixers(layer, family))
+    modules = dict(layer.named_children())
+    if parts is not None:
+        modules = {name.rpartition(".")[2]: layer.get_submodule(name) for name in parts}
+    found = set(_mixers(modules, family))
     return "+".join(sorted(found, key=_ORDER.index)) or "block"
 
 
-def _mixers(module: nn.Module, family: str) -> Iterator[str]:
-    """What the children of a module are; children that are not recognised are looked into."""
-    for name, child in module.named_children():
+def _mixers(modules: Mapping[str, nn.Module], family: str) -> Iterator[str]:
+    """What the modules of these names are; those that are not recognised are looked into."""
+    for name, child in modules.items():
         own = f"{name} {type(child).__name__.removeprefix(family)}"
         if count_parameters(child) == 0 or _NO_MIXER.search(own):
             continue
@@ -224,7 +230,7 @@ def _mixers(module: nn.Module, family: str) -> Iterator[str]:
         if kind is not None and not _LAYER.search(own):
             yield kind
         else:
-            yield from _mixers(child, family)
+            yield from _mixers(dict(child.named_children()), family)
 
 
 def _mixer(own: str, module: nn.Module) -> str | None:

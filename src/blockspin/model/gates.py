@@ -52,29 +52,31 @@ def _gate_branch(branch: Tensor, alpha: Tensor, open_: bool) -> Tensor:
 
 @contextmanager
 def gated(traced: TracedModel, alphas: Tensor, gradient_checkpointing: bool = False) -> Iterator[None]:
-    """Inside, block i of the model computes h <- h + alpha_i * branch(h) for each of its branches.
+    """Inside, block i of the model computes h <- h + alpha_i * branch(h) for each of its branches; where the units are
+    sub-layers, each branch has a gate of its own.
 
-    alphas: (batch, num_blocks), a gate for every sample and block; all ones leaves the logits bit-identical. Where a
+    alphas: (batch, num_units), a gate for every sample and unit; all ones leaves the logits bit-identical. Where a
     block's branches cannot be told apart, the gate acts on the whole block: h <- h + alpha_i * (block(h) - h).
     gradient_checkpointing: keep only the input of each block and compute it again in the backward pass.
     """
     open_ = bool((alphas == 1).all())
 
     def gating(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        trace = traced.traces[i]
-
-        def gate(branch: Tensor) -> Tensor:
-            return _gate_branch(branch, alphas[:, i], open_)
+        trace, units = traced.traces[i], traced.units_in[i]
 
         def by_branch(*args: Any, **kwargs: Any) -> Any:
-            with ResidualBranches(stream_of(args, kwargs), gate):
+            def gate(branch: Tensor) -> Tensor:
+                unit = units[branches.number] if len(units) > 1 else units[0]
+                return _gate_branch(branch, alphas[:, unit], open_)
+
+            with ResidualBranches(stream_of(args, kwargs), gate) as branches:
                 return run(*args, **kwargs)
 
         def by_block(*args: Any, **kwargs: Any) -> Any:
             output = run(*args, **kwargs)
             left = stream_in(output)  # (batch, length, width), but some models count samples in another dimension
             delta = (left - stream_of(args, kwargs).to(left.device)).movedim(trace.batch_dim, 0)
-            change = (gate(delta) - delta).movedim(0, trace.batch_dim)
+            change = (_gate_branch(delta, alphas[:, units[0]], open_) - delta).movedim(0, trace.batch_dim)
             return with_stream(output, left + change)  # in this order it is exactly the block's output at alpha = 1
 
         forward = by_branch if trace.branches else by_block

@@ -8,11 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..problem import Removal
+from ..problem import Removal, block_of
 from ..progress import track
 from .batches import Batch, frozen, make_batches
+from .residual import drop_shallowest, kept_streams
 from .streaming import streamed_passes
-from .tracing import TracedModel, drop_shallowest, kept_streams, resumed, skipped
+from .tracing import TracedModel, resumed, skipped
 
 MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
 
@@ -64,7 +65,7 @@ def shared_logits(
     the hidden states at the blocks where later removals branch off, and starts from the deepest that it can use. Where
     the states exceed `memory_limit` bytes, the shallowest are dropped and computed again. Call it on a `frozen` model.
     """
-    order, branchings = _walk(removals, traced.depth)
+    order, branchings = _walk(removals, list(map(block_of, traced.units)), traced.depth)
     states: dict[int, Tensor] = {}  # block -> hidden states that enter it (batch, length, width), ascending
     for place, k in enumerate(order):
         # States deeper than the common prefix with the removal before are of no use to this one.
@@ -83,7 +84,7 @@ def shared_logits(
             wanted.add(shallowest)
 
         beginning = resumed(traced, removals[k], start, states[start]) if states else skipped(traced, removals[k])
-        with beginning, kept_streams(traced, wanted - {traced.depth}, memory_limit) as kept:
+        with beginning, kept_streams(traced.layers, wanted - {traced.depth}, memory_limit) as kept:
             logits = batch.forward(traced.model)
         states |= kept
         drop_shallowest(states, memory_limit)
@@ -93,7 +94,7 @@ def shared_logits(
 def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:
     """What `removal_passes` costs for these removals, in passes of the whole model over the same samples."""
     if traced.shares_passes:
-        return passes_of_walk(removals, traced.depth)
+        return _passes_of_walk(removals, traced.units_in)
 
     # Each is a pass of its own.
     passes = 0.0
@@ -103,24 +104,45 @@ def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:
 
 
 def share_that_runs(traced: TracedModel, removed: Removal) -> float:
-    """The share of the blocks that run in a pass without the removed ones: all where those cannot be bypassed."""
-    return 1 - len(removed) / traced.depth if traced.can_bypass(removed) else 1.0
+    """The share of the model that runs in a pass without the removed units: all where those cannot be bypassed."""
+    return _share_of_blocks(traced.units_in, removed) / traced.depth if traced.can_bypass(removed) else 1.0
 
 
 def passes_of_walk(removals: Sequence[Removal], depth: int) -> float:
     """What `shared_logits` costs for these removals of a model of `depth` blocks, in passes of the whole model."""
-    order, branchings = _walk(removals, depth)
-    blocks = 0
+    return _passes_of_walk(removals, [(block,) for block in range(depth)])
+
+
+def _passes_of_walk(removals: Sequence[Removal], units_in: Sequence[tuple[int, ...]]) -> float:
+    """What `shared_logits` costs for these removals, in passes of the whole model.
+
+    units_in: the numbers of the units in each block.
+    """
+    home = [block for block, numbers in enumerate(units_in) for _ in numbers]
+    order, branchings = _walk(removals, home, len(units_in))
+    blocks = 0.0
     for start, k in zip([0, *branchings], order, strict=False):
-        blocks += len({*range(start, depth)} - {*removals[k]})
-    return blocks / depth
+        blocks += _share_of_blocks(units_in[start:], removals[k])
+    return blocks / len(units_in)
 
 
-def _walk(removals: Sequence[Removal], depth: int) -> tuple[list[int], list[int]]:
-    """The order of the removals, nothing removed first and common first blocks side by side, and for each but the last
-    of them the first block that either it or the next one takes; `depth` where they are equal."""
-    order = sorted(range(len(removals)), key=lambda k: [i in removals[k] for i in range(depth)])
+def _share_of_blocks(units_in: Sequence[tuple[int, ...]], removed: Removal) -> float:
+    """How much of these blocks runs without the removed units, in blocks; a unit is an equal share of its block."""
+    running = 0.0
+    for numbers in units_in:
+        running += 1 - len({*numbers} & {*removed}) / len(numbers)
+    return running
+
+
+def _walk(removals: Sequence[Removal], home: Sequence[int], depth: int) -> tuple[list[int], list[int]]:
+    """The order of the removals, nothing removed first and common first units side by side, and for each but the last
+    of them the first block of which it and the next one take different units; `depth` where they are equal.
+
+    home: the block of each unit.
+    """
+    order = sorted(range(len(removals)), key=lambda k: [i in removals[k] for i in range(len(home))])
     branchings = []
     for a, b in pairwise(order):
-        branchings.append(min(set(removals[a]) ^ set(removals[b]), default=depth))
+        different = set(removals[a]) ^ set(removals[b])
+        branchings.append(home[min(different)] if different else depth)
     return order, branchings

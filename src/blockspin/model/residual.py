@@ -3,8 +3,8 @@ replaced for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ def stream_in(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def argument_that_is(value: Any, kwargs: dict[str, Any]) -> str:
+    """The name of the argument that has this very value; "" if there is none."""
+    for name, given in kwargs.items():
+        if given is value and value is not None:
+            return name
+    return ""
+
+
 def with_stream(output: Any, stream: Tensor) -> Any:
     """What a block returned, with another residual stream in it."""
     if not isinstance(output, tuple | list):
@@ -81,3 +89,36 @@ def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[N
             del layer.forward
         else:
             layer.forward = own
+
+
+@contextmanager
+def kept_streams(
+    layers: nn.ModuleList, blocks: Collection[int], memory_limit: int = 2**63
+) -> Iterator[dict[int, Tensor]]:
+    """Keeps the hidden states that enter some blocks in the pass made inside: block -> (batch, length, width).
+
+    memory_limit: bytes; where they do not suffice, the states of the deepest blocks are kept.
+    """
+    streams: dict[int, Tensor] = {}
+
+    def keeping(block: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            streams[block] = stream_of(args, kwargs)
+            drop_shallowest(streams, memory_limit)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            handle = layers[block].register_forward_pre_hook(keeping(block), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield streams
+
+
+def drop_shallowest(streams: dict[int, Tensor], memory_limit: int) -> None:
+    """Delete hidden states, those of the first blocks first, until the others fit into so many bytes."""
+    held = 0  # bytes
+    for stream in streams.values():
+        held += stream.nbytes
+    while streams and held > memory_limit:
+        held -= streams.pop(min(streams)).nbytes

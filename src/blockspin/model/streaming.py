@@ -20,7 +20,7 @@ from .blocks import check_removal
 from .calls import BlockCall
 from .offload import resident_in_turn, running_device
 from .spill import SpilledStates, check_spill_room, spilled_states
-from .tracing import TracedModel, at_the_end, block_calls
+from .tracing import TracedModel, at_the_end, block_calls, branches_bypassed
 
 STATES_SHARE = 0.5  # of the memory that is free, for the hidden states of a sweep
 
@@ -60,22 +60,36 @@ class BatchInSweep:
         self._branches = [Branch(everything, states.add(self._calls[0].stream.cpu()))]
 
     def go_through(self, block: int, device: torch.device) -> None:
-        """Take the branches behind a block, which runs once for each that has removals without it."""
+        """Take the branches behind a block, which runs once for each way to shorten it that their removals have."""
         following: list[Branch] = []
         for branch in self._branches:
-            gone = [k for k in branch.members if block in self._job.removals[k]]
-            staying = [k for k in branch.members if block not in self._job.removals[k]]
+            # The places of the removals by the units of the block that they take.
+            ways: dict[tuple[int, ...], list[int]] = {}
+            units = self._traced.units_in[block]
+            for k in branch.members:
+                gone = tuple(unit for unit in units if unit in self._job.removals[k])
+                ways.setdefault(gone, []).append(k)
+
             entering = self._states.get(branch.state)
-            if not gone:
+            if units not in ways:
                 self._states.drop(branch.state)
 
             # Those that keep the block come first, so that the removal of nothing stays the first of all.
-            if staying:
-                leaving = self._calls[block].run(entering.to(device))
-                following.append(Branch(staying, self._states.add(leaving.cpu())))
-            if gone:
-                following.append(Branch(gone, branch.state))
+            for gone in sorted(ways):
+                if gone == units:
+                    following.append(Branch(ways[gone], branch.state))
+                    continue
+                leaving = self._run(block, gone, entering.to(device))
+                following.append(Branch(ways[gone], self._states.add(leaving.cpu())))
         self._branches = following
+
+    def _run(self, block: int, gone: Sequence[int], stream: Tensor) -> Tensor:
+        """What the block makes of the stream without some of its units."""
+        if not gone:
+            return self._calls[block].run(stream)
+        branches = self._traced.whole_and_partial(gone)[1][block]
+        with branches_bypassed(self._traced, block, branches):
+            return self._calls[block].run(stream)
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
         """(k, logits without the blocks of removal k) for every k, nothing removed first; for once."""
@@ -104,7 +118,7 @@ def streamed_passes(
     Raises:
         ValueError: unusable samples or removals, or no room for the temporary file.
     """
-    checked = tuple(check_removal(removed, traced.depth) for removed in removals)
+    checked = tuple(check_removal(removed, traced.num_units) for removed in removals)
     jobs = [Job(batch, checked) for batch in make_batches(samples, batch_size)]
     yield from swept(traced, jobs, memory_limit, progress)
 
@@ -151,7 +165,7 @@ def _one_sweep(
 ) -> list[BatchInSweep]:
     """Take all branches of the jobs through all blocks."""
     batches = [BatchInSweep(traced, job, states) for job in jobs]
-    needed = _blocks_that_run(traced.depth, jobs)
+    needed = _blocks_that_run(traced, jobs)
     layers = resident_in_turn([traced.layers[i] for i in needed])
     for i, layer in track(zip(needed, layers, strict=True), title, len(needed), show=progress):
         device = running_device(layer)
@@ -160,10 +174,11 @@ def _one_sweep(
     return batches
 
 
-def _blocks_that_run(depth: int, jobs: Sequence[Job]) -> list[int]:
+def _blocks_that_run(traced: TracedModel, jobs: Sequence[Job]) -> list[int]:
     """The blocks that are not part of every removal."""
-    always = set(range(depth))
+    always = set(range(traced.num_units))
     for job in jobs:
         for removed in job.removals:
             always.intersection_update(removed)
-    return [i for i in range(depth) if i not in always]
+    bypassed, _ = traced.whole_and_partial(always)
+    return [i for i in range(traced.depth) if i not in bypassed]

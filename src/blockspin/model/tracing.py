@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problem import Block, Removal
+from ..problem import Block, Removal, Units, block_of
 from .batches import Batch, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
+from .branches import ROUNDING, Part, find_parts, proven_branches, same, without_branches
 from .calls import BlockCall, noted_calls
 from .offload import is_offloaded, resident
-from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_entering, with_stream
+from .residual import argument_that_is, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
+from .units import sublayers_of
 
-_ROUNDING = 50  # differences up to so many units of the last place, of the largest value, are rounding
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
 _TRACED_IDS = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8]]  # the first two differ in the last token only
 _TRIAL = Batch((0,), torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
@@ -34,6 +35,7 @@ class BlockTrace:
     batch_dim: the dimension of the residual stream that counts samples.
     passed: for each further output, the argument in which the next block takes it ("": it does not).
     rests: it attends to images and does not run on text.
+    parts: for each branch the modules that serve it alone; empty where that was not asked for.
     """
 
     branches: int
@@ -41,6 +43,7 @@ class BlockTrace:
     batch_dim: int = 0
     passed: tuple[str, ...] = ()
     rests: bool = False
+    parts: tuple[tuple[Part, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class TracedModel:
     """A model, its stack of blocks, and how they run. Made by `trace_model`; valid as long as the model is unchanged.
 
     layers: the modules of the blocks. blocks: what they are. traces: what each did when it ran.
+    units: what the numbers of a removal stand for: the blocks, or their sub-layers.
     tried: the removals that were tried (`can_bypass`), and whether the model runs without them.
     """
 
@@ -55,12 +59,39 @@ class TracedModel:
     layers: nn.ModuleList
     blocks: tuple[Block, ...]
     traces: tuple[BlockTrace, ...]
+    units: tuple[Block, ...]
     tried: dict[Removal, bool] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
         """The number of blocks."""
         return len(self.blocks)
+
+    @property
+    def num_units(self) -> int:
+        """The number of units, N."""
+        return len(self.units)
+
+    @cached_property
+    def units_in(self) -> tuple[tuple[int, ...], ...]:
+        """For each block the numbers of the units in it."""
+        numbers: list[list[int]] = [[] for _ in self.blocks]
+        for number, unit in enumerate(self.units):
+            numbers[block_of(unit)].append(number)
+        return tuple(map(tuple, numbers))
+
+    def whole_and_partial(self, removed: Collection[int]) -> tuple[list[int], dict[int, set[int]]]:
+        """The blocks of which all units are among these, and for each other block the branches that are."""
+        whole: list[int] = []
+        partial: dict[int, set[int]] = {}
+        for block, numbers in enumerate(self.units_in):
+            gone = [number for number in numbers if number in removed]
+            if len(gone) == len(numbers):
+                whole.append(block)
+            elif gone:
+                first = numbers[0]
+                partial[block] = {number - first for number in gone}
+        return whole, partial
 
     @cached_property
     def is_offloaded(self) -> bool:
@@ -69,24 +100,24 @@ class TracedModel:
 
     @cached_property
     def has_independent_blocks(self) -> bool:
-        """Whether no block needs another one to run: all that it takes from those before are the hidden states.
+        """Whether no unit needs another one to run: all that it takes from those before are the hidden states.
 
-        Found by passes of four tokens without some of the blocks. Two blocks differ in at least one binary digit of
-        their indices, so that leaving out those with a digit of 0, then those with 1, for every digit, leaves each
-        block out while each other one runs: 2 log2(N) passes of half the model. Where each pass reads the weights anew,
-        one pass first tries to show more than that.
+        Found by passes of four tokens without some of the units. Two units differ in at least one binary digit of
+        their numbers, so that leaving out those with a digit of 0, then those with 1, for every digit, leaves each
+        unit out while each other one runs: 2 log2(N) passes of half the model. Where each pass reads the weights anew,
+        one pass first tries to show more than that of whole blocks.
         """
-        if self.is_offloaded and self._runs_block_by_block:
+        if self.is_offloaded and self.units == self.blocks and self._runs_block_by_block:
             return True
-        for digit in range((self.depth - 1).bit_length()):
+        for digit in range((self.num_units - 1).bit_length()):
             for value in (0, 1):
-                half = [i for i in range(self.depth) if i >> digit & 1 == value]
+                half = [i for i in range(self.num_units) if i >> digit & 1 == value]
                 if not _runs_without(self, half):
                     return False
         return True
 
     def can_bypass(self, removed: Collection[int]) -> bool:
-        """Whether the model runs while these blocks do not. Where blocks need others, that is tried on four tokens."""
+        """Whether the model runs while these units do not. Where units need others, that is tried on four tokens."""
         removal = tuple(sorted(removed))
         if not removal or self.has_independent_blocks:
             return True
@@ -108,7 +139,7 @@ class TracedModel:
 
         starts = (self.depth // 2, self.depth - 1)
         with frozen(self.model), torch.no_grad():
-            with kept_streams(self, starts) as streams:
+            with kept_streams(self.layers, starts) as streams:
                 whole = _TRIAL.forward(self.model)  # (1, 4, vocabulary)
             for start in starts:
                 try:
@@ -116,7 +147,7 @@ class TracedModel:
                         logits = _TRIAL.forward(self.model)
                 except _NOT_COMPUTED:
                     return False
-                if not _same(logits, whole):
+                if not same(logits, whole):
                     return False
         return True
 
@@ -136,7 +167,7 @@ class TracedModel:
                     output = run(*args, **kwargs)
                     alone_args, alone_kwargs = with_entering(call.args, call.kwargs, stream)
                     alone = run(*alone_args, **alone_kwargs)
-                equal.append(_same(stream_in(alone), stream_in(output)))
+                equal.append(same(stream_in(alone), stream_in(output)))
                 return output
 
             return forward
@@ -152,8 +183,10 @@ class TracedModel:
         return len(equal) == self.depth and all(equal)
 
 
-def trace_model(model: nn.Module) -> TracedModel:
+def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
     """Find the blocks, run a few tokens through the model, note what each block does, and prove that gates can act.
+
+    units: what can be removed: whole blocks, or each of their residual branches.
 
     Proven at run time: gates of one change no bit of a block's output; gates of zero on the branches found make it the
     identity, otherwise the gate acts on the whole block; each block receives what the one before it returned.
@@ -173,20 +206,22 @@ def trace_model(model: nn.Module) -> TracedModel:
             nonlocal further
             stream = stream_of(args, kwargs)
             with resident(layers[i]):
-                branches = _proven_branches(run, args, kwargs)
+                branches = proven_branches(run, args, kwargs)
                 output = run(*args, **kwargs)
             left = stream_in(output)
             if not isinstance(left, Tensor) or left.shape != stream.shape:
                 raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
 
             if i - 1 in traces:
-                passed = [_argument_that_is(value, kwargs) for value in further]
+                passed = [argument_that_is(value, kwargs) for value in further]
                 traces[i - 1] = replace(traces[i - 1], passed=tuple(passed))
 
             samples, shape = len(_TRACED_IDS), stream.shape
             batch_dim = shape.index(samples) if samples in shape else 0
             further = () if left is output else tuple(output[1:])
-            traces[i] = BlockTrace(branches, 0 if left is output else len(output), batch_dim)
+            wanted = units == "sublayers" and branches > 1
+            parts = find_parts(layers[i], lambda: run(*args, **kwargs), stream) if wanted else ()
+            traces[i] = BlockTrace(branches, 0 if left is output else len(output), batch_dim, parts=parts)
             ran.append(i)
             streams.append((stream, left))
             return output
@@ -211,21 +246,25 @@ def trace_model(model: nn.Module) -> TracedModel:
             raise ValueError(f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}")
 
     in_order = [traces[i] for i in range(len(blocks))]
-    return TracedModel(model, layers, tuple(blocks), tuple(in_order))
+    found = blocks
+    if units == "sublayers":
+        found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
+    return TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found))
 
 
-def _argument_that_is(value: Any, kwargs: dict[str, Any]) -> str:
-    """The name of the argument that has this very value; "" if there is none."""
-    for name, given in kwargs.items():
-        if given is value and value is not None:
-            return name
-    return ""
+def find_units(model: nn.Module, units: Units = "blocks") -> list[Block]:
+    """What can be removed of a model, in order: its blocks, or its sub-layers, which a few tokens show.
+
+    Raises:
+        ValueError: as `find_blocks` and `trace_model` say.
+    """
+    return find_blocks(model) if units == "blocks" else list(trace_model(model, units).units)
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
     """Refuse a model in which the last token changes the predictions before it. logits: of _TRACED_IDS."""
     before = logits[:, :-1]
-    rounding = _ROUNDING * torch.finfo(logits.dtype).eps * before.abs().max()
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps * before.abs().max()
     if (before[0] - before[1]).abs().max() > rounding:
         raise ValueError(
             f"{type(model).__name__} is not causal: a token changes the predictions before it. "
@@ -233,35 +272,13 @@ def _check_causal(model: nn.Module, logits: Tensor) -> None:
         )
 
 
-def _proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The number of residual branches; 0 unless gates of 0 make the block the identity and gates of 1 do nothing."""
-    stream = stream_of(args, kwargs)
-    untouched = stream_in(run(*args, **kwargs))
-    with ResidualBranches(stream, torch.zeros_like) as closed_branches:
-        identity = stream_in(run(*args, **kwargs))
-    with ResidualBranches(stream, torch.clone) as open_branches:
-        same = stream_in(run(*args, **kwargs))
-
-    if identity is not closed_branches.stream or same is not open_branches.stream:
-        return 0
-    proven = torch.equal(identity, stream.to(identity.device)) and _same(same, untouched)
-    return open_branches.number if proven else 0
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal to rounding; weights that are not numbers are refused where the loss shows them."""
-    largest = float(expected.abs().nan_to_num(0.0).max())
-    rounding = _ROUNDING * torch.finfo(expected.dtype).eps * largest
-    return torch.allclose(found, expected, rtol=0, atol=rounding, equal_nan=True)
-
-
 @contextmanager
 def skipped(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
-    """Inside, the removed blocks pass their input on at no cost: the shortened model without building it.
+    """Inside, the removed units pass their input on at no cost: the shortened model without building it.
 
-    Where other blocks need them, they run all the same and leave the stream as it was.
+    Where other units need them, they run all the same and leave the stream as it was.
     """
-    removed = check_removal(removed, traced.depth)
+    removed = check_removal(removed, traced.num_units)
     leaving_out = _bypassed if traced.can_bypass(removed) else closed
     with leaving_out(traced, removed):
         yield
@@ -269,7 +286,8 @@ def skipped(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
 
 @contextmanager
 def _bypassed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
-    """Inside, these blocks do not run."""
+    """Inside, these units do not run."""
+    whole, partial = traced.whole_and_partial(removed)
 
     def passing(trace: BlockTrace) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -284,14 +302,25 @@ def _bypassed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
         return forward
 
     with ExitStack() as patches:
-        for i in removed:
+        for i in whole:
             patches.enter_context(patched_forward(traced.layers[i], passing(traced.traces[i])))
+        for i, branches in partial.items():
+            patches.enter_context(branches_bypassed(traced, i, branches))
         yield
+
+
+def branches_bypassed(traced: TracedModel, block: int, branches: Collection[int]) -> AbstractContextManager[None]:
+    """Inside, some of the branches of a block do not run."""
+    parts: list[Part] = []
+    for branch in sorted(branches):
+        parts += traced.traces[block].parts[branch]
+    return without_branches(traced.layers[block], branches, parts)
 
 
 @contextmanager
 def closed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
-    """Inside, the removed blocks run but leave the residual stream as it was: gates of zero without any rounding."""
+    """Inside, the removed units run but leave the residual stream as it was: gates of zero without any rounding."""
+    whole, partial = traced.whole_and_partial(check_removal(removed, traced.num_units))
 
     def closing(run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -300,48 +329,17 @@ def closed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
         return forward
 
     with ExitStack() as patches:
-        for i in check_removal(removed, traced.depth):
+        for i in whole:
             layer = traced.layers[i]
             patches.enter_context(patched_forward(layer, closing(layer.forward)))
+        for i, branches in partial.items():
+            patches.enter_context(without_branches(traced.layers[i], branches))
         yield
 
 
 @contextmanager
-def kept_streams(
-    traced: TracedModel, blocks: Collection[int], memory_limit: int = 2**63
-) -> Iterator[dict[int, Tensor]]:
-    """Keeps the hidden states that enter some blocks in the pass made inside: block -> (batch, length, width).
-
-    memory_limit: bytes; where they do not suffice, the states of the deepest blocks are kept.
-    """
-    streams: dict[int, Tensor] = {}
-
-    def keeping(block: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
-            streams[block] = stream_of(args, kwargs)
-            drop_shallowest(streams, memory_limit)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            handle = traced.layers[block].register_forward_pre_hook(keeping(block), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield streams
-
-
-def drop_shallowest(streams: dict[int, Tensor], memory_limit: int) -> None:
-    """Delete hidden states, those of the first blocks first, until the others fit into so many bytes."""
-    held = 0  # bytes
-    for stream in streams.values():
-        held += stream.nbytes
-    while streams and held > memory_limit:
-        held -= streams.pop(min(streams)).nbytes
-
-
-@contextmanager
 def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: Tensor) -> Iterator[None]:
-    """Inside, a pass starts at a block with the hidden states that enter it, and goes on without the removed blocks.
+    """Inside, a pass starts at a block with the hidden states that enter it, and goes on without the removed units.
 
     The rest of the model (embeddings, masks, final norm, head) runs as always, so that nothing needs to be known about
     it. Only for models that share passes.
@@ -350,9 +348,11 @@ def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: T
     def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return with_entering(args, kwargs, stream)
 
-    # `skipped` refuses to skip every block; what block 0 computes here is not used.
-    skip = {*removed, *range(start)}
-    if len(skip) == traced.depth:
+    # `skipped` refuses to skip every unit; what unit 0 computes here is not used.
+    skip = {*removed}
+    for numbers in traced.units_in[:start]:
+        skip.update(numbers)
+    if len(skip) == traced.num_units:
         skip.remove(0)
     with ExitStack() as undo:
         undo.enter_context(skipped(traced, skip))
@@ -369,7 +369,7 @@ def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
         return with_entering(args, kwargs, stream)
 
     with ExitStack() as undo:
-        undo.enter_context(_bypassed(traced, range(traced.depth)))
+        undo.enter_context(_bypassed(traced, range(traced.num_units)))
         handle = traced.layers[0].register_forward_pre_hook(entering, with_kwargs=True)
         undo.callback(handle.remove)
         yield
@@ -377,16 +377,21 @@ def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
 
 def block_calls(traced: TracedModel, batch: Batch) -> list[BlockCall]:
     """What each block is given in a pass over a batch in which no block runs."""
-    with _bypassed(traced, range(traced.depth)), noted_calls(list(traced.layers)) as calls:
+    with _bypassed(traced, range(traced.num_units)), noted_calls(list(traced.layers)) as calls:
         batch.forward(traced.model, last_logits=True)
     return calls
 
 
 def _runs_without(traced: TracedModel, removed: Collection[int]) -> bool:
-    """Whether the model runs on a few tokens while these blocks do not."""
-    try:
-        with frozen(traced.model), torch.no_grad(), _bypassed(traced, removed):
-            _TRIAL.forward(traced.model)
-    except _NOT_COMPUTED:
-        return False
-    return True
+    """Whether the model runs on a few tokens while these units do not; sub-layers must leave the others as they are."""
+    with frozen(traced.model), torch.no_grad():
+        try:
+            with _bypassed(traced, removed):
+                logits = _TRIAL.forward(traced.model)  # (1, 4, vocabulary)
+        except _NOT_COMPUTED:
+            return False
+
+        if len(removed) == traced.num_units or not traced.whole_and_partial(removed)[1]:
+            return True
+        with closed(traced, removed):
+            return same(logits, _TRIAL.forward(traced.model))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.batches import frozen, input_device
-from ..model.residual import ResidualBranches, patched_forward, stream_in, stream_of
+from ..model.branches import followed, noise_like
+from ..model.residual import patched_forward, stream_of
 from ..model.tracing import TracedModel
 
 _WATCHED_IDS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
@@ -141,17 +142,10 @@ def num_inputs(module: nn.Module) -> int:
 
 
 def _followed(traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor) -> tuple[Any, list[Tensor]]:
-    """What a block returns, and the residual stream after each of its additions."""
-    before: list[Tensor] = []  # each addition
-
-    def keep(branch: Tensor) -> Tensor:
-        before.append(branches.stream)
-        return branch
-
-    with ResidualBranches(stream, keep) as branches:
-        output = run()
-    between = before[1:] if traced.traces[block].branches else []
-    return output, [*between, stream_in(output)]
+    """What a block returns, and the residual stream after each of its additions; after the whole block, where its
+    branches cannot be told apart."""
+    output, additions = followed(run, stream)
+    return output, additions if traced.traces[block].branches else additions[-1:]
 
 
 def _projections(
@@ -178,7 +172,7 @@ def _projections(
         module = layer.get_submodule(name)
         if output.shape[-1] != stream.shape[-1] or output.numel() != stream.numel():
             continue
-        noise = _noise_like(output)
+        noise = noise_like(output)
         handle = module.register_forward_hook(lambda module, args, output, noise=noise: output + noise)
         try:
             _, changed = _followed(traced, block, run, stream)
@@ -189,13 +183,6 @@ def _projections(
             _check_weights(module, name, block)
             found.append(projection)
     return found
-
-
-def _noise_like(output: Tensor) -> Tensor:
-    """Noise as large as an output, the same in every call."""
-    size = float(output.float().square().mean().sqrt()) or 1.0
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    return (size * noise).to(output.device, output.dtype)
 
 
 def _explained(name: str, unchanged: list[Tensor], changed: list[Tensor], noise: Tensor) -> Projection | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.batches import Batch, frozen
-from ..model.tracing import TracedModel, kept_streams, resumed, skipped
+from ..model.residual import kept_streams
+from ..model.tracing import TracedModel, resumed, skipped
 from .projections import Observation, observed
 
 
@@ -77,7 +78,7 @@ class Walk:
     def _embedded(self, batch: Batch) -> Tensor:
         """The hidden states that enter the first block."""
         others = range(1, self.traced.depth)
-        keeping = kept_streams(self.traced, [0])
+        keeping = kept_streams(self.traced.layers, [0])
         with frozen(self.traced.model), torch.no_grad(), skipped(self.traced, others), keeping as streams:
             batch.forward(self.traced.model, last_logits=True)
         return streams[0].cpu()

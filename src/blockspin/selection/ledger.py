@@ -17,7 +17,7 @@ from ..model import fingerprint
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
 from ..model.tracing import skipped, trace_model
-from ..problem import Removal
+from ..problem import Removal, Units
 
 Floats = NDArray[np.float64]
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
@@ -32,6 +32,8 @@ class Ledger:
 
     partial: a file that keeps what was measured, so that the same selection continues where it was cut off. What a
         function returns is not kept: whether the next process has the same function cannot be known.
+
+    units: what the numbers of a removal stand for.
 
     values: removal -> (number of samples it was measured on,) objective on each of the first samples.
     weights: (num_samples,) what each sample counts in a mean: its predicted tokens. A function has one value, and so
@@ -52,6 +54,7 @@ class Ledger:
         objective: Objective = "kl",
         batch_size: int = 8,
         partial: Path | None = None,
+        units: Units = "blocks",
     ) -> None:
         if not callable(objective) and objective not in _MEASURES:
             raise ValueError(f"objective {objective!r}: must be kl, loss or a function of a model (--objective)")
@@ -61,7 +64,7 @@ class Ledger:
         self.passes = 0.0
         self.on_progress: Callable[[float], None] | None = None
 
-        self._traced = trace_model(model)
+        self._traced = trace_model(model, units)
         self._samples = samples
         self._objective = objective
         self._batch_size = batch_size
@@ -69,7 +72,7 @@ class Ledger:
 
         # What an interrupted selection has measured; it moves to `values` when this one asks for it.
         kept = None if callable(objective) else partial
-        self._journal = Journal(kept, fingerprint.of_results(model, samples, str(objective)))
+        self._journal = Journal(kept, fingerprint.of_results(model, samples, str(objective), units))
         self._known: dict[Removal, Floats] = {}
         for entry in self._journal.entries():
             removals = [tuple(removed) for removed in entry["removals"]]

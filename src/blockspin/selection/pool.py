@@ -11,13 +11,15 @@ from ..solvers.candidates import Candidate, distinct, states_as_candidates
 
 
 def cheap_choices(problem: RemovalProblem, activations: baselines.Activations) -> list[Candidate]:
-    """What the baselines that cost next to nothing would remove."""
-    return [
+    """What the baselines that cost next to nothing would remove; consecutive units only where the problem allows it."""
+    choices = [
         baselines.last_blocks(problem),
         baselines.block_influence(problem, activations),
         baselines.norm_ratio(problem, activations),
-        baselines.angular_distance(problem, activations),
     ]
+    if baselines.consecutive_run(problem, activations) is not None:
+        choices.append(baselines.angular_distance(problem, activations))
+    return choices
 
 
 def pool_of(

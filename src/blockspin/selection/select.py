@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import baselines
 from ..energies import Energies
 from ..energies.robustness import Robustness, robustness
-from ..problem import Removal, RemovalProblem
+from ..problem import Removal, RemovalProblem, Units
 from ..progress import bar
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, distinct, states_as_candidates
@@ -58,7 +58,7 @@ def select_with_energies(
     trust = robustness(energies, problem, seed=seed)
 
     # What cheap baselines choose is always measured to the end: the outcome is never worse than theirs.
-    activations = baselines.measure_activations(model, activation_samples, batch_size=batch_size)
+    activations = baselines.measure_activations(model, activation_samples, units=problem.units, batch_size=batch_size)
     cheap = cheap_choices(problem, activations)
     pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
 
@@ -96,6 +96,7 @@ def select(
     samples: Sequence[Tensor],
     *,
     problem: RemovalProblem | None = None,
+    units: Units = "blocks",
     objective: Objective = "kl",
     budget: float = BUDGET,
     max_candidates: int = 20,
@@ -118,6 +119,7 @@ def select(
         pool,
         samples,
         problem=problem,
+        units=units,
         objective=objective,
         budget=budget,
         batch_size=batch_size,
@@ -133,6 +135,7 @@ def run_selection(
     problem: RemovalProblem | None = None,
     always: Sequence[Removal] = (),
     removable: Removable | None = None,
+    units: Units = "blocks",
     objective: Objective = "kl",
     budget: float = BUDGET,
     batch_size: int = 8,
@@ -144,6 +147,7 @@ def run_selection(
     always: removals of the pool that are measured on all samples however the race goes, so that the outcome is
         certainly not worse than them there.
     removable: polishing proposes only what it allows; None: whatever the problem allows.
+    units: what the numbers of a removal stand for; a problem that lists its units says so itself.
     objective: "kl" (to the whole model), "loss" (cross-entropy), or a function that takes the model with the blocks
         bypassed and returns a number, lower is better (for example minus a benchmark score).
     budget: polishing ends when so many forward passes over the samples were made, the race included.
@@ -154,7 +158,9 @@ def run_selection(
     """
     if not pool:
         raise ValueError("there are no candidates to select from")
-    ledger = Ledger(model, samples, objective, batch_size, partial)
+    if problem is not None and problem.blocks is not None:
+        units = problem.units
+    ledger = Ledger(model, samples, objective, batch_size, partial, units)
     candidates: dict[Removal, Candidate] = {}  # everything that is measured, by whoever proposed it first
     for candidate in pool:
         candidates.setdefault(candidate.removed, candidate)
