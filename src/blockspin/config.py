@@ -13,6 +13,7 @@ from .settings import SettingError, Settings, setting
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
 ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 QUANTIZATIONS = ("auto", "nf4", "none")
+STREAM = "stream"  # a place for a model beside those of transformers: its blocks stay on disk
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("all", "neighbours", "norms-and-projections")
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")
@@ -141,7 +142,20 @@ class LoadingSettings(Settings):
 
     dtype: str = setting("auto, float32, bfloat16 or float16.", "auto", choices=DTYPES)
     device_map: str | None = setting("auto spreads the model over several GPUs.", None)
+    stream: bool = setting(
+        "Read blocks from disk when they are needed; done by itself where a model does not fit.", False
+    )
     trust_remote_code: bool = setting("Run code that comes with the model.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream and self.device_map is not None:
+            raise SettingError("stream", "chooses the place of the model itself; leave out --device-map")
+
+    @property
+    def place(self) -> str | None:
+        """Where the model goes, as `load_model` takes it for `device_map`."""
+        return STREAM if self.stream else self.device_map
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..model.batches import frozen, make_batches
 from ..model.branches import followed
 from ..model.residual import patched_forward, stream_in, stream_of
+from ..model.streaming import walked
 from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import Removal, RemovalProblem, Units
 from ..progress import track
@@ -62,21 +63,24 @@ def _activations(
     cosine = torch.zeros(number, dtype=torch.float64)  # sums over the tokens, in the end their means
     ratio = torch.zeros(number, dtype=torch.float64)
     angle = torch.zeros(number + 1, number + 1, dtype=torch.float64)
-    mask = lengths = torch.empty(0)  # of the batch that runs: (batch, length) True where there is a token, and (batch,)
-    last: dict[int, Tensor] = {}  # the hidden states that enter unit i, at the last token of each sample
+    batches = make_batches(samples, batch_size)
+    masks = [torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None] for batch in batches]  # (batch, length)
+    last: list[dict[int, Tensor]] = [{} for _ in batches]  # what enters unit i at the last token of each sample
+    place = 0  # of the batch that runs
 
     def watch(unit: int, entered: Tensor, left: Tensor, batch_dim: int) -> None:
-        before = _by_token(entered, batch_dim, mask.shape[1])  # (batch, length, width)
-        after = _by_token(left, batch_dim, mask.shape[1]).to(before.device)
-        real = mask.to(before.device)
+        lengths, length = batches[place].lengths, masks[place].shape[1]
+        before = _by_token(entered, batch_dim, length)  # (batch, length, width)
+        after = _by_token(left, batch_dim, length).to(before.device)
+        real = masks[place].to(before.device)
 
         norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
         cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
         ratio[unit] += _total(norm_after / norm_before, real)
 
         rows = torch.arange(len(lengths))
-        last.setdefault(unit, before[rows, lengths - 1].cpu())
-        last[unit + 1] = after[rows, lengths - 1].cpu()
+        last[place].setdefault(unit, before[rows, lengths - 1].cpu())
+        last[place][unit + 1] = after[rows, lengths - 1].cpu()
 
     def watching(block: int, run: Callable[..., Any]) -> Callable[..., Any]:
         units, batch_dim = traced.units_in[block], traced.traces[block].batch_dim
@@ -93,30 +97,35 @@ def _activations(
 
         return forward
 
-    batches = make_batches(samples, batch_size)
+    def finish(place: int) -> None:
+        # Blocks that rest did not run: they leave the hidden states as they are.
+        for (unit, *_), trace in zip(traced.units_in, traced.traces, strict=True):
+            if trace.rests:
+                last[place][unit + 1] = last[place][unit]
+                cosine[unit] += batches[place].lengths.sum()
+                ratio[unit] += batches[place].lengths.sum()
+
+        states = torch.stack([last[place][i] for i in range(number + 1)], dim=1)  # (batch, N+1, width)
+        directions = nn.functional.normalize(states.double(), dim=-1)
+        angles = torch.arccos((directions @ directions.mT).clamp(-1, 1)) / np.pi  # (batch, N+1, N+1)
+        angle.add_(angles.sum(dim=0))
+        last[place].clear()
+
     with ExitStack() as patches, torch.no_grad():
         patches.enter_context(skipped(traced, removed))
         patches.enter_context(frozen(traced.model))
         for block, layer in enumerate(traced.layers):
             patches.enter_context(patched_forward(layer, watching(block, layer.forward)))
 
-        for batch in track(batches, "Activations", len(batches), show=progress):
-            lengths = batch.lengths
-            mask = torch.arange(batch.token_ids.shape[1]) < lengths[:, None]
-            last.clear()
-            batch.forward(traced.model)
-
-            # Blocks that rest did not run: they leave the hidden states as they are.
-            for (unit, *_), trace in zip(traced.units_in, traced.traces, strict=True):
-                if trace.rests:
-                    last[unit + 1] = last[unit]
-                    cosine[unit] += lengths.sum()
-                    ratio[unit] += lengths.sum()
-
-            states = torch.stack([last[i] for i in range(number + 1)], dim=1)  # (batch, N+1, width)
-            directions = nn.functional.normalize(states.double(), dim=-1)
-            angles = torch.arccos((directions @ directions.mT).clamp(-1, 1)) / np.pi  # (batch, N+1, N+1)
-            angle += angles.sum(dim=0)
+        if traced.is_offloaded and traced.shares_passes:
+            for place in walked(traced, batches):  # noqa: B007 read by `watch`
+                pass
+            for done in range(len(batches)):
+                finish(done)
+        else:
+            for place, batch in enumerate(track(batches, "Activations", len(batches), show=progress)):
+                batch.forward(traced.model)
+                finish(place)
 
     tokens = sum(map(len, samples))
     return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())

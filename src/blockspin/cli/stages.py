@@ -44,7 +44,7 @@ EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `
 @with_settings
 def info(
     model: Model,
-    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map"))],
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream"))],
     json: AsJson = False,
 ) -> None:
     """Show the blocks of a model, which of them can be removed, and what removing some would save; reads no weights."""
@@ -165,7 +165,7 @@ def prune(
     model: Model,
     blocks: Annotated[str, typer.Option("--blocks", help="The blocks to remove: 3-6,9,15.")],
     out: Out,
-    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map"))],
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream"))],
 ) -> None:
     """Write a checkpoint without some blocks, shard by shard; the model is never loaded."""
     from ..surgery.checkpoint import prune_checkpoint
@@ -200,7 +200,7 @@ def repair(
         load_samples(original, data, num_samples, drawing, loading),
         out,
         dtype=loading.dtype,
-        device_map=loading.device_map,
+        device_map=loading.place,
         batch_size=batches.batch_size,
         seed=drawing.seed,
         trust_remote_code=loading.trust_remote_code,

@@ -74,7 +74,7 @@ def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str,
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(replace(config, energy=PAPER), tokenizer, model_config)
     score = scorer(config, tokenizer, out / "scores")
-    model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     removable = Removable(model_config, trust_remote_code=remote)
     file = out / "comparison.json"
     comparison.about = {**describe_machine(), **describe_samples(samples)}

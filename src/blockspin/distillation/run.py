@@ -24,10 +24,9 @@ from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
 from ..model.blocks import find_stack
-from ..model.loading import load_config, load_model, model_without_weights
+from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
 from ..progress import console
-from ..surgery.checkpoint import local_folder
 from .data import Samples, packed
 from .loss import DistillationLoss, split, training_forward
 from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..model.batches import frozen, losses_of, make_batches, mean_loss, predicted_tokens, standard_error
+from ..model.batches import frozen, losses_of, make_batches, predicted_tokens, standard_error
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import context_length
+from ..model.offload import is_offloaded
+from ..model.quality import loss, measured
+from ..model.tracing import trace_model
 from ..progress import track
 from ..tables import Column, Table, ranges, short
 from .scores import Score
@@ -31,7 +34,8 @@ class Evaluation:
 
     loss: token-mean cross-entropy in nats, on the samples of the evaluation; perplexity is its exponential.
     num_bytes: size of the weights on disk.
-    tokens_per_second: prefill throughput; compare it only within one run.
+    tokens_per_second: prefill throughput; compare it only within one run. None for models whose weights do not stay
+        where they run: what was timed would be the disk.
     removed, energy: the blocks that are gone, where that is known, and their energy, where the model is a candidate.
     scores: on benchmark tasks, where some were asked for.
     sample_losses, sample_tokens: the loss of each sample, and its predicted tokens, of which `loss` is the mean.
@@ -42,7 +46,7 @@ class Evaluation:
     loss: float
     num_parameters: int
     num_bytes: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     removed: tuple[int, ...] = ()
     energy: float | None = None
     scores: tuple[Score, ...] = ()
@@ -52,6 +56,12 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+    def times_as_fast(self, other: Evaluation) -> float | None:
+        """The throughput as a multiple of another model's, where both are known."""
+        if self.tokens_per_second is None or other.tokens_per_second is None:
+            return None
+        return self.tokens_per_second / other.tokens_per_second
 
     def above(self, other: Evaluation) -> tuple[float, float | None]:
         """The loss above that of another model on the same samples, and its standard error where they are known.
@@ -136,8 +146,8 @@ def text_perplexity(
     # A text that is shorter than a window is one window.
     window_count = len(ids) // window
     windows = list(ids[: window_count * window].view(window_count, window)) if window_count else [ids]
-    loss = mean_loss(model, windows, batch_size)
-    return TextPerplexity(str(text), loss, len(ids), len(content.encode()), window)
+    mean = _token_mean(sample_losses_of(model, windows, batch_size), windows)
+    return TextPerplexity(str(text), mean, len(ids), len(content.encode()), window)
 
 
 def _read_text(text: str | Path) -> str:
@@ -159,7 +169,27 @@ def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8)
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    return math.exp(mean_loss(model, samples, batch_size))
+    return math.exp(_token_mean(sample_losses_of(model, samples, batch_size), samples))
+
+
+def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Tensor:
+    """(number of samples,) float64: the token-mean cross-entropy of each sample, in nats.
+
+    As `losses_of`; all batches share a sweep over the weights where these are offloaded.
+
+    Raises:
+        ValueError: unusable samples, or a loss that is NaN or infinite.
+    """
+    if not is_offloaded(model):
+        return losses_of(model, samples, batch_size)
+    values = measured(trace_model(model), [()], samples, loss, batch_size=batch_size)  # (1, number of samples, 1)
+    return torch.from_numpy(values[0, :, 0])
+
+
+def _token_mean(losses: Tensor, samples: Sequence[Tensor]) -> float:
+    """The mean over all predicted tokens. losses: (number of samples,), means over the tokens of each."""
+    tokens = predicted_tokens(samples)
+    return float(losses @ tokens / tokens.sum())
 
 
 def tokens_per_second(
@@ -170,7 +200,7 @@ def tokens_per_second(
     rounds: int = 5,
     progress: bool = True,
 ) -> list[float]:
-    """Prefill throughput of each model on the same batch: the median of several rounds.
+    """Prefill throughput of each model on the same batch, the longest: the median of several rounds.
 
     The models take turns within each round, so that a machine that slows down or speeds up does so for all of them.
     """
@@ -198,7 +228,8 @@ def evaluate_models(
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """A row for each named model: loss on the samples, parameters, size, and speed measured in turns.
+    """A row for each named model: loss on the samples, parameters, size, and speed measured in turns where the weights
+    are not offloaded.
 
     num_bytes: size of each model's weights on disk.
 
@@ -207,24 +238,41 @@ def evaluate_models(
     """
     losses = []  # for each model (number of samples,)
     for model in track(models.values(), "Evaluating", len(models), show=progress):
-        losses.append(losses_of(model, samples, batch_size))
-    speeds = tokens_per_second(list(models.values()), samples, batch_size=batch_size, progress=progress)
+        losses.append(sample_losses_of(model, samples, batch_size))
 
-    tokens = predicted_tokens(samples)
+    timed = {name: model for name, model in models.items() if not is_offloaded(model)}
+    measured_speeds = tokens_per_second(list(timed.values()), samples, batch_size=batch_size, progress=progress)
+    speeds = dict(zip(timed, measured_speeds, strict=True))
+
     rows = []
-    for (name, model), own, size, speed in zip(models.items(), losses, num_bytes, speeds, strict=True):
-        row = Evaluation(
-            name=name,
-            num_blocks=len(find_blocks(model)),
-            loss=float(own @ tokens / tokens.sum()),
-            num_parameters=count_parameters(model),
-            num_bytes=size,
-            tokens_per_second=speed,
-            sample_losses=tuple(own.tolist()),
-            sample_tokens=tuple(map(int, tokens)),
-        )
-        rows.append(row)
+    for (name, model), own, size in zip(models.items(), losses, num_bytes, strict=True):
+        rows.append(evaluation_of(name, model, own, samples, num_bytes=size, tokens_per_second=speeds.get(name)))
     return rows
+
+
+def evaluation_of(
+    name: str,
+    model: nn.Module,
+    losses: Tensor,
+    samples: Sequence[Tensor],
+    *,
+    num_bytes: int,
+    tokens_per_second: float | None = None,
+) -> Evaluation:
+    """The row of a model, of which only the structure counts here.
+
+    losses: (number of samples,) its loss on each sample.
+    """
+    return Evaluation(
+        name=name,
+        num_blocks=len(find_blocks(model)),
+        loss=_token_mean(losses, samples),
+        num_parameters=count_parameters(model),
+        num_bytes=num_bytes,
+        tokens_per_second=tokens_per_second,
+        sample_losses=tuple(losses.tolist()),
+        sample_tokens=tuple(map(int, predicted_tokens(samples))),
+    )
 
 
 def results_table(rows: Sequence[Evaluation]) -> Table:
@@ -236,7 +284,7 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
 
     lines = []
     for row in rows:
-        share, speed = row.num_parameters / first.num_parameters, row.tokens_per_second / first.tokens_per_second
+        share, speed = row.num_parameters / first.num_parameters, row.times_as_fast(first)
         cells = [
             row.name,
             str(len(row.removed)) if row.removed else "",
@@ -244,7 +292,7 @@ def results_table(rows: Sequence[Evaluation]) -> Table:
             f"{row.perplexity:.2f}{_rise(row, first)}",
             f"{short(row.num_parameters)} {share:.0%}",
             short(row.num_bytes, "B"),
-            f"{row.tokens_per_second:,.0f} {speed:.2f}x",
+            "not timed" if speed is None else f"{row.tokens_per_second:,.0f} {speed:.2f}x",
         ]
         lines.append([*cells, *map(Score.as_text, row.scores)])
     return Table(columns, lines)
@@ -267,9 +315,9 @@ def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:
         columns += [Column(f"{Path(text.text).name} perplexity ({text.window} tokens)"), Column("bits/byte")]
 
     rows = []
-    for name, measured in texts.items():
+    for name, of_model in texts.items():
         cells = [name]
-        for text in measured:
+        for text in of_model:
             cells += [f"{text.perplexity:.4g}", f"{text.bits_per_byte:.4f}"]
         rows.append(cells)
     return Table(columns, rows)

@@ -20,10 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import DTYPES
+from ..config import DTYPES, STREAM
 from ..errors import first_line
 from ..hub import can_be_hub_id, use_hub
+from ..progress import console
+from ..tables import short
+from .blocks import count_parameters
 from .gguf import ordinary_source
+from .placement import Placement, blocks_apart, fits, resaved_bytes, resaving_folder
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
@@ -66,6 +70,24 @@ def find_source(source: str | Path) -> str | Path:
         )
     use_hub()
     return source
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model; one from the hub is downloaded.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    source = find_source(source)
+    if Path(source).is_dir():
+        return Path(source)
+
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
+    except Exception as error:  # the hub client raises errors of many kinds
+        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -114,12 +136,15 @@ def load_model(
     """A causal language model, in evaluation mode.
 
     dtype: "auto" takes the checkpoint's, but float32 on a CPU, where narrow types are slow.
-    device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU.
+    device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU;
+        "stream" does so too, but for the blocks: they stay on disk, or in the host's memory where they fit in beside a
+        GPU, and passes read them one by one. Where a model does not fit, None is "stream", which is said.
     quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
 
     Raises:
         ValueError: the model cannot be opened, its dtype is unknown, the machine has no such device, it is not a causal
-            language model, or its weights are not whole: transformers would fill what is missing at random.
+            language model, its weights are not whole (transformers would fill what is missing at random), or the disk
+            has no room for weights that cannot be read as they lie in the checkpoint.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)} (--dtype)")
@@ -129,9 +154,14 @@ def load_model(
     config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
     arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
-    arguments["device_map"] = device_map or (None if on_cpu else "cuda:0")
     if quantization is not None:
         arguments["quantization_config"] = quantization
+        device_map = device_map or (None if on_cpu else "cuda:0")
+
+    placement = Placement(device_map)
+    if device_map in (None, STREAM):
+        placement = _placement(source, config, arguments["dtype"], device_map == STREAM, trust_remote_code)
+    arguments |= {"device_map": placement.device_map, "offload_folder": placement.folder}
     if Path(source).is_dir():
         paths = [path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"]
         read_headers(paths)
@@ -152,8 +182,39 @@ def load_model(
     except Exception as error:  # model code and quantisers raise errors of many kinds
         raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
     check_complete(reported(loading_info), model, source)
+    placement.delete_with(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _placement(
+    source: str | Path, config: PretrainedConfig, dtype: str, stream: bool, trust_remote_code: bool
+) -> Placement:
+    """Where the weights go: to the first GPU, else the CPU; the blocks apart if wanted, or if all do not fit there."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = model_without_weights(config, trust_remote_code=trust_remote_code)
+    stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    wanted = stored if dtype == "auto" else dtype
+    wanted = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
+
+    # What a quantised checkpoint takes, its configuration does not say.
+    num_bytes = count_parameters(model) * wanted.itemsize
+    quantised = getattr(config, "quantization_config", None) is not None
+    if not stream and (quantised or fits(num_bytes, device)):
+        return Placement(None if device == "cpu" else device)
+    if not stream:
+        console.print(
+            f"{source} takes {short(num_bytes, 'B')}, which is more than fits: its blocks stay on disk and are read "
+            f"one by one, as with --stream. To load it all the same, give --device-map {device}.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    # Beside a GPU, the host's memory is the better place.
+    if device != "cpu" and fits(num_bytes, "cpu"):
+        return Placement(blocks_apart(model, device, "cpu"))
+    needed = resaved_bytes(model, wanted, weight_paths(local_folder(source)))
+    return Placement(blocks_apart(model, device, "disk"), resaving_folder(needed))
 
 
 def check_device(device_map: str | None) -> None:
@@ -162,7 +223,7 @@ def check_device(device_map: str | None) -> None:
     Raises:
         ValueError: it is no device, or there is none of that number.
     """
-    if device_map is None or device_map in _SPREADING:
+    if device_map in (None, STREAM, *_SPREADING):
         return
     try:
         device = torch.device(device_map)

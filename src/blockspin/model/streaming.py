@@ -141,6 +141,31 @@ def swept(
                     yield batch.batch, batch.outputs()
 
 
+def walked(traced: TracedModel, batches: Sequence[Batch], memory_limit: int | None = None) -> Iterator[int]:
+    """Take all batches through the blocks in one sweep, for those who watch the blocks.
+
+    Yields the place of the batch that a block takes next: of all batches at the first block, then at the second.
+
+    Raises:
+        ValueError: no room for a temporary file.
+    """
+    if memory_limit is None:
+        memory_limit = int(STATES_SHARE * available_memory())
+
+    with frozen(traced.model), torch.no_grad(), spilled_states(memory_limit) as states:
+        calls = [block_calls(traced, batch) for batch in batches]
+        check_spill_room(sum(call[0].stream.nbytes for call in calls) - memory_limit)
+        held = [states.add(call[0].stream.cpu()) for call in calls]
+
+        for block, layer in enumerate(resident_in_turn(list(traced.layers))):
+            device = running_device(layer)
+            for place, number in enumerate(held):
+                yield place
+                leaving = calls[place][block].run(states.get(number).to(device))
+                states.drop(number)
+                held[place] = states.add(leaving.cpu())
+
+
 def _groups(jobs: Sequence[Job], bytes_per_token: float, memory_limit: int) -> list[list[Job]]:
     """Neighbouring jobs whose hidden states fit into memory together; a job that does not fit is alone.
 

@@ -36,6 +36,8 @@ _NAMES = (
 )
 _INDEX = ".index.json"
 _SHOWN = 3  # names in an error
+# Which talk while a model is loaded.
+_LOGGERS = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel", "accelerate.big_modeling")
 
 
 @dataclass(frozen=True)
@@ -296,15 +298,17 @@ def _drop_quantisation(config: PretrainedConfig) -> bool:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Inside, transformers prints no table of what is missing, of which what matters becomes one line, and no bar of
-    the tensors that are loaded; bars of downloads stay."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    the tensors that are loaded; bars of downloads stay. accelerate does not say that weights lie elsewhere."""
+    loggers = list(map(logging.getLogger, _LOGGERS))
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     hook = set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         set_tqdm_hook(hook)
 
 

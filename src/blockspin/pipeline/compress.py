@@ -101,7 +101,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     score = scorer(config, tokenizer, out / "scores")
 
     # The settings are recorded once nothing is left that could refuse them but the model itself.
-    model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     config.save(out / "run.yaml")
 
     energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin(config))
@@ -170,7 +170,7 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
             [*samples.calibration, *samples.selection],
             out / "repaired",
             dtype=config.dtype,
-            device_map=config.device_map,
+            device_map=config.place,
             batch_size=config.batch_size,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
@@ -191,7 +191,7 @@ def evaluated(
 ) -> Evaluation:
     """The row of the model in the folder `name` of the run."""
     remote = config.trust_remote_code
-    model = load_model(str(out / name), dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    model = load_model(str(out / name), dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     size = checkpoint_bytes(out / name, trust_remote_code=remote)
     (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
     return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))

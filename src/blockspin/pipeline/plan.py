@@ -101,7 +101,7 @@ def plan_run(config: CompressConfig) -> Plan:
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
-    model = load_model(config.model, dtype=config.dtype, device_map=config.device_map, trust_remote_code=remote)
+    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     traced = trace_model(model)
     speed = tokens_per_second(traced, samples.calibration, config.batch_size)
 

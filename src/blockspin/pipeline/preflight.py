@@ -39,7 +39,7 @@ def _names(*groups: type[Settings]) -> tuple[str, ...]:
 # Files of a run, and the settings that decided what is in them. How the samples are shared out depends on all numbers.
 _DECIDED_BY = (
     ("energies.*", ("model", "calibration", "evaluation", "selection_samples", "evaluation_samples")),
-    ("energies.*", _names(DataSettings, LoadingSettings, EnergySettings)),
+    ("energies.*", tuple(name for name in _names(DataSettings, LoadingSettings, EnergySettings) if name != "stream")),
     ("spectrum.json", ("remove", *_names(SolvingSettings))),
     ("candidates.*", _names(ChoosingSettings)),
     ("evaluation.json", _names(TaskSettings)),

@@ -88,10 +88,11 @@ def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
 def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection) -> tuple[str, str]:
     """What was found in a sentence, and how it was chosen in another."""
     rise, spread = _rise(chosen, original)
-    faster = chosen.tokens_per_second / original.tokens_per_second
+    faster = chosen.times_as_fast(original)
+    speed = "" if faster is None else f" and runs {faster:.2f} times as fast"
     first = (
         f"Without {len(chosen.removed)} of its {original.num_blocks} blocks, {model} keeps "
-        f"{chosen.num_parameters / original.num_parameters:.0%} of its parameters and runs {faster:.2f} times as fast; "
+        f"{chosen.num_parameters / original.num_parameters:.0%} of its parameters{speed}; "
         f"its perplexity {'rises' if rise >= 0 else 'falls'} by {abs(rise):.1f}%{spread}."
     )
     second = (
@@ -104,13 +105,15 @@ def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Se
 def numbers_of(original: Evaluation, chosen: Evaluation) -> list[tuple[str, str]]:
     """What was removed, what it costs, what it saves."""
     rise, spread = _rise(chosen, original)
-    saved = 1 - chosen.num_bytes / original.num_bytes
-    return [
+    saved, faster = 1 - chosen.num_bytes / original.num_bytes, chosen.times_as_fast(original)
+    numbers = [
         (f"{len(chosen.removed)} blocks", f"removed: {ranges(chosen.removed)}"),
         (f"{rise:+.1f}%{spread}", f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}"),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(chosen.num_bytes, 'B')}"),
-        (f"{chosen.tokens_per_second / original.tokens_per_second:.2f}x", "tokens a second, reading a text"),
     ]
+    if faster is not None:
+        numbers.append((f"{faster:.2f}x", "tokens a second, reading a text"))
+    return numbers
 
 
 def _rise(row: Evaluation, original: Evaluation) -> tuple[float, str]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
 from ..data.calibration import load_calibration
 from ..energies import Energies, estimate_energies, load_energies
-from ..evaluation.perplexity import Evaluation, evaluate_models
+from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of
 from ..evaluation.scores import Score
 from ..files import write_json
-from ..model.loading import context_length, vocabulary_size
+from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
+from ..model.offload import is_offloaded
+from ..model.quality import loss, measured
+from ..model.tracing import trace_model
 from ..problem import Goal, Removal, RemovalProblem
 from ..progress import console
 from ..selection.result import Selection
@@ -220,18 +224,43 @@ def evaluate_removals(
     for candidate in compared:
         names.setdefault(candidate.removed, candidate.source)
 
-    models: dict[str, nn.Module] = {}
     sizes = []
-    for removed, name in names.items():
-        models[name] = remove_blocks(model, removed, copy=False) if removed else model
+    for removed in names:
         sizes.append(checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code))
 
-    measured = {}
-    evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
-    for removed, evaluation in zip(names, evaluations, strict=True):
-        measured[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
+    by_removal = {}
+    if is_offloaded(model):
+        evaluations = _in_one_sweep(config, model, names, sizes, samples)
+        for removed, evaluation in zip(names, evaluations, strict=True):
+            by_removal[removed] = replace(evaluation, removed=removed)
+    else:
+        models: dict[str, nn.Module] = {}
+        for removed, name in names.items():
+            models[name] = remove_blocks(model, removed, copy=False) if removed else model
+        evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
+        for removed, evaluation in zip(names, evaluations, strict=True):
+            by_removal[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
 
     rows = []
     for candidate in compared:
-        rows.append(replace(measured[candidate.removed], name=candidate.source, energy=candidate.energy))
+        rows.append(replace(by_removal[candidate.removed], name=candidate.source, energy=candidate.energy))
+    return rows
+
+
+def _in_one_sweep(
+    config: CompressConfig,
+    model: nn.Module,
+    names: Mapping[Removal, str],
+    sizes: Sequence[int],
+    samples: Sequence[Tensor],
+) -> list[Evaluation]:
+    """The rows of an offloaded model without some of its blocks, which need not be built for that; nothing is timed."""
+    values = measured(trace_model(model), list(names), samples, loss, batch_size=config.batch_size)[..., 0]
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    structure = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
+
+    rows = []
+    for (removed, name), losses, size in zip(names.items(), values, sizes, strict=True):
+        shortened = remove_blocks(structure, removed, copy=False) if removed else structure
+        rows.append(evaluation_of(name, shortened, torch.from_numpy(losses), samples, num_bytes=size))
     return rows

@@ -17,9 +17,8 @@ from ..files import replacing, write_json
 from ..lock import locked
 from ..model.batches import frozen, input_device
 from ..model.blocks import find_stack
-from ..model.loading import load_model
+from ..model.loading import load_model, local_folder
 from ..surgery.card import add_repair
-from ..surgery.checkpoint import local_folder
 from ..surgery.shards import layer_prefix
 from .report import RepairReport
 from .run import repair

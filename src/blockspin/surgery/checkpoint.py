@@ -15,11 +15,10 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import first_line
 from ..files import replacing, write_json
 from ..lock import locked
 from ..model.blocks import count_parameters, find_stack
-from ..model.loading import find_source, load_config, model_without_weights
+from ..model.loading import load_config, local_folder, model_without_weights
 from ..model.weights import (
     LoadingReport,
     WeightFile,
@@ -243,21 +242,3 @@ def _left_behind(folder: Path, read: Sequence[Path]) -> list[str]:
         if _holds_weights(file) and file not in [*read, *indices]:
             left.append(str(file.relative_to(folder)))
     return left
-
-
-def local_folder(source: str | Path) -> Path:
-    """The folder of a model; one from the hub is downloaded.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    source = find_source(source)
-    if Path(source).is_dir():
-        return Path(source)
-
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
-    except Exception as error:  # the hub client raises errors of many kinds
-        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
