@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +20,10 @@ from torch import Tensor
 from blockspin.energies import estimate_energies
 from blockspin.energies.removals import gauss_newton
 from blockspin.model.blocks import find_blocks, find_stack
+from blockspin.model.loading import load_model
 from blockspin.model.offload import OffloadedTensor, offloaded_tensors
 from blockspin.model.passes import removal_passes
+from blockspin.model.placement import resaving_folder
 from blockspin.model.spill import spilled_states
 from blockspin.model.streaming import BatchInSweep, streamed_passes
 from blockspin.model.tracing import TracedModel, trace_model
@@ -198,3 +203,51 @@ def test_full_disk_is_said_before_a_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
     with pytest.raises(ValueError, match=r"100 B free.*--batch-size.*TMPDIR"):
         next(streamed_passes(streamed, REMOVALS, random_samples(), memory_limit=0))
+
+
+def test_experts_are_written_anew_and_deleted_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers joins the experts of a layer; what it made of them has to lie somewhere."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    model = mixture_of_experts()
+    model.save_pretrained(tmp_path / "model")
+
+    streamed = load_model(tmp_path / "model", device_map="stream")
+    (folder,) = (tmp_path / "temporary").iterdir()
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert written > sum(p.nbytes for p in experts)
+    expected, found = outputs(trace_model(model), random_samples()), outputs(trace_model(streamed), random_samples())
+    for key, logits in expected.items():
+        assert torch.equal(found[key], logits)
+
+    # Nothing else refers to the model.
+    del streamed
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_full_disk_is_said_before_a_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture_of_experts().save_pretrained(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    with pytest.raises(ValueError, match=r"150 kB of weights .* 100 B free.*TMPDIR"):
+        load_model(tmp_path, device_map="stream")
+
+
+def test_folder_of_a_killed_process_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    left, used = tmp_path / f"blockspin-offload-abc-{ended}", tmp_path / f"blockspin-offload-abc-{os.getpid()}"
+    left.mkdir()
+    used.mkdir()
+    assert resaving_folder(0).is_dir()
+    assert not left.exists()
+    assert used.exists()
+
+
+def mixture_of_experts() -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = tf.MixtralConfig(**shape, num_key_value_heads=2, intermediate_size=24, num_local_experts=4)
+    model: tf.PreTrainedModel = tf.AutoModelForCausalLM.from_config(config).eval()
+    return model

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ..model.batches import frozen, make_batches
+from ..model.batches import Batch, frozen, make_batches
 from ..model.branches import followed
 from ..model.residual import patched_forward, stream_in, stream_of
 from ..model.streaming import walked
@@ -59,31 +59,48 @@ def measure_activations(
 def _activations(
     traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: int, progress: bool
 ) -> Activations:
-    number = traced.num_units
-    cosine = torch.zeros(number, dtype=torch.float64)  # sums over the tokens, in the end their means
-    ratio = torch.zeros(number, dtype=torch.float64)
-    angle = torch.zeros(number + 1, number + 1, dtype=torch.float64)
     batches = make_batches(samples, batch_size)
-    masks = [torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None] for batch in batches]  # (batch, length)
-    last: list[dict[int, Tensor]] = [{} for _ in batches]  # what enters unit i at the last token of each sample
-    place = 0  # of the batch that runs
+    sums = _Sums(traced, batches)
+    with ExitStack() as patches, torch.no_grad():
+        patches.enter_context(skipped(traced, removed))
+        patches.enter_context(frozen(traced.model))
+        for block, layer in enumerate(traced.layers):
+            patches.enter_context(patched_forward(layer, sums.watching(block, layer.forward)))
 
-    def watch(unit: int, entered: Tensor, left: Tensor, batch_dim: int) -> None:
-        lengths, length = batches[place].lengths, masks[place].shape[1]
-        before = _by_token(entered, batch_dim, length)  # (batch, length, width)
-        after = _by_token(left, batch_dim, length).to(before.device)
-        real = masks[place].to(before.device)
+        if traced.is_offloaded and traced.shares_passes:
+            for place in walked(traced, batches):
+                sums.place = place
+            for place in range(len(batches)):
+                sums.finish(place)
+        else:
+            for place, batch in enumerate(track(batches, "Activations", len(batches), show=progress)):
+                sums.place = place
+                batch.forward(traced.model)
+                sums.finish(place)
+    return sums.means()
 
-        norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
-        cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
-        ratio[unit] += _total(norm_after / norm_before, real)
 
-        rows = torch.arange(len(lengths))
-        last[place].setdefault(unit, before[rows, lengths - 1].cpu())
-        last[place][unit + 1] = after[rows, lengths - 1].cpu()
+class _Sums:
+    """What the units do to the hidden states, summed up while the blocks run.
 
-    def watching(block: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        units, batch_dim = traced.units_in[block], traced.traces[block].batch_dim
+    batches: what runs through them. place: of the batch that a block takes next, set by who runs the blocks.
+    """
+
+    def __init__(self, traced: TracedModel, batches: Sequence[Batch]) -> None:
+        self.traced, self.batches = traced, batches
+        self.place = 0
+
+        number = traced.num_units
+        self._cosine = torch.zeros(number, dtype=torch.float64)
+        self._ratio = torch.zeros(number, dtype=torch.float64)
+        self._angle = torch.zeros(number + 1, number + 1, dtype=torch.float64)
+
+        # Of each batch what enters unit i at the last token of each sample, (batch, width).
+        self._last: list[dict[int, Tensor]] = [{} for _ in batches]
+
+    def watching(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward pass of a block that also adds what its units do to the sums. run: its own."""
+        units, batch_dim = self.traced.units_in[block], self.traced.traces[block].batch_dim
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = stream_of(args, kwargs)
@@ -92,43 +109,50 @@ def _activations(
             # A block that is one unit is seen as a whole; one that is bypassed adds nothing.
             after = additions if len(additions) == len(units) else [stream_in(output)] * len(units)
             for unit, entered, left in zip(units, [stream, *after], after, strict=False):
-                watch(unit, entered, left, batch_dim)
+                self._add(unit, entered, left, batch_dim)
             return output
 
         return forward
 
-    def finish(place: int) -> None:
-        # Blocks that rest did not run: they leave the hidden states as they are.
-        for (unit, *_), trace in zip(traced.units_in, traced.traces, strict=True):
-            if trace.rests:
-                last[place][unit + 1] = last[place][unit]
-                cosine[unit] += batches[place].lengths.sum()
-                ratio[unit] += batches[place].lengths.sum()
+    def _add(self, unit: int, entered: Tensor, left: Tensor, batch_dim: int) -> None:
+        """Add what a unit does to the batch that runs."""
+        lengths, length = self.batches[self.place].lengths, self.batches[self.place].token_ids.shape[1]
+        before = _by_token(entered, batch_dim, length)  # (batch, length, width)
+        after = _by_token(left, batch_dim, length).to(before.device)
+        real = (torch.arange(length) < lengths[:, None]).to(before.device)  # (batch, length) False at padding
 
-        states = torch.stack([last[place][i] for i in range(number + 1)], dim=1)  # (batch, N+1, width)
+        norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
+        self._cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
+        self._ratio[unit] += _total(norm_after / norm_before, real)
+
+        rows, last = torch.arange(len(lengths)), self._last[self.place]
+        last.setdefault(unit, before[rows, lengths - 1].cpu())
+        last[unit + 1] = after[rows, lengths - 1].cpu()
+
+    def finish(self, place: int) -> None:
+        """Add the angles of a batch that all blocks have taken."""
+        lengths, last = self.batches[place].lengths, self._last[place]
+
+        # Blocks that rest did not run: they leave the hidden states as they are.
+        for (unit, *_), trace in zip(self.traced.units_in, self.traced.traces, strict=True):
+            if trace.rests:
+                last[unit + 1] = last[unit]
+                self._cosine[unit] += lengths.sum()
+                self._ratio[unit] += lengths.sum()
+
+        states = torch.stack([last[i] for i in range(self.traced.num_units + 1)], dim=1)  # (batch, N+1, width)
         directions = nn.functional.normalize(states.double(), dim=-1)
         angles = torch.arccos((directions @ directions.mT).clamp(-1, 1)) / np.pi  # (batch, N+1, N+1)
-        angle.add_(angles.sum(dim=0))
-        last[place].clear()
+        self._angle += angles.sum(dim=0)
+        last.clear()
 
-    with ExitStack() as patches, torch.no_grad():
-        patches.enter_context(skipped(traced, removed))
-        patches.enter_context(frozen(traced.model))
-        for block, layer in enumerate(traced.layers):
-            patches.enter_context(patched_forward(layer, watching(block, layer.forward)))
-
-        if traced.is_offloaded and traced.shares_passes:
-            for place in walked(traced, batches):  # noqa: B007 read by `watch`
-                pass
-            for done in range(len(batches)):
-                finish(done)
-        else:
-            for place, batch in enumerate(track(batches, "Activations", len(batches), show=progress)):
-                batch.forward(traced.model)
-                finish(place)
-
-    tokens = sum(map(len, samples))
-    return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
+    def means(self) -> Activations:
+        """Of all batches, which are finished: over the tokens, and of the angles over the samples."""
+        tokens = sum(int(batch.lengths.sum()) for batch in self.batches)
+        number = sum(len(batch.indices) for batch in self.batches)
+        return Activations(
+            (self._cosine / tokens).numpy(), (self._ratio / tokens).numpy(), (self._angle / number).numpy()
+        )
 
 
 def from_scores(problem: RemovalProblem, scores: ArrayLike, source: str) -> Candidate:
