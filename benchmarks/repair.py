@@ -1,103 +1,373 @@
 """What a repair brings back, beside the repairs that others propose: KL from the original on held-out text.
 
-For each removal: the plain shortened model, ReplaceMe (least squares, cosine), LinearPatch, Ghosted Layers and the
-repair, all fitted to the same text, and measured on held-out text of those kinds and of others. A
-row is printed, and appended to --out, as soon as it is there; a method whose row is in the file is not run again.
+Everything is fitted to conversations and novels, or to conversations alone, and measured on held-out documents of these
+kinds and of two others (Python enhancement proposals, code). The removals are block influence's, SLEB's and a random
+one of each size, and those that are named. A row is kept as soon as it is there, and what has one is not run again; the
+most important rows come first, and none begins after --seconds.
 
-    python benchmarks/repair.py MODEL --removals 3,12-15 5,13-18,26 --fit chat.jsonl novels.jsonl \\
-        --same held_out_chat.jsonl held_out_novels.jsonl --other code.jsonl --out repair.jsonl
+    python benchmarks/repair.py MODEL --chat conversations.jsonl.gz --calibration-text train.jsonl.xz \\
+        --text valid.jsonl.xz --removals 5,13-18,26 --device cuda --out repair.jsonl
+    python benchmarks/repair.py --table repair.jsonl
 
+--tiny tries the script itself: few tokens and two removals.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import lzma
+import math
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from blockspin.baselines import ghosted_layers, linear_patch, replaceme
+from blockspin import baselines
 from blockspin.config import parse_indices
-from blockspin.data.calibration import load_calibration
+from blockspin.data.calibration import row_to_text
+from blockspin.files import write_json
+from blockspin.model.batches import frozen, make_batches
+from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model, load_tokenizer
-from blockspin.model.quality import quality_of
+from blockspin.model.quality import kl
+from blockspin.problem import Removal, RemovalProblem
+from blockspin.repairs import aims
+from blockspin.repairs.report import RepairReport
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 
-Method = Callable[[nn.Module, nn.Module, list[Tensor]], Any]
+Repair = Callable[..., RepairReport | None]
 SEED = 42
-METHODS: dict[str, Method] = {
-    "plain": lambda shortened, original, samples: None,
-    "ReplaceMe": replaceme,
-    "ReplaceMe, cosine": partial(replaceme, cosine=True),
-    "LinearPatch": linear_patch,
-    "Ghosted Layers": ghosted_layers,
-    "repair": repair,
+LENGTH = 512  # tokens of a sample at most
+PIECE = 2400  # characters of a document that a sample is cut from
+HELD_OUT_EVERY = 8  # of the conversations, one is held out
+SCORED = 16  # samples that block influence and SLEB look at
+SCORED_LENGTH = 256  # their tokens
+SAME, OTHER = ("chat", "novel"), ("pep", "code")
+
+
+# Variants of the repair that docs/log.md tells about.
+
+
+def aiming(share: Callable[[float], float], *models_and_samples: Any, **options: Any) -> RepairReport:
+    """Another share of what the removed blocks add as the aim of a block's earlier additions."""
+
+    def after(aim: aims.Aim, addition: int) -> Tensor:
+        additions = len(aim.streams) - 1
+        if addition == additions - 1:
+            return aim.wanted
+        here, wanted = aim.streams[-1].float(), aim.wanted.float()
+        return aim.streams[addition + 1].float() + share((addition + 1) / additions) * (wanted - here)
+
+    with mock.patch.object(aims.Aim, "after", after):
+        return repair(*models_and_samples, **options)
+
+
+def nothing(*models_and_samples: Any, **options: Any) -> None:
+    """The plain shortened model."""
+
+
+OURS = "repair"
+OUTWARD = "out-projections only"
+BASELINES: dict[str, Repair] = {
+    "ReplaceMe": baselines.replaceme,
+    "ReplaceMe, cosine": partial(baselines.replaceme, cosine=True),
+    "LinearPatch": baselines.linear_patch,
+    "Ghosted Layers": baselines.ghosted_layers,
+}
+VARIANTS: dict[str, Repair] = {
+    "ridge 0.1": partial(repair, ridge=0.1),
+    "ridge 0.03": partial(repair, ridge=0.03),
+    "ridge 0.01": partial(repair, ridge=0.01),
+    "ridge 1": partial(repair, ridge=1.0),
+    "reading ridge 0.1": partial(repair, reading_ridge=0.1),
+    "reading ridge 0.001": partial(repair, reading_ridge=0.001),
+    "reading ridge 0.3": partial(repair, reading_ridge=0.3),
+    "aims share 0": partial(aiming, lambda share: 0.0),
+    "aims share 1": partial(aiming, lambda share: 1.0),
+}
+METHODS: dict[str, Repair] = {
+    "plain": nothing,
+    OURS: repair,
+    OUTWARD: partial(repair, reading_ridge=None),
+    **BASELINES,
+    **VARIANTS,
 }
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Every method on every removal."""
-    original = load_model(arguments.model, dtype="float32")
-    tokenizer = load_tokenizer(arguments.model)
+@dataclass(frozen=True)
+class Job:
+    """One row: a method on a removal, fitted to some text."""
 
-    def draw(files: list[str], samples_a_file: int) -> dict[str, list[Tensor]]:
-        drawn = {}
-        for file in files:
-            drawn[Path(file).stem] = load_calibration(
-                file, tokenizer, num_samples=samples_a_file, max_length=arguments.length, seed=SEED, progress=False
-            )
+    removed: Removal
+    method: str
+    kinds: tuple[str, ...]
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        return f"{ranges(self.removed)} | {self.method} | {'+'.join(self.kinds)} | {self.tokens}"
+
+
+@dataclass
+class Texts:
+    """Token samples by kind, drawn from pieces of documents.
+
+    pieces: kind -> texts in random order; tokenizer: the model's.
+    """
+
+    pieces: Mapping[str, Sequence[str]]
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    made: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def samples(self, kind: str) -> Iterator[Tensor]:
+        """(tokens,) each, as many as there are."""
+        made = self.made[kind]
+        for number, text in enumerate(self.pieces[kind]):
+            if number == len(made):
+                ids = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.length)
+                made.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
+            yield made[number]
+
+    def first(self, kind: str, number: int) -> list[Tensor]:
+        """So many samples."""
+        return [sample for sample, _ in zip(self.samples(kind), range(number), strict=False)]
+
+    def tokens(self, kinds: Sequence[str], number: int) -> list[Tensor]:
+        """Samples of so many tokens, as many of each kind."""
+        drawn: list[Tensor] = []
+        for kind in kinds:
+            left = number // len(kinds)
+            for sample in self.samples(kind):
+                if left < 2:
+                    break
+                drawn.append(sample[:left])
+                left -= len(drawn[-1])
+            if left >= LENGTH:
+                print(f"{kind}: {left} tokens of {number // len(kinds)} are missing")
         return drawn
 
-    fitted_to = draw(arguments.fit, arguments.tokens // len(arguments.fit) // arguments.length)
-    samples = [sample for kind in fitted_to.values() for sample in kind]
-    held_out = draw([*arguments.same, *arguments.other], arguments.held_out)
-    done = finished(arguments.out)
-    for removal in arguments.removals:
-        removed = parse_indices(removal)
-        for name in arguments.methods:
-            if (ranges(removed), name) in done:
-                continue
-            shortened = remove_blocks(original, removed, copy=False)
-            start = time.perf_counter()
-            METHODS[name](shortened, original, samples)
-            row: dict[str, Any] = {
-                "removed": ranges(removed),
-                "method": name,
-                "tokens": sum(map(len, samples)),
-                "seconds": round(time.perf_counter() - start),
-            }
-            for kind, texts in held_out.items():
-                row[kind] = round(quality_of(shortened, original, texts).kl, 4)
-            print(json.dumps(row), flush=True)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+
+def rows_of(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, compressed or not."""
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    with opened(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
-def finished(path: Path) -> set[tuple[str, str]]:
-    """The removals and methods that have a row."""
-    if not path.exists():
-        return set()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(row["removed"], row["method"]) for row in rows}
+def read(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, Texts]:
+    """The text to fit to, and that held out, of other documents."""
+    fit: dict[str, list[str]] = defaultdict(list)
+    held_out: dict[str, list[str]] = defaultdict(list)
+    for number, row in enumerate(rows_of(arguments.chat)):
+        side = held_out if number % HELD_OUT_EVERY == 0 else fit
+        side["chat"].append(row_to_text(row, tokenizer))
+    for path, side in ((arguments.calibration_text, fit), (arguments.text, held_out)):
+        for row in rows_of(path):
+            text = row["text"]
+            side[row["source"]] += [text[i : i + PIECE] for i in range(0, len(text) - PIECE // 2, PIECE)]
+
+    generator = np.random.default_rng(arguments.seed)
+    for side in (fit, held_out):
+        for pieces in side.values():
+            generator.shuffle(pieces)
+    length = arguments.length
+    return Texts(fit, tokenizer, length), Texts(held_out, tokenizer, length)
+
+
+def divergences(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int) -> list[float]:
+    """KL(original || model) on each sample, nats a token."""
+    values = torch.zeros(len(samples), dtype=torch.float64)
+    with frozen(model), frozen(original), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            values[list(batch.indices)] = kl(batch.forward(model), batch.forward(original), batch)[:, 0]
+    return [round(value, 5) for value in values.tolist()]
+
+
+def removals(arguments: argparse.Namespace, original: nn.Module, texts: Texts) -> dict[str, Removal]:
+    """Name -> removal: the named ones, block influence's, SLEB's and a random one of each size; kept in a file."""
+    path = arguments.out.with_suffix(".removals.json")
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Removal] = {}
+    for text in arguments.removals:
+        removed = parse_indices(text)
+        found[f"named, {len(removed)}: {text}"] = removed
+
+    depth = len(find_stack(original).layers)
+    half = SCORED // 2
+    samples = [sample[:SCORED_LENGTH] for kind in SAME for sample in texts.first(kind, half)]
+    activations = baselines.measure_activations(original, samples)
+    generator = np.random.default_rng(arguments.seed)
+    for size in arguments.sizes:
+        problem = RemovalProblem(np.eye(depth), size)
+        found[f"block influence, {size}"] = baselines.block_influence(problem, activations).removed
+        found[f"random, {size}"] = tuple(sorted(generator.permutation(np.arange(1, depth - 1))[:size].tolist()))
+        name = f"SLEB, {size}"
+        if arguments.sleb and name not in kept:
+            kept[name] = baselines.sleb(original, samples, problem, batch_size=SCORED).removed
+            write_json(path, kept)
+        if name in kept:
+            found[name] = tuple(kept[name])
+    write_json(path, {name: list(removed) for name, removed in found.items()})
+    return found
+
+
+def jobs(arguments: argparse.Namespace, found: Mapping[str, Removal]) -> list[Job]:
+    """All rows, the most important ones first."""
+    most = max(arguments.tokens)
+    named = [removed for name, removed in found.items() if name.startswith("named")]
+    influence = [removed for name, removed in found.items() if name.startswith("block influence")]
+    main = [removed for removed in (*named, *influence) if len(removed) >= arguments.sizes[0]]
+    main.sort(key=lambda removed: (len(removed) != 8, -len(removed)))  # 8 blocks first, then more, then fewer
+    tried = list(dict.fromkeys([main[0], *influence[-1:]]))  # what variants are tried on
+
+    listed = [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS, OUTWARD)]
+    listed += [Job(removed, name, SAME, most) for name in VARIANTS for removed in tried]
+    listed += [Job(removed, name, SAME, most) for removed in main for name in BASELINES]
+    fewer = [tokens for tokens in reversed(arguments.tokens) if tokens != most]
+    listed += [Job(removed, OURS, SAME, tokens) for removed in tried for tokens in fewer]
+    for kinds in (("chat",), (*SAME, "pep"), (*SAME, "code")):
+        listed += [Job(removed, OURS, kinds, most) for removed in tried]
+    for tokens in fewer:
+        names = (OUTWARD, "ridge 1", "ridge 0.1", "reading ridge 0.1", *BASELINES)
+        listed += [Job(removed, name, SAME, tokens) for name in names for removed in tried]
+    rest = [removed for removed in found.values() if removed not in main]
+    listed += [Job(removed, name, SAME, most) for removed in rest for name in ("plain", OURS, *BASELINES)]
+    return list(dict.fromkeys(listed))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Every row that is missing, until the time is up."""
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(arguments.model)
+    original = load_model(arguments.model, dtype=arguments.dtype).to(arguments.device)
+    texts, held_out = read(arguments, tokenizer)
+    measured_on = {kind: held_out.first(kind, arguments.held_out) for kind in (*SAME, *OTHER)}
+    done = {row["key"] for row in load(arguments.out)}
+    listed = jobs(arguments, removals(arguments, original, texts))
+    for number, job in enumerate(listed):
+        if time.perf_counter() - started > arguments.seconds:
+            print(f"{len(listed) - number} rows are left; run again to continue")
+            break
+        if job.key in done:
+            continue
+
+        row = measured(job, original, texts, measured_on, arguments)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        means = {kind: round(float(np.mean(values)), 3) for kind, values in row["kl"].items()}
+        print(f"{time.perf_counter() - started:5.0f} s  {job.key}: {means}, {row['seconds']:.1f} s", flush=True)
+
+
+def measured(
+    job: Job,
+    original: nn.Module,
+    texts: Texts,
+    measured_on: Mapping[str, Sequence[Tensor]],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One row."""
+    samples = [] if job.method == "plain" else texts.tokens(job.kinds, job.tokens)
+    shortened = remove_blocks(original, job.removed, copy=False)
+    start = time.perf_counter()
+    report = METHODS[job.method](shortened, original, samples, batch_size=arguments.batch_size)
+    row: dict[str, Any] = {
+        "key": job.key,
+        "removed": ranges(job.removed),
+        "method": job.method,
+        "kinds": "+".join(job.kinds),
+        "tokens": sum(map(len, samples)),
+        "seconds": time.perf_counter() - start,
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "dtype": arguments.dtype,
+    }
+    if report is not None:
+        row |= {"passes": report.passes, "kept": sum(step.kept for step in report.steps), "steps": len(report.steps)}
+    row["kl"] = {
+        kind: divergences(shortened, original, samples, arguments.batch_size) for kind, samples in measured_on.items()
+    }
+    return row
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def share(values: Sequence[float], plain: Sequence[float]) -> tuple[float, float]:
+    """The ratio of two means over the same samples, and its standard error (Cochran, Sampling Techniques, eq. 2.47)."""
+    ours, theirs = np.array(values), np.array(plain)
+    ratio = ours.mean() / theirs.mean()
+    error = (ours - ratio * theirs).std(ddof=1) / theirs.mean() / math.sqrt(len(ours))
+    return float(ratio), float(error)
+
+
+def table(path: Path) -> str:
+    """The rows as Markdown: KL on each kind, and as shares of the plain model's."""
+    rows = load(path)
+    plain = {row["removed"]: row["kl"] for row in rows if row["method"] == "plain"}
+    lines = [
+        f"| removed | method | text | tokens | {' | '.join((*SAME, *OTHER))} | same kinds | other kinds | passes | s |",
+        "|---" * (8 + len(SAME) + len(OTHER)) + "|",
+    ]
+    for row in rows:
+        cells = [row["removed"], row["method"], row["kinds"], f"{row['tokens']:,}"]
+        cells += [f"{np.mean(row['kl'][kind]):.3f}" for kind in (*SAME, *OTHER)]
+        if row["removed"] in plain:
+            for kinds in (SAME, OTHER):
+                ours, theirs = (
+                    [values for kind in kinds for values in kls[kind]] for kls in (row["kl"], plain[row["removed"]])
+                )
+                ratio, error = share(ours, theirs)
+                cells.append(f"{ratio:.3f} ±{error:.3f}")
+        cells += [f"{row.get('passes', 0):.1f}", f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2", help="hub id, folder, or smollm2")
+    parser.add_argument("--chat", help="conversations, for fitting and, one of eight, held out")
+    parser.add_argument("--calibration-text", help="rows with text and source (novel, ...), for fitting")
+    parser.add_argument("--text", help="the same of other documents, held out")
+    parser.add_argument("--removals", nargs="*", default=["5,13-18,26"], help="blocks, besides the methods' choices")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 12], help="blocks that the methods choose")
+    parser.add_argument("--no-sleb", dest="sleb", action="store_false", help="leave SLEB's choices out")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 250_000], help="to fit to")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most")
+    parser.add_argument("--held-out", type=int, default=48, help="samples of each held-out kind")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins after so long")
+    parser.add_argument("--seed", type=int, default=SEED, help="draws the text and the random removals")
+    parser.add_argument("--tiny", action="store_true", help="few tokens and one size, to try the script")
+    parser.add_argument("--out", type=Path, default=Path("repair.jsonl"))
+    parser.add_argument("--table", type=Path, help="print the rows of this file and end")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.table))
+        return
+    if arguments.tiny:
+        arguments.sizes, arguments.tokens, arguments.held_out = [8], [4096, 8192], 2
+        arguments.length, arguments.sleb = 64, False
+    run(arguments)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="hub id or folder")
-    parser.add_argument("--removals", nargs="+", required=True, help="blocks: 3,12-15")
-    parser.add_argument("--fit", nargs="+", required=True, help="texts to fit to, in equal shares")
-    parser.add_argument("--same", nargs="+", default=[], help="held-out texts of the same kinds")
-    parser.add_argument("--other", nargs="+", default=[], help="held-out texts of other kinds")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens to fit to, at most")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sample at most")
-    parser.add_argument("--held-out", type=int, default=16, help="samples of each held-out text")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("repair.jsonl"))
-    run(parser.parse_args())
+    main()

@@ -319,7 +319,7 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     evaluation_samples: int = setting("Samples of the report.", 128, least=1)
-    repair: bool = setting("Give out-projections of the kept blocks new weights, in closed form.", True)
+    repair: bool = setting("Give linear maps of the kept blocks new weights, in closed form.", True)
     distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:

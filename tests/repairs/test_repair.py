@@ -14,13 +14,16 @@ from tiny import tiny_config, tiny_random_model
 from torch import nn
 
 from blockspin.model.batches import make_batches, mean_loss
+from blockspin.model.blocks import find_stack
 from blockspin.model.quality import quality_of
 from blockspin.model.tracing import trace_model
 from blockspin.repairs import run
+from blockspin.repairs.aims import Aim, aims_at
 from blockspin.repairs.finished import FinishedBlocks
 from blockspin.repairs.fitting import Fitting, Text
 from blockspin.repairs.least_squares import NormalEquations
-from blockspin.repairs.projections import find_projections
+from blockspin.repairs.projections import find_projections, matrix
+from blockspin.repairs.readings import find_readings
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 
@@ -37,6 +40,26 @@ HYBRIDS = {
     "falcon": [["self_attention.dense", "mlp.dense_4h_to_h"]],
     "qwen2_moe": [["self_attn.o_proj"]],  # its shared expert is weighed by a gate
 }
+READINGS = {
+    "llama": [
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", 0, False),
+        (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", 1, False),
+    ],
+    "phi3": [
+        (("self_attn.qkv_proj",), "input_layernorm", 0, False),
+        (("mlp.gate_up_proj",), "post_attention_layernorm", 1, False),
+    ],
+    "qwen2": [
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", 0, True),
+        (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", 1, False),
+    ],
+    "gpt2": [(("attn.c_attn",), "ln_1", 0, True), (("mlp.c_fc",), "ln_2", 1, True)],
+    "gpt_neox": [
+        (("attention.query_key_value",), "input_layernorm", 0, True),
+        (("mlp.dense_h_to_4h",), "post_attention_layernorm", 0, True),
+    ],
+}
+GEMMA_READS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 REPAIRED = {"llama": 2, "gpt2": 2, "gpt_neox": 2, "mamba2": 2, "jamba": 0, "nemotron_h": 0, "deepseek_v3": 2}
 
 
@@ -63,6 +86,13 @@ def test_out_projections_are_found(name: str) -> None:
     for found in find_projections(trace_model(tiny_model(name))):
         assert [(projection.name, projection.addition) for projection in found] == PROJECTIONS[name]
         assert all(projection.factor == pytest.approx(1, rel=1e-5) for projection in found)
+
+
+@pytest.mark.parametrize("name", list(READINGS))
+def test_in_projections_are_found(name: str) -> None:
+    for found in find_readings(trace_model(tiny_model(name))):
+        expected = READINGS[name]
+        assert [(reading.names, reading.norm, reading.additions, reading.has_bias) for reading in found] == expected
 
 
 @pytest.mark.parametrize("name", list(HYBRIDS))
@@ -147,6 +177,39 @@ def test_the_first_changes_are_least_squares_on_gathered_activations() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "norm", "reader"), [("llama", "input_layernorm", "self_attn.k_proj"), ("gpt2", "ln_1", "attn.c_attn")]
+)
+def test_in_projections_get_the_least_squares_map_in_front(name: str, norm: str, reader: str) -> None:
+    """Block 2 of 4 is gone: block 3 should read what it reads in the original."""
+    original, samples = tiny_model(name), random_text(60)
+    smaller = remove_blocks(original, [2])
+    held_out = Text(samples, 8, 0).held_out
+    fitted = [sample for sample in samples if not any(sample is other for other in held_out)]
+    report = repair(smaller, original, samples, reading_ridge=0.1)
+    assert next(step.kept for step in report.steps if (step.block, step.projection) == (3, reader))
+
+    def read(model: Any, position: int) -> tuple[nn.Module, torch.Tensor]:
+        layer = find_stack(model).layers[position]
+        seen: list[torch.Tensor] = []
+        handle = layer.get_submodule(norm).register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        with torch.no_grad():
+            for sample in fitted:
+                model(input_ids=sample[None])
+        handle.remove()
+        return layer.get_submodule(reader), torch.cat(seen).double()
+
+    (new, ours), (old, theirs) = read(smaller, 2), read(original, 3)
+    roots = 1 / theirs.norm(dim=1, keepdim=True)
+    inputs = ours if new.bias is None else torch.cat([ours, torch.ones(len(ours), 1)], 1)
+    rows = inputs * roots
+    penalty = torch.diag((0.1 * rows.square().sum(0)).sqrt())
+    sides = torch.cat([(theirs - ours) * roots, torch.zeros(len(penalty), ours.shape[1])])
+    solution = torch.linalg.lstsq(torch.cat([rows, penalty]), sides).solution
+    change = solution @ matrix(old)[: ours.shape[1]].double()
+    torch.testing.assert_close(matrix(new).double(), matrix(old).double() + change, rtol=1e-3, atol=1e-4)
+
+
 def test_what_can_be_recovered_exactly_is() -> None:
     """Block 2 repeats the hidden activations of block 1, which adds nothing; its down projection moves to block 1."""
     original = tiny_model("llama")
@@ -192,12 +255,12 @@ def test_where_it_does_not_help_nothing_changes(monkeypatch: pytest.MonkeyPatch)
     original = tiny_model("llama")
     smaller = remove_blocks(original, [1])
     before = weights_of(smaller)
-    aims = run._aims
 
-    def misleading(*arguments: Any) -> Any:
-        return [[-aim for aim in additions] for additions in aims(*arguments)]
+    def misleading(*arguments: Any) -> list[Aim]:
+        aims = aims_at(*arguments)
+        return [Aim(tuple(-stream for stream in aim.streams), -aim.wanted) for aim in aims]
 
-    monkeypatch.setattr(run, "_aims", misleading)
+    monkeypatch.setattr(run, "aims_at", misleading)
     report = repair(smaller, original, random_text(64))
     assert report.undone
     assert report.kl_after == report.kl_before
@@ -259,10 +322,22 @@ def test_a_model_without_out_projections_is_left_alone() -> None:
     original = tiny_model("gemma2")
     smaller = remove_blocks(original, [1])
     before = weights_of(smaller)
-    report = repair(smaller, original, random_text())
+    report = repair(smaller, original, random_text(), reading_ridge=None)
     assert report.steps == ()
     assert report.untouched == (0, 2, 3)
     assert same(before, weights_of(smaller))
+
+
+def test_in_projections_alone_are_repaired_where_norms_follow_the_others() -> None:
+    original = tiny_model("gemma2")
+    smaller = remove_blocks(original, [1])
+    before = weights_of(smaller)
+    report = repair(smaller, original, random_text(64))
+    changed = {name for name, tensor in weights_of(smaller).items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert changed <= {f"model.layers.{i}.{name}.weight" for i in (1, 2) for name in GEMMA_READS}
+    assert report.kl_after < report.kl_before
+    assert report.untouched == (0, 2, 3)
 
 
 def test_experts_are_left_alone_and_that_is_said() -> None:

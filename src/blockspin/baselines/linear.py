@@ -61,7 +61,7 @@ def replaceme(
             transform = _least_cosine_distance(cut.branch, before, cut.wanted)
         else:
             transform = _least_squares(cut.branch, cut.wanted - before)
-        old = matrix(cut.projection)  # (inputs, width)
+        old = matrix(cut.projection).float()  # (inputs, width)
         change(cut.projection, old @ transform - old)
 
     _mend_cuts(shortened, original, samples, batch_size, mend)
@@ -73,7 +73,7 @@ def ghosted_layers(
     """Ghosted Layers (arXiv 2605.15491): a linear module in the place of the removed blocks, by least squares."""
 
     def mend(cut: Cut) -> Tensor:
-        return torch.eye(cut.left.shape[1]) + _least_squares(cut.left, cut.wanted - cut.left)
+        return torch.eye(cut.left.shape[1], device=cut.left.device) + _least_squares(cut.left, cut.wanted - cut.left)
 
     _mend_cuts(shortened, original, samples, batch_size, mend)
 
@@ -87,7 +87,7 @@ def linear_patch(shortened: nn.Module, original: nn.Module, samples: Sequence[Te
     """
 
     def mend(cut: Cut) -> Tensor:
-        rotation = _rotation(cut.left.shape[1])
+        rotation = _rotation(cut.left.shape[1]).to(cut.left.device)
         scale = (cut.wanted @ rotation).abs().mean(0) / (cut.left @ rotation).abs().mean(0)
         return rotation * scale @ rotation.T
 
@@ -119,39 +119,44 @@ def _mend_cuts(
 
         name, layer = projections[position][-1].name, ours.layer
         projection = layer.get_submodule(name)
-        inputs, left, wanted = [], [], []
+        branches, left, wanted = [], [], []
         for number, batch in enumerate(batches):
             filled = (torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]).flatten()
             seen = ours.look(number, [name])
-            inputs.append(with_constant(projection, seen.inputs[name].flatten(0, -2))[filled])
-            left.append(seen.additions[-1].flatten(0, 1)[filled])
-            wanted.append(theirs.streams[number].flatten(0, 1)[filled])
-        branch = torch.cat(inputs) @ matrix(projection) * projections[position][-1].factor
+            rows = with_constant(projection, seen.inputs[name].flatten(0, -2))[filled]  # (tokens, inputs)
+            branches.append((rows @ matrix(projection)).float() * projections[position][-1].factor)
+            left.append(seen.additions[-1].flatten(0, 1)[filled].float())
+            wanted.append(theirs.streams[number].flatten(0, 1)[filled].to(rows.device).float())
 
-        after = mend(Cut(layer, projection, branch, torch.cat(left), torch.cat(wanted)))
+        after = mend(Cut(layer, projection, torch.cat(branches), torch.cat(left), torch.cat(wanted)))
         ours.step()
         if after is not None:
-            ours.streams = [stream @ after for stream in ours.streams]
+            ours.streams = [_multiplied(stream, after) for stream in ours.streams]
             layer.register_forward_hook(_multiplying(after))
 
 
 def _multiplying(after: Tensor) -> Callable[..., Any]:
     def hook(layer: nn.Module, args: Any, output: Any) -> Any:
-        return with_stream(output, stream_in(output) @ after)
+        return with_stream(output, _multiplied(stream_in(output), after))
 
     return hook
 
 
+def _multiplied(stream: Tensor, after: Tensor) -> Tensor:
+    """A stream (batch, length, width) times a map, in the dtype and on the device of the stream."""
+    return (stream.float() @ after.to(stream.device)).to(stream.dtype)
+
+
 def _least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
     """The map (width, width) from inputs to outputs, (tokens, width) each."""
-    sums = NormalEquations(inputs.shape[1], outputs.shape[1])
-    sums.add(inputs, outputs, torch.ones(len(inputs)))
+    sums = NormalEquations(inputs.shape[1], outputs.shape[1], inputs.device)
+    sums.add(inputs, outputs, torch.ones(len(inputs), device=inputs.device))
     return sums.solution(_RIDGE).float()
 
 
 def _least_cosine_distance(branch: Tensor, before: Tensor, wanted: Tensor) -> Tensor:
     """The T of least mean cosine distance between branch @ T + before and wanted, by Adam from the identity."""
-    transform = torch.eye(branch.shape[1], requires_grad=True)
+    transform = torch.eye(branch.shape[1], device=branch.device, requires_grad=True)
     optimiser = torch.optim.Adam([transform], lr=_LEARNING_RATE)
     steps = math.ceil(len(branch) / _TOKENS_A_STEP) * _EPOCHS
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)

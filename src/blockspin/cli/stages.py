@@ -186,7 +186,7 @@ def repair(
     loading: LoadingSettings,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Samples of the text.")] = 128,
 ) -> None:
-    """Give the out-projections of a shortened model new weights, in closed form, so that it follows the original.
+    """Give linear maps of a shortened model new weights, in closed form, so that it follows the original.
 
     Run the same command again to continue a repair that was cut off.
 

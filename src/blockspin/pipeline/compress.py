@@ -54,7 +54,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     spectrum.json         the lowest-energy removals, and what is proven of them
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for from_pretrained of the class that opens the original
-    repaired/             unless `repair` is off: the same with new weights in the out-projections
+    repaired/             unless `repair` is off: the same with new weights in linear maps
     distilled/            with `distill`: the smaller model after training with the original as its teacher
     evaluation.json       original, ground state, chosen state and a random removal on text not used before
     report.html           all of it as one page

@@ -31,7 +31,9 @@ FLOAT = 4  # bytes
 LOGIT_COPIES = 3  # of a batch, in float32, while a loss is computed
 SECANT_POSITIONS = 64  # tokens of a sample whose logits are kept for every block
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
-REPAIRING = 4  # a repair of two out-projections a block, with its sums, in passes of the shortened model
+REPAIRING = (
+    5  # a repair of two out-projections and what reads the stream, with the sums, in passes of the shortened model
+)
 TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 
 

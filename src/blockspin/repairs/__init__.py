@@ -1,1 +1,1 @@
-"""Closed-form repair after a removal: new weights for the out-projections of the kept blocks."""
+"""Closed-form repair after a removal: new weights for linear maps of the kept blocks."""

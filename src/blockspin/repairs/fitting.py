@@ -1,4 +1,4 @@
-"""Fits the out-projections of a block, one after another, to what the residual stream lacks."""
+"""Fits the linear maps of a block, one after another, to what the residual stream lacks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model.batches import Batch, make_batches
+from ..model.batches import Batch, frozen, make_batches
+from ..model.tracing import TracedModel
+from .aims import Aim
 from .least_squares import Fit, NormalEquations, solve
-from .projections import Projection, change, num_inputs, with_constant
+from .projections import Projection, change, find_projections, matrix, num_inputs, with_constant
+from .readings import Reading, find_readings
 from .report import Step
 from .walk import Walk
 
@@ -60,56 +63,147 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """The shortened model while its out-projections are changed one after another.
+class Maps:
+    """The linear maps of a block that a repair may change.
 
-    walk: where it is. projections: of every block. ridge: see `NormalEquations.solution`.
+    projections: those whose output is added to the stream. readings: those that read it.
+    """
+
+    projections: Sequence[Projection]
+    readings: Sequence[Reading]
+
+    @property
+    def names(self) -> list[str]:
+        """Inside the block."""
+        found = [projection.name for projection in self.projections]
+        for reading in self.readings:
+            found += reading.names
+        return found
+
+
+def find_maps(traced: TracedModel) -> list[Maps]:
+    """The maps of every block.
+
+    Raises:
+        ValueError: the weights of one are quantised.
+    """
+    found = []
+    for projections, readings in zip(find_projections(traced), find_readings(traced), strict=True):
+        outward = {projection.name for projection in projections}
+        inward = [reading for reading in readings if not outward.intersection(reading.names)]
+        found.append(Maps(projections, inward))
+    return found
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The shortened model while its linear maps are changed one after another.
+
+    walk: where it is. maps: of every block. ridge, reading_ridge: see `NormalEquations.solution`, for the maps whose
+    output is added to the stream and for those that read it; None leaves the latter alone.
     """
 
     walk: Walk
-    projections: Sequence[Sequence[Projection]]
+    maps: Sequence[Maps]
     text: Text
     ridge: float
+    reading_ridge: float | None
 
-    def refit(self, block: int, aims: Sequence[Sequence[Tensor]]) -> list[Step]:
-        """Change the out-projections of the block where the walk is, each if that helps on held-out text.
+    def refit(self, block: int, aims: Sequence[Aim]) -> list[Step]:
+        """Change the maps of the block where the walk is, in the order in which they run, each if that helps on
+        held-out text.
 
-        block: its index in the original. aims: for each batch what the residual stream should be after each addition,
-        (batch, length, width).
+        block: its index in the original. aims: for each batch.
 
         Raises:
             ValueError: a hidden state is not finite.
         """
-        steps = []
-        for projection in self.projections[self.walk.block]:
-            fit = self._fit(projection, [additions[projection.addition] for additions in aims])
-            if fit.helps:
-                change(self.walk.layer.get_submodule(projection.name), fit.solution)
-            steps.append(Step(block, projection.name, fit.before, fit.after, fit.helps))
+        maps, steps = self.maps[self.walk.block], []
+        for addition in range(len(aims[0].streams) - 1):
+            for reading in maps.readings:
+                if reading.additions == addition and self.reading_ridge is not None:
+                    steps += self._refit_reading(block, reading, aims, self.reading_ridge)
+            for projection in maps.projections:
+                if projection.addition == addition:
+                    steps.append(self._refit_projection(block, projection, aims))
         return steps
 
-    def _fit(self, projection: Projection, aims: Sequence[Tensor]) -> Fit:
-        """The change of an out-projection, in the shape that `projections.change` takes."""
+    def _refit_projection(self, block: int, projection: Projection, aims: Sequence[Aim]) -> Step:
+        """Let an out-projection bring what the stream lacks after its addition."""
         module = self.walk.layer.get_submodule(projection.name)
-        device = next(module.parameters()).device
-        shape = (num_inputs(module), aims[0].shape[-1])
-        train, held_out = NormalEquations(*shape, device), NormalEquations(*shape, device)
-
-        for number, batch in enumerate(self.text.batches):
+        sums = self._sums(num_inputs(module), aims)
+        for number, aim in enumerate(aims):
             seen = self.walk.look(number, [projection.name])
             stream = seen.additions[projection.addition].float()  # (batch, length, width)
-            aim = aims[number].to(stream.device).float()
-            missing = ((aim - stream) / projection.factor).flatten(0, 1)  # (tokens, width)
-            weights = 1 / aim.flatten(0, 1).square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+            wanted = aim.after(projection.addition).to(stream.device).float()
             inputs = with_constant(module, seen.inputs[projection.name].flatten(0, -2))  # (tokens, inputs)
+            missing = ((wanted - stream) / projection.factor).flatten(0, 1)  # (tokens, width)
+            self._add(sums, number, inputs, missing, wanted.flatten(0, 1))
 
-            for part, mask in zip((train, held_out), self.text.masks(batch), strict=True):
-                rows = (mask if self.walk.batch_dim == 0 else mask.T).flatten().to(device)
-                part.add(inputs[rows], missing[rows], weights[rows])
+        fit = self._solved(sums, self.ridge)
+        if fit.helps:
+            change(module, fit.solution)
+        return Step(block, projection.name, fit.before, fit.after, fit.helps)
 
-        if not all(math.isfinite(part.square) and bool(part.gram.isfinite().all()) for part in (train, held_out)):
+    def _refit_reading(self, block: int, reading: Reading, aims: Sequence[Aim], ridge: float) -> list[Step]:
+        """Let in-projections see, by a linear map in front of them, what they see in the original."""
+        layer = self.walk.layer
+        modules = [layer.get_submodule(name) for name in reading.names]
+        device = next(layer.parameters()).device
+        sums = self._sums(aims[0].wanted.shape[-1] + reading.has_bias, aims)
+        for number, aim in enumerate(aims):
+            ours, theirs = self._read(reading, number).to(device), aim.streams[reading.additions].to(device)
+            with frozen(layer), torch.no_grad():
+                seen = reading.of(layer, ours).flatten(0, 1)  # (tokens, width)
+                wanted = reading.of(layer, theirs).flatten(0, 1).float()
+            inputs = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1) if reading.has_bias else seen
+            self._add(sums, number, inputs, wanted - seen.float(), wanted)
+
+        fit = self._solved(sums, ridge)
+        if fit.before == 0:  # before the first cut, where the maps see what they see in the original
+            return []
+        for module in modules if fit.helps else []:
+            change(module, _in_front(fit.solution, module, reading.has_bias))
+        return [Step(block, name, fit.before, fit.after, fit.helps) for name in reading.names]
+
+    def _read(self, reading: Reading, number: int) -> Tensor:
+        """The stream that in-projections read, (batch, length, width)."""
+        if not reading.additions:
+            return self.walk.streams[number]
+        return self.walk.look(number).additions[reading.additions - 1]
+
+    def _sums(self, inputs: int, aims: Sequence[Aim]) -> tuple[NormalEquations, NormalEquations]:
+        """Empty sums, for the tokens to fit to and for those held out."""
+        device = next(self.walk.layer.parameters()).device
+        width = aims[0].wanted.shape[-1]
+        return NormalEquations(inputs, width, device), NormalEquations(inputs, width, device)
+
+    def _add(
+        self, sums: tuple[NormalEquations, NormalEquations], number: int, inputs: Tensor, missing: Tensor, aim: Tensor
+    ) -> None:
+        """Count the tokens of a batch in, each by one over the square of its aim; tensors are (tokens, ...)."""
+        weights = 1 / aim.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        for part, mask in zip(sums, self.text.masks(self.text.batches[number]), strict=True):
+            rows = (mask if self.walk.batch_dim == 0 else mask.T).flatten().to(inputs.device)
+            part.add(inputs[rows], missing[rows], weights[rows])
+
+    def _solved(self, sums: tuple[NormalEquations, NormalEquations], ridge: float) -> Fit:
+        if not all(math.isfinite(part.square) and bool(part.gram.isfinite().all()) for part in sums):
             raise ValueError(
                 f"the hidden states at block {self.walk.block} of the shortened model are not finite; check the "
                 "weights, or load the models in a wider dtype (--dtype float32)"
             )
-        return solve(train, held_out, self.ridge)
+        return solve(*sums, ridge)
+
+
+def _in_front(solution: Tensor, module: nn.Module, with_bias: bool) -> Tensor:
+    """The change of a map (inputs, outputs) that sees x + x D instead of x, in the shape that `change` takes.
+
+    solution: D, (width, width); with_bias: and a last row that is added to each x.
+    """
+    rows = matrix(module).to(solution)
+    width = solution.shape[1]
+    step = solution @ rows[:width]  # (width or width + 1, outputs)
+    if module.bias is not None and not with_bias:
+        step = torch.cat([step, torch.zeros_like(step[:1])])
+    return step

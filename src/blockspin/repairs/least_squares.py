@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.3  # of each input's own square; see docs/repair.md
+READING_RIDGE = 0.01  # the same for maps that read the stream
 _CHUNK = 4096  # tokens multiplied at once
 
 

@@ -17,7 +17,7 @@ from ..model.branches import followed, noise_like
 from ..model.residual import patched_forward, stream_of
 from ..model.tracing import TracedModel
 
-_WATCHED_IDS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
+WATCHED_IDS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _TOLERANCE = 1e-3  # of the change, in float32
 _TOLERANCE_HALF = 5e-2  # in dtypes of 16 bits
 
@@ -59,8 +59,7 @@ def find_projections(traced: TracedModel) -> list[list[Projection]]:
     Raises:
         ValueError: the weights of an out-projection are quantised.
     """
-    uses = Counter(id(p) for _, p in traced.model.named_parameters(remove_duplicate=False))
-    shared = {parameter for parameter, number in uses.items() if number > 1}
+    shared = shared_weights(traced.model)
     found: list[list[Projection]] = [[] for _ in traced.layers]
 
     def searching(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +72,7 @@ def find_projections(traced: TracedModel) -> list[list[Projection]]:
     with frozen(traced.model), torch.no_grad(), ExitStack() as patches:
         for i, layer in enumerate(traced.layers):
             patches.enter_context(patched_forward(layer, searching(i, layer.forward)))
-        token_ids = torch.tensor(_WATCHED_IDS, device=input_device(traced.model))
+        token_ids = torch.tensor(WATCHED_IDS, device=input_device(traced.model))
         traced.model(input_ids=token_ids, use_cache=False)
     return found
 
@@ -180,7 +179,7 @@ def _projections(
             handle.remove()
         projection = _explained(name, unchanged, changed, noise)
         if projection is not None and id(module.weight) not in shared:
-            _check_weights(module, name, block)
+            check_weights(module, name, block)
             found.append(projection)
     return found
 
@@ -199,7 +198,18 @@ def _explained(name: str, unchanged: list[Tensor], changed: list[Tensor], noise:
     return None
 
 
-def _check_weights(module: nn.Module, name: str, block: int) -> None:
+def shared_weights(model: nn.Module) -> set[int]:
+    """The identities of parameters that several places of a model share."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, number in uses.items() if number > 1}
+
+
+def check_weights(module: nn.Module, name: str, block: int) -> None:
+    """Refuse weights that are quantised.
+
+    Raises:
+        ValueError: they are.
+    """
     weight: Any = module.weight
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise ValueError(

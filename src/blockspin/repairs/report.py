@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Step:
-    """What was done to one out-projection.
+    """What was done to one linear map.
 
-    block: in the original. projection: its name inside the block.
+    block: in the original. projection: the map's name inside the block.
     before, after: squared distance from the aim, relative to the aim's square, mean over held-out tokens.
     kept: whether the new weights were kept, which they are where they help on the held-out tokens.
     """
@@ -27,9 +27,11 @@ class RepairReport:
     """What a repair did.
 
     removed: the blocks that are gone. tokens: tokens of text that the weights were fitted to.
-    steps: each out-projection in turn. untouched: kept blocks that the removal concerns and that have no out-projection
+    steps: each linear map in turn. untouched: kept blocks that the removal concerns and that have no out-projection
     which could be changed. kl_before, kl_after: KL(original || shortened) on the held-out samples, in nats a token.
     undone: as a whole the repair did not help on the held-out samples, so all weights are as they were.
+    passes: what it cost, in forward passes of the original over the samples; what was done before an interruption
+    does not count.
     """
 
     removed: tuple[int, ...]
@@ -39,6 +41,7 @@ class RepairReport:
     kl_before: float
     kl_after: float
     undone: bool
+    passes: float = field(compare=False)
 
     def summary(self) -> str:
         """For people."""
@@ -49,7 +52,7 @@ class RepairReport:
         else:
             kept = sum(step.kept for step in self.steps)
             text = (
-                f"Repaired {kept} of {len(self.steps)} out-projections with {self.tokens:,} tokens of text: "
+                f"Repaired {kept} of {len(self.steps)} linear maps with {self.tokens:,} tokens of text: "
                 f"KL from the original on held-out text {self.kl_before:.4f} -> {self.kl_after:.4f}."
             )
         if self.untouched:

@@ -11,11 +11,12 @@ from ..model import fingerprint
 from ..model.quality import quality_of
 from ..model.tracing import trace_model
 from ..progress import track
+from .aims import aims_at
 from .finished import FinishedBlocks
-from .fitting import Fitting, Text
-from .least_squares import RIDGE
+from .fitting import Fitting, Maps, Text, find_maps
+from .least_squares import READING_RIDGE, RIDGE
 from .pairing import kept_blocks
-from .projections import Projection, find_projections, num_inputs
+from .projections import num_inputs
 from .report import RepairReport, Step
 from .walk import Walk
 
@@ -27,12 +28,13 @@ def repair(
     *,
     removed: Sequence[int] | None = None,
     ridge: float = RIDGE,
+    reading_ridge: float | None = READING_RIDGE,
     batch_size: int = 8,
     seed: int = 0,
     partial: str | Path | None = None,
     progress: bool = False,
 ) -> RepairReport:
-    """Give the out-projections of a shortened model new weights, in place, so that it follows the original.
+    """Give linear maps of a shortened model new weights, in place, so that it follows the original.
 
     Block by block from the first cut on, every linear map whose output is added to the residual stream is changed by
     a ridge least-squares solution. With the inputs a_t of the map in the shortened and so far repaired model, the
@@ -40,12 +42,14 @@ def repair(
     |z_t - s_t - a_t D|^2 / |z_t|^2, plus the penalty of `NormalEquations.solution`.
 
     The aim after a block is what enters the next kept block in the original; after an earlier addition of the block it
-    is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Only
-    what helps on held-out samples is kept. The original keeps its weights, also where `shortened` shares them.
+    is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Maps
+    that read the stream get a linear map in front, so that they see what they see in the original. Only what helps on
+    held-out samples is kept. The original keeps its weights, also where `shortened` shares them.
 
     samples: 1-D int64 tensors of token ids, tens of thousands of tokens in all.
     removed: the blocks that are gone; None: found by comparing weights.
-    ridge: how strongly the change is held small, relative to the inputs' own size.
+    ridge: how strongly the change is held small, relative to the inputs' own size. reading_ridge: the same for the maps
+    that read the stream; None leaves them alone.
     seed: draws the samples that are held out.
     partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
 
@@ -56,15 +60,17 @@ def repair(
     kept = kept_blocks(shortened, original, removed)
     text = Text(samples, batch_size, seed)
     ours, theirs = trace_model(shortened), trace_model(original)
-    projections = find_projections(ours)
-    text.check_enough(_widest(ours.layers, projections))
-    identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), kept, ridge, batch_size, seed)
+    maps = find_maps(ours)
+    text.check_enough(_widest(ours.layers, maps))
+    settings = (kept, ridge, reading_ridge, batch_size, seed)
+    identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), *settings)
     finished = FinishedBlocks(partial, identity)
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
-    old = _weights(ours.layers, projections)
-    fitting = Fitting(Walk(ours, text.batches), projections, text, ridge)
-    steps = _repair_blocks(fitting, Walk(theirs, text.batches), kept, finished, progress)
+    old = _weights(ours.layers, maps)
+    fitting = Fitting(Walk(ours, text.batches), maps, text, ridge, reading_ridge)
+    through_original = Walk(theirs, text.batches)
+    steps = _repair_blocks(fitting, through_original, kept, finished, progress)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
     undone = not kl_after < kl_before
     _put_back(old if undone else [])
@@ -74,10 +80,11 @@ def repair(
         removed=tuple(i for i in range(theirs.depth) if i not in kept),
         tokens=text.num_tokens,
         steps=tuple(steps),
-        untouched=tuple(block for block, found in zip(kept, projections, strict=True) if not found),
+        untouched=tuple(block for block, found in zip(kept, maps, strict=True) if not found.projections),
         kl_before=kl_before,
         kl_after=kl_before if undone else kl_after,
         undone=undone,
+        passes=_passes(fitting.walk, through_original, text),
     )
 
 
@@ -90,7 +97,7 @@ def _repair_blocks(
     ends = [*kept[1:], theirs.depth]
     for position in track(range(len(kept)), "Repairing", len(kept), show=progress):
         block, end = kept[position], ends[position]
-        aims = _aims(theirs, block, end)
+        aims = aims_at(theirs, block, end)
         if block == position and end == block + 1:  # nothing is gone up to here: the models are the same
             ours.follow(theirs)
             continue
@@ -104,35 +111,20 @@ def _repair_blocks(
     return steps
 
 
-def _aims(theirs: Walk, block: int, end: int) -> list[list[Tensor]]:
-    """What the streams of the shortened model should be after each addition of a block, for each batch.
-
-    Takes the original's walk from before `block` to `end`, where the block's successor begins. What the blocks between
-    add is shared out evenly over the additions: of two, the first should bring half of it.
-    """
-    while theirs.block < block:
-        theirs.step()
-    between = theirs.step()  # [batch][addition but the last], (batch, length, width)
-    after = list(theirs.streams)
-    while theirs.block < end:
-        theirs.step()
-
-    aims = []
-    for additions, here, there in zip(between, after, theirs.streams, strict=True):
-        number = len(additions) + 1
-        shared = [state + (there - here) * ((k + 1) / number) for k, state in enumerate(additions)]
-        aims.append([*shared, there])
-    return aims
+def _passes(ours: Walk, theirs: Walk, text: Text) -> float:
+    """What a repair cost, in forward passes of the original over the text."""
+    walked = (ours.ran + theirs.ran) / theirs.depth / len(text.batches)
+    held_out = sum(map(len, text.held_out)) / (text.num_tokens + sum(map(len, text.held_out)))
+    compared = 2 * (1 + ours.depth / theirs.depth) * held_out  # before and after
+    return walked + compared
 
 
-def _weights(
-    layers: nn.ModuleList, projections: Sequence[Sequence[Projection]]
-) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _weights(layers: nn.ModuleList, maps: Sequence[Maps]) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters that a repair may replace: (module, name in it, parameter)."""
     found = []
-    for layer, own in zip(layers, projections, strict=True):
-        for projection in own:
-            module = layer.get_submodule(projection.name)
+    for layer, own in zip(layers, maps, strict=True):
+        for map_name in own.names:
+            module = layer.get_submodule(map_name)
             found += [(module, name, parameter) for name, parameter in module.named_parameters()]
     return found
 
@@ -143,11 +135,9 @@ def _put_back(weights: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
         setattr(module, name, parameter)
 
 
-def _widest(layers: nn.ModuleList, projections: Sequence[Sequence[Projection]]) -> int:
-    """Inputs of the widest out-projection; 0 where there is none."""
-    widths = [
-        num_inputs(layer.get_submodule(projection.name))
-        for layer, own in zip(layers, projections, strict=True)
-        for projection in own
-    ]
+def _widest(layers: nn.ModuleList, maps: Sequence[Maps]) -> int:
+    """Inputs of the widest map; 0 where there is none."""
+    widths = []
+    for layer, own in zip(layers, maps, strict=True):
+        widths += [num_inputs(layer.get_submodule(name)) for name in own.names]
     return max(widths, default=0)

@@ -13,11 +13,15 @@ from ..model.residual import kept_streams
 from ..model.tracing import TracedModel, resumed, skipped
 from .projections import Observation, observed
 
+_STATES = 8  # of each token and channel: those of both models, the aims, and what is made of them
+
 
 class Walk:
     """The hidden states of all batches at one block of a model.
 
-    block: where they are. streams: what enters it, on the host, one tensor (batch, length, width) a batch.
+    block: where they are. streams: what enters it, one tensor (batch, length, width) a batch.
+    home: where the states are kept: on the model's device where several times as much fits, else on the host.
+    ran: how many blocks have run on a batch so far.
 
     Where a block takes more from the blocks before it than their hidden states, a pass starts at the first block again.
     """
@@ -25,6 +29,8 @@ class Walk:
     def __init__(self, traced: TracedModel, batches: Sequence[Batch]) -> None:
         self.traced, self.batches = traced, batches
         self.block = 0
+        self.home = _home(traced.model, batches)
+        self.ran = 0
         self.streams = [self._embedded(batch) for batch in batches]
 
     @property
@@ -63,13 +69,14 @@ class Walk:
                 inside.enter_context(skipped(self.traced, later))
             seen = inside.enter_context(observed(self.traced, self.block, watched))
             self.batches[number].forward(self.traced.model, last_logits=True)
+        self.ran += 1 if self.traced.shares_passes else self.block + 1
         return seen
 
     def step(self) -> list[list[Tensor]]:
         """Go through the block. Returns for each batch the residual stream after each of its additions but the last."""
         between = []
         for number in range(len(self.batches)):
-            additions = [addition.cpu() for addition in self.look(number).additions]
+            additions = [addition.to(self.home) for addition in self.look(number).additions]
             between.append(additions[:-1])
             self.streams[number] = additions[-1]
         self.block += 1
@@ -81,4 +88,15 @@ class Walk:
         keeping = kept_streams(self.traced.layers, [0])
         with frozen(self.traced.model), torch.no_grad(), skipped(self.traced, others), keeping as streams:
             batch.forward(self.traced.model, last_logits=True)
-        return streams[0].cpu()
+        return streams[0].to(self.home)
+
+
+def _home(model: nn.Module, batches: Sequence[Batch]) -> torch.device:
+    """Where the hidden states of all batches are kept."""
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if embedding.device.type != "cuda":
+        return torch.device("cpu")
+    tokens = sum(batch.token_ids.numel() for batch in batches)
+    needed = _STATES * tokens * embedding.shape[1] * embedding.element_size()  # bytes
+    free, _ = torch.cuda.mem_get_info(embedding.device)
+    return embedding.device if needed < free / 2 else torch.device("cpu")

@@ -1,0 +1,128 @@
+"""Finds the linear maps that read the residual stream, most often through a norm, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..model.batches import frozen, input_device
+from ..model.residual import ResidualBranches, patched_forward, stream_of
+from ..model.tracing import TracedModel
+from .projections import WATCHED_IDS, check_weights, shared_weights
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Linear maps of a block that have the same input, made of the residual stream: in-projections.
+
+    names: of the maps, inside the block. norm: the module that makes their input; "": they take the stream itself.
+    additions: how many of the block's additions come before. has_bias: whether every one of the maps has a bias.
+    """
+
+    names: tuple[str, ...]
+    norm: str
+    additions: int
+    has_bias: bool
+
+    def of(self, layer: nn.Module, stream: Tensor) -> Tensor:
+        """What the maps get when the stream is this one, (batch, length, width)."""
+        read: Tensor = layer.get_submodule(self.norm)(stream) if self.norm else stream
+        return read
+
+
+@dataclass
+class _Seen:
+    """What one block did with its stream in one pass.
+
+    made: what modules made of the stream, by identity: (the tensor, the module's name, additions before).
+    read: for each linear map whose input is the stream, or was made of it, the norm and the additions before.
+    """
+
+    made: dict[int, tuple[Tensor, str, int]]
+    read: dict[str, tuple[str, int]]
+
+
+def find_readings(traced: TracedModel) -> list[list[Reading]]:
+    """The in-projections of every block, those with the same input together, in the order in which they run.
+
+    A map is one if its input is the very stream, or the very output of a module that was given the stream and nothing
+    else. Maps that share their weights with another place of the model, and those that see some tokens only (routed
+    experts), are left out.
+
+    Raises:
+        ValueError: the weights of such a map are quantised.
+    """
+    shared = shared_weights(traced.model)
+    found: list[list[Reading]] = [[] for _ in traced.layers]
+
+    def searching(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output, seen = _watched(traced.layers[i], lambda: run(*args, **kwargs), stream_of(args, kwargs))
+            told_apart = traced.traces[i].branches > 0
+            found[i] = _grouped(traced.layers[i], i, seen, shared, told_apart)
+            return output
+
+        return forward
+
+    with frozen(traced.model), torch.no_grad(), ExitStack() as patches:
+        for i, layer in enumerate(traced.layers):
+            patches.enter_context(patched_forward(layer, searching(i, layer.forward)))
+        token_ids = torch.tensor(WATCHED_IDS, device=input_device(traced.model))
+        traced.model(input_ids=token_ids, use_cache=False)
+    return found
+
+
+def _watched(layer: nn.Module, run: Callable[[], Any], stream: Tensor) -> tuple[Any, _Seen]:
+    """What a block returns, and what it did with its stream."""
+    seen = _Seen({}, {})
+    branches = ResidualBranches(stream, lambda branch: branch)
+
+    def entering(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if args[0] is branches.stream:
+                seen.read[name] = ("", branches.number)
+            elif id(args[0]) in seen.made:
+                seen.read[name] = seen.made[id(args[0])][1:]
+
+        return hook
+
+    def leaving(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            if len(given) == 1 and given[0] is branches.stream and isinstance(output, Tensor):
+                seen.made[id(output)] = (output, name, branches.number)  # held, so that no other gets its id
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                hooks.callback(module.register_forward_pre_hook(entering(name), with_kwargs=True).remove)
+            elif name:
+                hooks.callback(module.register_forward_hook(leaving(name), with_kwargs=True).remove)
+        with branches:
+            output = run()
+    return output, seen
+
+
+def _grouped(layer: nn.Module, block: int, seen: _Seen, shared: set[int], told_apart: bool) -> list[Reading]:
+    """The in-projections of one block by what they read. told_apart: whether its additions are known."""
+    together: dict[tuple[str, int], list[str]] = {}
+    for name, (norm, additions) in seen.read.items():
+        module: Any = layer.get_submodule(name)
+        if id(module.weight) in shared or (additions and not told_apart):
+            continue
+        check_weights(module, name, block)
+        together.setdefault((norm, additions), []).append(name)
+
+    readings = []
+    for (norm, additions), names in together.items():
+        biases = [layer.get_submodule(name).bias is not None for name in names]
+        readings.append(Reading(tuple(names), norm, additions, all(biases)))
+    return readings
