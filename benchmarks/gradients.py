@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockspin.demo import MODEL
 from blockspin.energies.gradients import gate_gradients
-from blockspin.model.batches import Batch, frozen, input_device, make_batches, sample_losses
+from blockspin.model.batches import Batch, frozen, input_device, make_batches
 from blockspin.model.tracing import trace_model
 
 LLAMA_8B = {
@@ -43,7 +43,9 @@ def floor_pass(model: nn.Module, batch: Batch) -> None:
     token_ids = batch.token_ids.to(input_device(model))
     embedded = model.get_input_embeddings()(token_ids).detach().requires_grad_(True)  # type: ignore[operator]
     logits = model(inputs_embeds=embedded, use_cache=False).logits
-    torch.autograd.backward(sample_losses(logits, batch).sum())
+    labels = batch.token_ids[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none")
+    torch.autograd.backward(losses.sum() / labels.shape[1])
 
 
 def seconds_of(run: Callable[[Batch], object], batches: Sequence[Batch]) -> float:

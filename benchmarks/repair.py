@@ -37,10 +37,9 @@ from blockspin import baselines
 from blockspin.config import parse_indices
 from blockspin.data.calibration import row_to_text
 from blockspin.files import write_json
-from blockspin.model.batches import frozen, make_batches
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model, load_tokenizer
-from blockspin.model.quality import kl
+from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
 from blockspin.repairs import aims
 from blockspin.repairs.report import RepairReport
@@ -191,10 +190,7 @@ def read(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
 
 def divergences(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int) -> list[float]:
     """KL(original || model) on each sample, nats a token."""
-    values = torch.zeros(len(samples), dtype=torch.float64)
-    with frozen(model), frozen(original), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            values[list(batch.indices)] = kl(batch.forward(model), batch.forward(original), batch)[:, 0]
+    values = values_of(model, original, samples, kl, batch_size)[:, 0]  # (number of samples,)
     return [round(value, 5) for value in values.tolist()]
 
 

@@ -37,10 +37,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockspin.config import DistillConfig
 from blockspin.distillation.run import distill
-from blockspin.model.batches import frozen, make_batches
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model
-from blockspin.model.quality import quality
+from blockspin.model.quality import quality, values_of
 from blockspin.problem import Removal
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
@@ -180,12 +179,7 @@ class Bench:
         """Held-out text -> loss and KL of each of its windows, in nats a token."""
         found = {}
         for text in ("chat", "text"):
-            samples = self.data[text]
-            values = np.zeros((len(samples), 3))  # loss, KL, agreement
-            with frozen(model), frozen(self.original), torch.no_grad():
-                for batch in make_batches(samples, 8):
-                    whole = batch.forward(self.original)
-                    values[list(batch.indices)] = quality(batch.forward(model), whole, batch).numpy()
+            values = values_of(model, self.original, self.data[text], quality)  # loss, KL, agreement
             found[text] = {"loss": values[:, 0].round(5).tolist(), "kl": values[:, 1].round(5).tolist()}
         return found
 

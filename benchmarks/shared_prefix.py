@@ -22,19 +22,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL
 from blockspin.energies.gradients import estimate_gradients
-from blockspin.model.batches import Batch, frozen, make_batches, sample_losses
-from blockspin.model.passes import plain_logits, shared_logits
-from blockspin.model.tracing import trace_model
+from blockspin.model.batches import Batch, frozen, make_batches
+from blockspin.model.losses import sample_losses
+from blockspin.model.passes import plain_passes, shared_passes
+from blockspin.model.tracing import TracedModel, trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.solvers import solve
 
 
-def timed(outputs: Iterator[tuple[int, Tensor]], batch: Batch) -> tuple[dict[int, float], float]:
+def timed(traced: TracedModel, outputs: Iterator[tuple[int, Tensor]], batch: Batch) -> tuple[dict[int, float], float]:
     """The mean loss of each removal, by its number, and the seconds that all of them took."""
     started = time.perf_counter()
     losses = {}
-    for k, logits in outputs:  # (batch, length, vocabulary)
-        losses[k] = float(sample_losses(logits, batch).mean())
+    for k, hidden in outputs:  # (batch, length, width)
+        losses[k] = float(sample_losses(traced.halves, hidden, batch).mean())
     return losses, time.perf_counter() - started
 
 
@@ -69,9 +70,9 @@ def main() -> None:
     shared_seconds, plain_seconds, speedups = [], [], []
     with frozen(model), torch.no_grad():
         for _ in range(arguments.rounds):
-            shared, seconds = timed(shared_logits(traced, batch, removals), batch)
+            shared, seconds = timed(traced, shared_passes(traced, batch, removals), batch)
             shared_seconds.append(seconds)
-            plain, seconds = timed(plain_logits(traced, batch, removals), batch)
+            plain, seconds = timed(traced, plain_passes(traced, batch, removals), batch)
             plain_seconds.append(seconds)
             speedups.append(plain_seconds[-1] / shared_seconds[-1])
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blockspin.model.batches import mean_loss
+from blockspin.model.losses import mean_loss
 from blockspin.model.quality import shared_losses
 from blockspin.model.tracing import trace_model
 

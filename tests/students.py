@@ -21,7 +21,7 @@ def losses_of(
     student: tf.PreTrainedModel, teacher: tf.PreTrainedModel, inputs: dict[str, torch.Tensor], **options: Any
 ) -> Losses:
     """The objective's losses; the gradient of the sum of the KL is left in the student."""
-    with split(student) as ours, split(teacher) as theirs, training_forward(DistillationLoss(ours, theirs, **options)):
+    with training_forward(DistillationLoss(split(student), split(teacher), **options)):
         losses: Losses = student(**inputs)
         torch.autograd.backward(losses["kl"].sum())
     return losses

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import psutil
+import torch
 
 if sys.platform != "win32":  # which sets no limits of this kind
     import resource
 
+STATES_SHARE = 1 / 8  # of the free memory, for the hidden states that are kept for later passes
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIPS = Path("/proc/self/cgroup")  # of this process
 # Of control groups, version 2 and 1: the limit, what is used, and what of it is a cache of files, which goes first.
@@ -29,6 +32,22 @@ def available_memory() -> int:
         if most != resource.RLIM_INFINITY:
             left.append(most - psutil.Process().memory_info().data)
     return max(0, min(left))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on a device; what PyTorch keeps there for later use is free.
+
+    Processes that share a host share its memory.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def states_limit(device: torch.device) -> int:
+    """Bytes on a device for hidden states that are kept for later passes."""
+    return int(STATES_SHARE * free_memory(device))
 
 
 def _left_in_groups() -> list[int]:

@@ -12,8 +12,8 @@ import transformers as tf
 from conftest import plain_loss, random_samples, tiny_model
 
 from blockspin import baselines
-from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_stack
+from blockspin.model.losses import mean_loss
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, RemovalProblem
 from blockspin.solvers.candidates import fill, open_blocks, random_candidate

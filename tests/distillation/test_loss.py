@@ -57,8 +57,9 @@ def test_loss_and_gradient_are_those_of_the_full_logits(family: str, temperature
 def test_heads_that_scale_or_cap_their_logits_run_apart(model_type: str) -> None:
     model = tiny_random_model(tiny_config(model_type))
     inputs = {"input_ids": ragged()["input_ids"]}
-    with split(model) as halves, torch.no_grad():
-        assert halves.is_split
+    halves = split(model)
+    assert halves.is_split
+    with torch.no_grad():
         found = halves.logits(halves.hidden(**inputs).flatten(0, 1))
     torch.testing.assert_close(found, model(**inputs).logits.flatten(0, 1).detach())
 
@@ -153,14 +154,13 @@ mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
 teacher, whole, sharded = tiny_model("llama", seed=2), tiny_model("llama", seed=1), tiny_model("llama", seed=1)
 token_ids = torch.randint(2, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 for student, rows in ((whole, token_ids), (sharded, token_ids[2 * rank : 2 * rank + 2])):
-    with split(student) as ours, split(teacher) as theirs:
-        with training_forward(DistillationLoss(ours, theirs, chunk_tokens=5, kept=[0, 1, 2, 3])):
-            if student is sharded:
-                for layer in student.model.layers:
-                    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-                fully_shard(student, mesh=mesh, reshard_after_forward=True)
-            losses = student(input_ids=rows)
-            (losses["kl"].mean() + losses["hidden"].mean()).backward()
+    with training_forward(DistillationLoss(split(student), split(teacher), chunk_tokens=5, kept=[0, 1, 2, 3])):
+        if student is sharded:
+            for layer in student.model.layers:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(student, mesh=mesh, reshard_after_forward=True)
+        losses = student(input_ids=rows)
+        (losses["kl"].mean() + losses["hidden"].mean()).backward()
 for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(b.grad.full_tensor(), a.grad, rtol=1e-3, atol=1e-5)
 torch.distributed.destroy_process_group()

@@ -53,7 +53,7 @@ def on_disk(model: tf.PreTrainedModel, folder: Path, everything: bool = False) -
 
 
 def outputs(traced: TracedModel, samples: list[Tensor]) -> dict[tuple[int, int], Tensor]:
-    """(removal, sample) -> the logits of its row."""
+    """(removal, sample) -> what leaves the decoder, its row."""
     found = {}
     for batch, logits in removal_passes(traced, REMOVALS, samples, batch_size=2):
         for k, of_removal in logits:
@@ -62,7 +62,7 @@ def outputs(traced: TracedModel, samples: list[Tensor]) -> dict[tuple[int, int],
     return found
 
 
-def test_sweep_gives_the_logits_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+def test_sweep_gives_what_the_model_in_memory_gives(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     streamed = trace_model(on_disk(model, tmp_path))
     assert streamed.is_offloaded

@@ -21,7 +21,7 @@ from conftest import Command, save_tiny, settings
 from blockspin.config import ENERGY_NAMES, CompressConfig, parse_remove
 from blockspin.data.calibration import load_calibration
 from blockspin.energies import load_energies
-from blockspin.model.batches import mean_loss
+from blockspin.model.losses import mean_loss
 from blockspin.pipeline.compress import compress
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.result import Selection

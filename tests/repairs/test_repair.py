@@ -13,8 +13,9 @@ from conftest import VOCABULARY, tiny_model
 from tiny import tiny_config, tiny_random_model
 from torch import nn
 
-from blockspin.model.batches import make_batches, mean_loss
+from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_stack
+from blockspin.model.losses import mean_loss
 from blockspin.model.quality import quality_of
 from blockspin.model.tracing import trace_model
 from blockspin.repairs import run

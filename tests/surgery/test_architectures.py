@@ -15,9 +15,9 @@ from survey import REMOVALS, cache_agrees, examine, quiet_examine
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from blockspin.model.batches import mean_loss
 from blockspin.model.blocks import find_blocks
 from blockspin.model.loading import load_model
+from blockspin.model.losses import mean_loss
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.pipeline.compress import compress
 from blockspin.problem import Removal

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ def sliding_window_merging(
     goal = problem.remove
     traced = trace_model(model)
     batches = make_batches(samples, batch_size)
-    originals = [last_hidden_states(model, batch) for batch in batches]
+    originals = [_last_hidden_states(traced, batch) for batch in batches]
     known: dict[Windows, float] = {}
 
     def similarity(windows: Windows) -> float:
@@ -63,7 +62,7 @@ def sliding_window_merging(
         total = 0.0
         with merged(traced, windows):
             for batch, original in zip(batches, originals, strict=True):
-                total += _cosines(last_hidden_states(model, batch), original, batch)
+                total += _cosines(_last_hidden_states(traced, batch), original, batch)
         known[windows] = total / len(samples)
         return known[windows]
 
@@ -141,22 +140,6 @@ def merged_weights(stack: nn.ModuleList, lo: int, hi: int) -> list[Tensor]:
     return weights
 
 
-def last_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(batch, length, width): what enters the output embedding, the states after the final norm."""
-    caught: list[Tensor] = []
-
-    def hook(head: nn.Module, args: Any) -> None:
-        caught.append(args[0])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)  # type: ignore[operator]
-    try:
-        with frozen(model), torch.no_grad():
-            batch.forward(model)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
 def gone_from(windows: Windows) -> list[int]:
     """The blocks that disappear: all of each window but its lowest."""
     gone: list[int] = []
@@ -178,6 +161,12 @@ def _can_join(traced: TracedModel, i: int, protect: Sequence[int]) -> bool:
 
 def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size]]:
     return [(name, weight.shape) for name, weight in layer.named_parameters()]
+
+
+def _last_hidden_states(traced: TracedModel, batch: Batch) -> Tensor:
+    """(batch, length, width): what enters the head, the states after the final norm."""
+    with frozen(traced.model), torch.no_grad():
+        return traced.halves.hidden_of(batch)
 
 
 def _cosines(hidden: Tensor, original: Tensor, batch: Batch) -> float:

@@ -75,7 +75,7 @@ def _activations(
         else:
             for place, batch in enumerate(track(batches, "Activations", len(batches), show=progress)):
                 sums.place = place
-                batch.forward(traced.model)
+                traced.halves.hidden_of(batch)
                 sums.finish(place)
     return sums.means()
 

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..model.batches import check_finite, frozen, make_batches, sample_losses
+from ..model.batches import check_finite, frozen, make_batches
 from ..model.blocks import find_stack
+from ..model.head import split_model
+from ..model.losses import sample_losses
 from ..model.quality import shared_losses
 from ..model.tracing import trace_model
 from ..problem import RemovalProblem, Units
@@ -57,12 +59,13 @@ def weight_importance(
         sums.append(torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)))
 
     batches = make_batches(samples, batch_size)
+    halves = split_model(model)
     with frozen(model), torch.enable_grad():
         for w in weights:
             w.requires_grad_(True)
         try:
             for batch in track(batches, "Weight gradients", len(batches), show=progress):
-                losses = sample_losses(batch.forward(model), batch)  # (batch,)
+                losses = sample_losses(halves, halves.hidden_of(batch), batch)  # (batch,)
                 check_finite(losses.detach(), batch)
                 gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
                 for total, gradient in zip(sums, gradients, strict=True):

@@ -1,8 +1,7 @@
 """The distillation loss of every token, without ever holding the logits of all tokens.
 
 KL(teacher || student) over the vocabulary is computed for a few hundred tokens at a time: the decoder gives hidden
-states, and the head turns one chunk of them into logits, again in the backward pass. The head is the model's own
-forward pass with its decoder stood in for, so soft-capping or scaling of the logits is the model's, whatever it is.
+states, and the head turns one chunk of them into logits, again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,119 +17,23 @@ from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..model.batches import frozen, input_device
 from ..model.blocks import find_stack
+from ..model.head import SplitModel, split_model, widened
+from ..model.residual import patched_forward
 from ..progress import console
 
-PROBE = (1, 2, 3, 4, 5, 6)  # token ids on which the two halves of a model are compared with the whole
-NARROW_TOLERANCE, TOLERANCE = 1e-2, 1e-4  # of the largest logit, in 16 bits and in wider types
 IGNORED = -100  # the label of a token without a successor, as in PyTorch
 
 
-class SplitModel:
-    """A causal language model in two halves: `hidden` runs the decoder, `logits` runs the head on its result.
-
-    Both run the model's own forward pass. In the first, the head sees only the last token; in the second, the decoder
-    is not run and returns the hidden states that it was given. Made by `split`. Where a model cannot be split, `hidden`
-    returns the logits themselves.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.decoder: nn.Module = model.get_decoder()
-        self.is_split = self.decoder is not model
-        self._run, self._decode = model.forward, self.decoder.forward
-        self._output: Any = None  # the class of the decoder's output
-        self._given: Tensor | None = None  # (1, tokens, width), while the head alone is run
-        self._hidden: Tensor | None = None  # (batch, length, width), what the decoder has just computed
-
-    def hidden(self, **inputs: Any) -> Tensor:
-        """(batch, length, width): what the head is applied to."""
-        output = self._run(**inputs, use_cache=False)
-        if not self.is_split:
-            logits: Tensor = output.logits
-            return logits
-
-        hidden, self._hidden = self._hidden, None
-        assert hidden is not None
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(tokens, width) to (tokens, vocabulary) in float32 or wider."""
-        if not self.is_split:
-            return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-
-        # The token ids only have the right shape: the decoder that would embed them is not run.
-        token_ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=input_device(self.model))
-        self._given = hidden[None]
-        try:
-            logits: Tensor = self._run(input_ids=token_ids, use_cache=False).logits[0]
-        finally:
-            self._given = None
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def stand_in(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the place of the decoder's forward pass."""
-        if self._given is not None:  # `logits` runs the head alone
-            return self._output(last_hidden_state=self._given)
-
-        # `hidden` runs the decoder: its result is kept, and the head gets the last token.
-        output = self._decode(*args, **kwargs)
-        self._output, self._hidden = type(output), output.last_hidden_state
-        return self._output(last_hidden_state=output.last_hidden_state[:, -1:])
-
-
-@contextmanager
-def split(model: PreTrainedModel) -> Iterator[SplitModel]:
-    """The model in two halves, checked on a few tokens to give its own logits. The model is left as it was.
-
-    A model that cannot be split is used whole, with a warning.
-    """
-    halves = SplitModel(model)
-    token_ids = torch.tensor([PROBE], device=input_device(model))
-
-    with ExitStack() as stack:
-        with frozen(model), torch.no_grad():
-            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits[0]
-            if halves.is_split:
-                stack.enter_context(_forward_replaced(halves.decoder, halves.stand_in))
-                halves.is_split = _agree(halves, token_ids, expected)
-
-        if not halves.is_split:
-            stack.close()
-            console.print(
-                f"The head of {type(model).__name__} cannot be run apart: all its logits are held at once.",
-                style="yellow",
-            )
-
-        yield halves
-
-
-def _agree(halves: SplitModel, token_ids: Tensor, expected: Tensor) -> bool:
-    """Whether the halves give the logits (tokens, vocabulary) that the whole model gives."""
-    try:
-        # Two chunks of tokens, because the logits of one token may depend on others.
-        hidden = halves.hidden(input_ids=token_ids)[0]
-        found = torch.cat([halves.logits(chunk) for chunk in torch.split(hidden, 4)])
-    except Exception:  # a model's own code may fail on the stand-in in any way
-        return False
-
-    share = NARROW_TOLERANCE if expected.dtype.itemsize < 4 else TOLERANCE
-    tolerance = share * float(expected.abs().nan_to_num().max())
-    return torch.allclose(found, expected.to(found.dtype), rtol=0, atol=tolerance, equal_nan=True)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    before = vars(module).get("forward")  # set on the instance by accelerate and others
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+def split(model: PreTrainedModel) -> SplitModel:
+    """The model in two halves. One that cannot be split is used whole, with a warning."""
+    halves = split_model(model)
+    if not halves.is_split:
+        console.print(
+            f"The head of {type(model).__name__} cannot be run apart: all its logits are held at once.",
+            style="yellow",
+        )
+    return halves
 
 
 class DistillationLoss:
@@ -210,9 +113,9 @@ class DistillationLoss:
 
     def _chunk(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """KL and cross-entropy of the tokens of one chunk, (tokens,) each."""
-        logits = self.student.logits(hidden)  # (tokens, vocabulary)
+        logits = widened(self.student.logits(hidden))  # (tokens, vocabulary)
         with torch.no_grad():
-            wanted = self._log_probabilities(self.teacher.logits(target).to(logits.device))
+            wanted = self._log_probabilities(widened(self.teacher.logits(target)).to(logits.device))
 
         # The cross-entropy is that of the student itself, at temperature 1.
         found = log_softmax(logits, dim=-1)
@@ -232,7 +135,7 @@ class DistillationLoss:
 @contextmanager
 def training_forward(loss: DistillationLoss) -> Iterator[None]:
     """While the context is open, the student's forward pass returns the losses instead of logits."""
-    with _forward_replaced(loss.student.model, loss):
+    with patched_forward(loss.student.model, loss):
         yield
 
 

@@ -183,10 +183,10 @@ def _train(
     rate = learning_rate(config, student.config)
 
     some = only_some_trained(student, config.train, kept, len(find_stack(teacher).layers))
-    with frozen(teacher), some, split(student) as ours, split(teacher) as theirs:
+    with frozen(teacher), some:
         loss = DistillationLoss(
-            ours,
-            theirs,
+            split(student),
+            split(teacher),
             temperature=config.temperature,
             top_k=config.top_k,
             chunk_tokens=config.chunk_tokens,

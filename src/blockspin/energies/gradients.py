@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
-from ..model.batches import Batch, check_finite, drawn_labels, frozen, make_batches, sample_losses
+from ..model.batches import Batch, check_finite, frozen, make_batches
 from ..model.gates import gated
+from ..model.losses import drawn_labels, sample_losses
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Units
 from ..progress import track
@@ -111,7 +112,7 @@ def estimate_gradients(
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
     done = len(batches) - len(remaining)
 
-    with frozen(model):
+    with frozen(model), traced.halves.resident_head():
         for batch in track(remaining, "Gradients", len(batches), done, progress):
             found = gate_gradients(traced, batch, gradient_checkpointing, label_seed)
             rows = np.column_stack(found)  # (batch, 1 + num_blocks)
@@ -139,9 +140,9 @@ def gate_gradients(
     alphas = alphas.to(next(traced.model.parameters()).device).requires_grad_(True)
     try:
         with torch.enable_grad(), gated(traced, alphas, gradient_checkpointing):
-            logits = batch.forward(traced.model)
-            labels = None if label_seed is None else drawn_labels(logits, batch, label_seed)
-            losses = sample_losses(logits, batch, labels)
+            hidden = traced.halves.hidden_of(batch)  # (batch, length, width)
+            labels = None if label_seed is None else drawn_labels(traced.halves, hidden, batch, label_seed)
+            losses = sample_losses(traced.halves, hidden, batch, labels)
             check_finite(losses.detach(), batch)
             torch.autograd.backward(losses.sum())
     except torch.OutOfMemoryError as error:

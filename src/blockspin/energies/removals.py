@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
-from ..model.batches import Batch, check_finite, frozen, make_batches, sample_losses
+from ..model.batches import Batch, check_finite, frozen, make_batches
 from ..model.gates import gated
+from ..model.head import SplitModel, widened
 from ..model.passes import num_passes, removal_passes
 from ..model.quality import kl, loss, measured
 from ..model.tracing import TracedModel, trace_model
@@ -193,7 +194,7 @@ def gauss_newton(
     step 1 removes the block, which gives the secant instead: right for single blocks whatever their size. Costs a
     pass for each block, half of it where passes can be shared (step 1).
 
-    positions: tokens of each sample that are used, spread over it. Memory: the logits there for every unit.
+    positions: tokens of each sample that are used, spread over it; nowhere else are logits computed.
     units: what one spin stands for: a block, or each of its residual branches.
 
     Raises:
@@ -214,7 +215,7 @@ def gauss_newton(
     left = -(-len(todo) // batch_size)
     for batch, outputs in track(batches, "Blocks", number, number - left, progress):
         part = [todo[i] for i in batch.indices]
-        matrices[part] = _covariances(batch, outputs, n, step, positions)
+        matrices[part] = _covariances(traced.halves, batch, outputs, step, positions)
         keep_rows(journal, part, matrices[part])
 
     lengths = np.array(list(map(len, samples)), dtype=np.int64)  # (num_samples,)
@@ -244,12 +245,12 @@ def _at_most_one(n: int) -> list[Removal]:
 
 
 def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    """Every batch with the logits of the whole model (0) and of those without block i (i + 1)."""
+    """Every batch with what leaves the decoder of the whole model (0), and of the one without unit i (i + 1)."""
     return removal_passes(traced, _at_most_one(traced.num_units), samples, batch_size=batch_size)
 
 
 def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    """Every batch with the logits of the whole model (0) and of those with one gate at 1 - step (i + 1)."""
+    """Every batch with what leaves the decoder of the whole model (0), and with one gate at 1 - step (i + 1)."""
     model = traced.model
 
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
@@ -257,39 +258,63 @@ def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, ba
             alphas = torch.ones(len(batch.indices), traced.num_units, device=next(model.parameters()).device)
             alphas[:, k - 1 : k] = 1 - step  # none for k = 0
             with gated(traced, alphas):
-                yield k, batch.forward(model)
+                yield k, traced.halves.hidden_of(batch)
 
-    with frozen(model), torch.no_grad():
+    with frozen(model), traced.halves.resident_head(), torch.no_grad():
         for batch in make_batches(samples, batch_size):
             yield batch, outputs(batch)
 
 
 def _covariances(
-    batch: Batch, outputs: Iterator[tuple[int, Tensor]], n: int, step: float, positions: int
+    halves: SplitModel, batch: Batch, outputs: Iterator[tuple[int, Tensor]], step: float, positions: int
 ) -> NDArray[np.float32]:
-    """(batch, N, N): the Gauss-Newton form of each sample. The whole model's logits come first."""
-    # The positions that count, spread over each sample; only their logits are kept.
-    used = []
-    for length in batch.lengths.tolist():
-        used.append(torch.linspace(0, length - 2, min(length - 1, positions)).long())  # (positions of this sample,)
+    """(batch, N, N): the Gauss-Newton form of each sample.
 
-    picked: dict[int, list[Tensor]] = {}
-    for k, logits in outputs:
-        check_finite(sample_losses(logits, batch), batch)
-        picked[k] = []
-        for row, where in zip(logits, used, strict=True):
-            picked[k].append(row[where.to(row.device)])  # (positions of this sample, vocabulary)
+    outputs: (0, what leaves the decoder of the whole model) and (i + 1, the same with block i changed).
 
-    forms = []
-    for r in range(len(used)):
-        whole = picked[0][r].float()  # (positions, vocabulary)
-        p = whole.softmax(-1)
+    Raises:
+        ValueError: a form is NaN or infinite.
+    """
+    rows, places = _spread_over(batch, positions)  # (tokens,) each: the sample and its token
+    used: dict[int, Tensor] = {}
+    for k, hidden in outputs:
+        used[k] = hidden[rows.to(hidden.device), places.to(hidden.device)]  # (tokens, width)
+    every = torch.stack([used[k].to(used[0].device) for k in range(len(used))], dim=1)  # (tokens, 1 + N, width)
 
-        # cov_p(z_i, z_j) is the inner product of sqrt(p) (z - mean of z): one row for each block.
-        changes = []
-        for k in range(1, n + 1):
-            z = (picked[k][r].to(whole.device).float() - whole) / step  # (positions, vocabulary)
-            changes.append((p.sqrt() * (z - (p * z).sum(-1, keepdim=True))).flatten())
-        rows = torch.stack(changes)  # (N, positions * vocabulary)
-        forms.append((rows @ rows.T / (2 * len(used[r]))).cpu().numpy())
-    return np.stack(forms).astype(np.float32)
+    # A chunk has the logits of all models at some of the tokens.
+    parts = []
+    for chunk in torch.split(every, max(1, halves.chunk // len(used))):
+        parts.append(_forms(halves, chunk).cpu())
+    forms = torch.cat(parts).double() / (2 * step**2)  # (tokens, N, N)
+
+    sums = torch.zeros(len(batch.indices), *forms.shape[1:], dtype=torch.float64).index_add_(0, rows, forms)
+    means = sums / rows.bincount()[:, None, None]
+    check_finite(means.sum(dim=(1, 2)), batch)
+    return means.numpy().astype(np.float32)
+
+
+def _spread_over(batch: Batch, positions: int) -> tuple[Tensor, Tensor]:
+    """So many tokens of each sample, evenly spread over those that predict one: their rows and places, (tokens,)."""
+    rows, places = [], []
+    for row, length in enumerate(batch.lengths.tolist()):
+        number = min(length - 1, positions)
+        rows.append(torch.full((number,), row))
+        places.append(torch.linspace(0, length - 2, number).long())
+    return torch.cat(rows), torch.cat(places)
+
+
+def _forms(halves: SplitModel, hidden: Tensor) -> Tensor:
+    """cov_p(z_i, z_j) at each token, (tokens, N, N). hidden: (tokens, 1 + N, width), the whole model's first.
+
+    It is the inner product of sqrt(p) (z_i - mean of z_i): one row for each block.
+    """
+    tokens, models = hidden.shape[:2]
+    z = widened(halves.logits(hidden.flatten(0, 1))).view(tokens, models, -1)  # (tokens, 1 + N, vocabulary)
+    whole = z[:, :1].clone()  # (tokens, 1, vocabulary)
+    p = whole.softmax(-1)
+
+    # In place, as these are the largest tensors there are; row 0, the whole model's, becomes zero.
+    z -= whole
+    z -= z @ p.mT  # (tokens, 1 + N, 1), the means
+    z *= p.sqrt()
+    return (z @ z.mT)[:, 1:, 1:]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..model.batches import frozen, losses_of, make_batches, predicted_tokens, standard_error
+from ..model.batches import frozen, make_batches, predicted_tokens, standard_error
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import context_length
+from ..model.losses import losses_of
 from ..model.offload import is_offloaded
 from ..model.quality import loss, measured
 from ..model.tracing import trace_model

@@ -1,21 +1,16 @@
-"""Runs a model over token samples: padded batches, and the loss of each sample."""
+"""Token samples as padded batches, and what is common to all passes over them."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .offload import running_device
-
-_IGNORED = -100  # the label that `cross_entropy` leaves out
-_SEED_STRIDE = 1_000_003  # apart by a prime, so that the seeds of samples and of runs do not meet
 
 
 @dataclass(frozen=True)
@@ -30,22 +25,36 @@ class Batch:
     token_ids: Tensor
     lengths: Tensor
 
-    def forward(self, model: nn.Module, last_logits: bool = False) -> Tensor:
-        """Logits (batch, length, vocabulary). The mask is passed only where there is padding: without it is faster.
+    @property
+    def predicting(self) -> Tensor:
+        """(batch, length) bool: the tokens that predict another one, all of a sample but its last."""
+        return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None] - 1
 
-        last_logits: where the model can, only those of the last position, for passes made for something else.
+    def used(self, states: Tensor) -> Tensor:
+        """(batch, length, ...) -> (tokens, ...): what is at the tokens that predict another one, sample by sample."""
+        return states[self.predicting.to(states.device)]
+
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model is given. The mask only where there is padding: without it is faster.
 
         Raises:
             ValueError: a token is beyond the model's embedding.
         """
         check_tokens(model, self.token_ids)
         device = input_device(model)
-        positions = torch.arange(self.token_ids.shape[1])
-        mask = (positions < self.lengths[:, None]).long()  # (batch, length)
-        arguments: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-        if last_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            arguments["logits_to_keep"] = 1
-        logits: Tensor = model(input_ids=self.token_ids.to(device), use_cache=False, **arguments).logits
+        inputs = {"input_ids": self.token_ids.to(device)}
+        mask = torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]  # (batch, length)
+        if not bool(mask.all()):
+            inputs["attention_mask"] = mask.long().to(device)
+        return inputs
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """Logits (batch, length, vocabulary): of a few tokens; `SplitModel.hidden_of` is for more.
+
+        Raises:
+            ValueError: a token is beyond the model's embedding.
+        """
+        logits: Tensor = model(**self.inputs(model), use_cache=False).logits
         return logits
 
 
@@ -112,38 +121,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def sample_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """Token-mean cross-entropy of each sample, (batch,) in nats; every token but the first is a label.
-
-    labels: (batch, length) other labels, the one at position t for the token after t.
-    """
-    if labels is None:
-        labels = nn.functional.pad(batch.token_ids[:, 1:], (0, 1))  # the label of a token is its successor
-
-    # The last token of a sample and the padding after it predict nothing.
-    lengths = batch.lengths.to(logits.device)
-    positions = torch.arange(labels.shape[1], device=logits.device)
-    labels = labels.to(logits.device).masked_fill(positions >= lengths[:, None] - 1, _IGNORED)  # (batch, length)
-
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="none")
-    return losses.view_as(labels).sum(dim=1) / (lengths - 1)
-
-
-def drawn_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
-    """(batch, length) tokens drawn from the model's own predictions; those of a sample depend on nothing but it."""
-    rows = []
-    for row, index in zip(logits.detach(), batch.indices, strict=True):
-        generator = torch.Generator().manual_seed(_SEED_STRIDE * seed + index)
-        uniform = torch.rand(row.shape[0], 1, generator=generator).to(row.device)  # (length, 1)
-
-        # By inversion of the distribution function, whose last value is 1 only to rounding.
-        cumulated = row.softmax(-1, dtype=torch.float32).cumsum(-1)  # (length, vocabulary)
-        drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])  # (length, 1)
-        rows.append(drawn[:, 0].clamp(max=row.shape[-1] - 1))
-    return torch.stack(rows)
-
-
 def check_finite(losses: Tensor, batch: Batch) -> None:
     """Raise ValueError, naming the first sample, where a loss is NaN or infinite."""
     for index, loss in zip(batch.indices, losses.tolist(), strict=True):
@@ -152,32 +129,6 @@ def check_finite(losses: Tensor, batch: Batch) -> None:
                 f"the loss of sample {index} is {loss}; check the weights, or load the model in a wider dtype "
                 "(--dtype float32)"
             )
-
-
-def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> float:
-    """Cross-entropy of `model`, the mean over all predicted tokens of all samples, in nats.
-
-    Raises:
-        ValueError: unusable samples, or a loss that is NaN or infinite.
-    """
-    losses = losses_of(model, samples, batch_size)
-    tokens = predicted_tokens(samples)
-    return float(losses @ tokens / tokens.sum())
-
-
-def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Tensor:
-    """(number of samples,) float64: the token-mean cross-entropy of each sample, in nats.
-
-    Raises:
-        ValueError: unusable samples, or a loss that is NaN or infinite.
-    """
-    found = torch.zeros(len(samples), dtype=torch.float64)
-    with frozen(model), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            losses = sample_losses(batch.forward(model), batch).double().cpu()  # (batch,)
-            check_finite(losses, batch)
-            found[list(batch.indices)] = losses
-    return found
 
 
 def predicted_tokens(samples: Sequence[Tensor]) -> Tensor:

@@ -8,14 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..memory import states_limit
 from ..problem import Removal, block_of
 from ..progress import track
-from .batches import Batch, frozen, make_batches
+from .batches import Batch, frozen, input_device, make_batches
 from .residual import drop_shallowest, kept_streams
 from .streaming import streamed_passes
 from .tracing import TracedModel, resumed, skipped
-
-MEMORY_LIMIT = 2**30  # bytes of hidden states kept at branching points
 
 
 def removal_passes(
@@ -24,47 +23,52 @@ def removal_passes(
     samples: Sequence[Tensor],
     *,
     batch_size: int = 8,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """Yield every batch with its outputs: (k, logits without the blocks of removals[k]) for all k.
+    """Yield every batch with what leaves the decoder without the blocks of removals[k]: (k, hidden states) for all k.
 
-    The removals share passes where the model allows it. The one that removes nothing comes first. Where weights of
-    blocks are offloaded, all passes share the loading (`streamed_passes`).
+    Hidden states (batch, length, width) are what the head is applied to (`traced.halves`) where logits are needed. The
+    removals share passes where the model allows it. The one that removes nothing comes first. Where weights of blocks
+    are offloaded, all passes share the loading (`streamed_passes`).
+
+    memory_limit: bytes of hidden states kept where passes branch; by default a share of what is free.
 
     Raises:
         ValueError: unusable samples or removals.
     """
     if traced.is_offloaded and traced.shares_passes:
-        yield from streamed_passes(traced, removals, samples, batch_size=batch_size, progress=progress)
+        with traced.halves.resident_head():
+            yield from streamed_passes(traced, removals, samples, batch_size=batch_size, progress=progress)
         return
 
-    with frozen(traced.model), torch.no_grad():
+    with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
         batches = make_batches(samples, batch_size)
         for batch in track(batches, "Evaluating", len(batches), show=progress):
             if traced.shares_passes:
-                yield batch, shared_logits(traced, batch, removals, memory_limit)
+                yield batch, shared_passes(traced, batch, removals, memory_limit)
             else:
-                yield batch, plain_logits(traced, batch, removals)
+                yield batch, plain_passes(traced, batch, removals)
 
 
-def plain_logits(traced: TracedModel, batch: Batch, removals: Sequence[Removal]) -> Iterator[tuple[int, Tensor]]:
-    """As `shared_logits`, but every removal is a pass of its own."""
+def plain_passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal]) -> Iterator[tuple[int, Tensor]]:
+    """As `shared_passes`, but every removal is a pass of its own."""
     for k in sorted(range(len(removals)), key=lambda k: len(removals[k])):  # nothing removed first
         with skipped(traced, removals[k]):
-            logits = batch.forward(traced.model)
-        yield k, logits
+            hidden = traced.halves.hidden_of(batch)
+        yield k, hidden
 
 
-def shared_logits(
-    traced: TracedModel, batch: Batch, removals: Sequence[Removal], memory_limit: int = MEMORY_LIMIT
+def shared_passes(
+    traced: TracedModel, batch: Batch, removals: Sequence[Removal], memory_limit: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """(k, logits of the model without removals[k]) for every k, in the order of a walk through their common prefixes.
+    """(k, what leaves the decoder without removals[k]) for every k, in the order of a walk through their prefixes.
 
     Removals are ordered so that those with common first blocks are neighbours, nothing removed first. Each pass keeps
     the hidden states at the blocks where later removals branch off, and starts from the deepest that it can use. Where
     the states exceed `memory_limit` bytes, the shallowest are dropped and computed again. Call it on a `frozen` model.
     """
+    limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
     order, branchings = _walk(removals, list(map(block_of, traced.units)), traced.depth)
     states: dict[int, Tensor] = {}  # block -> hidden states that enter it (batch, length, width), ascending
     for place, k in enumerate(order):
@@ -84,11 +88,11 @@ def shared_logits(
             wanted.add(shallowest)
 
         beginning = resumed(traced, removals[k], start, states[start]) if states else skipped(traced, removals[k])
-        with beginning, kept_streams(traced.layers, wanted - {traced.depth}, memory_limit) as kept:
-            logits = batch.forward(traced.model)
+        with beginning, kept_streams(traced.layers, wanted - {traced.depth}, limit) as kept:
+            hidden = traced.halves.hidden_of(batch)
         states |= kept
-        drop_shallowest(states, memory_limit)
-        yield k, logits
+        drop_shallowest(states, limit)
+        yield k, hidden
 
 
 def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:
@@ -109,12 +113,12 @@ def share_that_runs(traced: TracedModel, removed: Removal) -> float:
 
 
 def passes_of_walk(removals: Sequence[Removal], depth: int) -> float:
-    """What `shared_logits` costs for these removals of a model of `depth` blocks, in passes of the whole model."""
+    """What `shared_passes` costs for these removals of a model of `depth` blocks, in passes of the whole model."""
     return _passes_of_walk(removals, [(block,) for block in range(depth)])
 
 
 def _passes_of_walk(removals: Sequence[Removal], units_in: Sequence[tuple[int, ...]]) -> float:
-    """What `shared_logits` costs for these removals, in passes of the whole model.
+    """What `shared_passes` costs for these removals, in passes of the whole model.
 
     units_in: the numbers of the units in each block.
     """

@@ -1,23 +1,57 @@
-"""How good shortened models are: loss, KL divergence from the original and agreement, sample by sample."""
+"""How good shortened models are: loss, KL divergence from the original and agreement, sample by sample.
+
+A measure sees the predictions of one chunk of tokens: no more logits are ever made, whatever the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..memory import states_limit
 from ..problem import Removal
-from .batches import Batch, check_finite, frozen, make_batches, predicted_tokens, sample_losses, standard_error
-from .passes import MEMORY_LIMIT, removal_passes
+from .batches import Batch, check_finite, frozen, input_device, make_batches, predicted_tokens, standard_error
+from .head import SplitModel, split_model
+from .passes import removal_passes
 from .tracing import TracedModel
 
 Floats = NDArray[np.float64]
-# (logits, logits of the whole model, batch) -> (batch, number of measures), token means of each sample
-Measure = Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+class Reference:
+    """What the original predicts for a chunk of tokens; made once for all models that are compared with it.
+
+    labels: (tokens,) the tokens that follow. hidden: (tokens, width), what the original's head is applied to.
+    """
+
+    def __init__(self, halves: SplitModel, hidden: Tensor, labels: Tensor) -> None:
+        self.labels = labels
+        self._halves, self._hidden = halves, hidden
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """(tokens, vocabulary), float32 or wider."""
+        return self._halves.log_probabilities(self._hidden)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """(tokens, vocabulary)."""
+        return self.log_probabilities.exp()
+
+    @cached_property
+    def top(self) -> Tensor:
+        """(tokens,) the most likely token."""
+        return self.log_probabilities.argmax(-1)
+
+
+# (log-probabilities of a model (tokens, vocabulary), what the original predicts) -> (tokens, number of measures)
+Measure = Callable[[Tensor, Reference], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +77,7 @@ def measured(
     measure: Measure,
     *,
     batch_size: int = 8,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     progress: bool = False,
 ) -> Floats:
     """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
@@ -52,20 +86,64 @@ def measured(
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
     with_whole = [(), *removals]
-    passes = removal_passes(
-        traced, with_whole, samples, batch_size=batch_size, memory_limit=memory_limit, progress=progress
-    )
-    result: list[list[list[float]]] = []
-    for _ in removals:
-        result.append([[]] * len(samples))
-
+    limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
+    passes = removal_passes(traced, with_whole, samples, batch_size=batch_size, memory_limit=limit, progress=progress)
+    result: Floats | None = None
     for batch, outputs in passes:
         _, whole = next(outputs)  # nothing removed comes first
-        for k, logits in outputs:
-            values = measure(logits, whole, batch)  # (batch, number of measures)
-            for sample, row in zip(batch.indices, values.tolist(), strict=True):
-                result[k - 1][sample] = row
-    return np.array(result, dtype=np.float64)
+        whole = batch.used(whole)  # (tokens, width)
+        for group in _groups(batch, outputs, limit):
+            hidden = [states for _, states in group]
+            values = compared(traced.halves, hidden, traced.halves, whole, batch, measure)  # (group, batch, measures)
+            if result is None:
+                result = np.zeros((len(removals), len(samples), values.shape[2]))
+            for (k, _), rows in zip(group, values.numpy(), strict=True):
+                result[k - 1, list(batch.indices)] = rows
+    return np.zeros((0, len(samples), 0)) if result is None else result
+
+
+def _groups(batch: Batch, outputs: Iterator[tuple[int, Tensor]], limit: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """The hidden states (tokens, width) of several passes together, as many as fit into so many bytes; at least one."""
+    group: list[tuple[int, Tensor]] = []
+    for k, hidden in outputs:
+        used = batch.used(hidden)
+        group.append((k, used))
+        if (len(group) + 1) * used.nbytes > limit:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def compared(
+    ours: SplitModel, hidden: Sequence[Tensor], original: SplitModel, whole: Tensor, batch: Batch, measure: Measure
+) -> Tensor:
+    """Token means of each sample, (number of models, batch, number of measures) float64 on the host.
+
+    What the original predicts is computed once for all models.
+
+    hidden: of each model (tokens, width), what the head of `ours` is applied to at the tokens that `batch.used` picks.
+    whole: the same of the original.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    labels = batch.used(batch.token_ids.roll(-1, 1))  # (tokens,) the tokens that follow
+    parts: list[list[Tensor]] = [[] for _ in hidden]
+    chunk = min(ours.chunk, original.chunk)
+    for start in range(0, len(labels), chunk):
+        tokens = slice(start, start + chunk)
+        reference = Reference(original, whole[tokens], labels[tokens])
+        for states, values in zip(hidden, parts, strict=True):
+            values.append(measure(ours.log_probabilities(states[tokens]), reference))
+
+    # The tokens of a sample lie side by side.
+    per_token = torch.stack([torch.cat(values) for values in parts]).double().cpu()  # (models, tokens, measures)
+    lengths = (batch.lengths - 1).tolist()
+    means = torch.stack([part.mean(dim=1) for part in torch.split(per_token, lengths, dim=1)], dim=1)
+    for values in means:
+        check_finite(values.sum(dim=1), batch)
+    return means
 
 
 def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
@@ -80,7 +158,7 @@ def shared_losses(
     samples: Sequence[Tensor],
     *,
     batch_size: int = 8,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
@@ -121,13 +199,28 @@ def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor],
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    values, whole = np.zeros((2, len(samples), 3))  # loss, divergence, agreement
-    with frozen(model), frozen(original), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            reference = batch.forward(original)
-            values[list(batch.indices)] = quality(batch.forward(model), reference, batch).numpy()
-            whole[list(batch.indices)] = quality(reference, reference, batch).numpy()
+    values = values_of(model, original, samples, quality, batch_size)
+    whole = values_of(original, original, samples, quality, batch_size)
     return _summary(values, whole, samples)
+
+
+def values_of(
+    model: nn.Module, original: nn.Module, samples: Sequence[Tensor], measure: Measure, batch_size: int = 8
+) -> Floats:
+    """(number of samples, number of measures): token means of any model with the vocabulary of `original`.
+
+    Raises:
+        ValueError: unusable samples, or a value that is NaN or infinite.
+    """
+    ours, theirs = split_model(model), split_model(original)
+    values: dict[int, list[float]] = {}
+    with frozen(model), frozen(original), ours.resident_head(), theirs.resident_head(), torch.no_grad():
+        for batch in make_batches(samples, batch_size):
+            hidden = batch.used(ours.hidden_of(batch))  # (tokens, width)
+            whole = hidden if model is original else batch.used(theirs.hidden_of(batch))
+            found = compared(ours, [hidden], theirs, whole, batch, measure)[0]  # (batch, measures)
+            values |= zip(batch.indices, found.tolist(), strict=True)
+    return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
 
 
 def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Quality:
@@ -139,41 +232,22 @@ def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Qualit
     return Quality(loss, kl, agreement, above_error, kl_error)
 
 
-def loss(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of each sample in nats, (batch, 1)."""
-    losses = sample_losses(logits, batch).double().cpu()
-    check_finite(losses, batch)
-    return losses[:, None]
+def loss(log_probabilities: Tensor, reference: Reference) -> Tensor:
+    """Cross-entropy of each token in nats, (tokens, 1)."""
+    labels = reference.labels.to(log_probabilities.device)
+    return -log_probabilities.gather(1, labels[:, None])
 
 
-def kl(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
-    """KL(original || shortened model) of each sample in nats, (batch, 1) float64.
-
-    logits, whole: (batch, length, vocabulary). Row by row, so that the temporaries are those of one sample.
-
-    Raises:
-        ValueError: a divergence is NaN or infinite.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    rows = []
-    for row, reference, length in zip(logits, whole, batch.lengths.tolist(), strict=True):
-        # Log-probabilities at the positions that predict a token, (length - 1, vocabulary).
-        ours = nn.functional.log_softmax(row[: length - 1].to(wide), -1)
-        theirs = nn.functional.log_softmax(reference[: length - 1].to(row.device, wide), -1)
-        rows.append(nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True) / (length - 1))
-
-    divergences = torch.stack(rows).double().cpu()
-    check_finite(divergences, batch)
-    return divergences[:, None]
+def kl(log_probabilities: Tensor, reference: Reference) -> Tensor:
+    """KL(original || model) of each token in nats, (tokens, 1)."""
+    device = log_probabilities.device
+    apart = reference.log_probabilities.to(device) - log_probabilities  # (tokens, vocabulary)
+    p = reference.probabilities.to(device)
+    return torch.bmm(p[:, None], apart[:, :, None])[:, 0]  # inner products without another tensor of this size
 
 
-def quality(logits: Tensor, whole: Tensor, batch: Batch) -> Tensor:
-    """Loss, KL divergence and agreement of each sample, (batch, 3) float64.
-
-    Raises:
-        ValueError: a loss is NaN or infinite.
-    """
-    same = (logits.argmax(-1) == whole.argmax(-1).to(logits.device)).double().cpu()  # (batch, length)
-    predicting = torch.arange(same.shape[1]) < batch.lengths[:, None] - 1  # (batch, length)
-    agreement = (same * predicting).sum(1, keepdim=True) / predicting.sum(1, keepdim=True)  # (batch, 1)
-    return torch.cat([loss(logits, whole, batch), kl(logits, whole, batch), agreement], dim=1)
+def quality(log_probabilities: Tensor, reference: Reference) -> Tensor:
+    """Loss, KL divergence and agreement of each token, (tokens, 3)."""
+    same = log_probabilities.argmax(-1) == reference.top.to(log_probabilities.device)  # (tokens,)
+    agreement = same.to(log_probabilities.dtype)[:, None]
+    return torch.cat([loss(log_probabilities, reference), kl(log_probabilities, reference), agreement], dim=1)

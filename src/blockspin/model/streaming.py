@@ -92,13 +92,13 @@ class BatchInSweep:
             return self._calls[block].run(stream)
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
-        """(k, logits without the blocks of removal k) for every k, nothing removed first; for once."""
+        """(k, what leaves the decoder without the blocks of removal k) for every k, nothing removed first; for once."""
         for branch in self._branches:
             with at_the_end(self._traced, self._states.get(branch.state)):
-                logits = self.batch.forward(self._traced.model)
+                hidden = self._traced.halves.hidden_of(self.batch)
             self._states.drop(branch.state)
             for k in branch.members:
-                yield k, logits
+                yield k, hidden
 
 
 def streamed_passes(

@@ -17,6 +17,7 @@ from .batches import Batch, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 from .branches import ROUNDING, Part, find_parts, proven_branches, same, without_branches
 from .calls import BlockCall, noted_calls
+from .head import SplitModel, split_model
 from .offload import is_offloaded, resident
 from .residual import argument_that_is, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
 from .units import sublayers_of
@@ -51,6 +52,7 @@ class TracedModel:
     """A model, its stack of blocks, and how they run. Made by `trace_model`; valid as long as the model is unchanged.
 
     layers: the modules of the blocks. blocks: what they are. traces: what each did when it ran.
+    halves: the decoder and the head apart, so that logits are made only where they are used.
     units: what the numbers of a removal stand for: the blocks, or their sub-layers.
     tried: the removals that were tried (`can_bypass`), and whether the model runs without them.
     """
@@ -59,6 +61,7 @@ class TracedModel:
     layers: nn.ModuleList
     blocks: tuple[Block, ...]
     traces: tuple[BlockTrace, ...]
+    halves: SplitModel
     units: tuple[Block, ...]
     tried: dict[Removal, bool] = field(default_factory=dict, repr=False)
 
@@ -249,7 +252,7 @@ def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
     found = blocks
     if units == "sublayers":
         found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
-    return TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found))
+    return TracedModel(model, layers, tuple(blocks), tuple(in_order), split_model(model), tuple(found))
 
 
 def find_units(model: nn.Module, units: Units = "blocks") -> list[Block]:
@@ -378,7 +381,7 @@ def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
 def block_calls(traced: TracedModel, batch: Batch) -> list[BlockCall]:
     """What each block is given in a pass over a batch in which no block runs."""
     with _bypassed(traced, range(traced.num_units)), noted_calls(list(traced.layers)) as calls:
-        batch.forward(traced.model, last_logits=True)
+        traced.halves.hidden_of(batch)
     return calls
 
 

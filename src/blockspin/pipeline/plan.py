@@ -12,10 +12,13 @@ from torch import Tensor
 
 from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..energies.fitted import PASSES_PER_BLOCK
-from ..model.batches import frozen, make_batches
+from ..memory import states_limit
+from ..model.batches import frozen, input_device, make_batches
 from ..model.blocks import count_parameters
+from ..model.head import CHUNK_BYTES
 from ..model.loading import load_config, load_model, load_tokenizer
-from ..model.passes import MEMORY_LIMIT, num_passes
+from ..model.losses import sample_losses
+from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Goal, Removal
 from ..selection.select import ACTIVATION_SAMPLES
@@ -28,8 +31,7 @@ TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
 COMPARED = 3  # shortened models in the report: the lowest state, the chosen one, a random one
 FLOAT = 4  # bytes
-LOGIT_COPIES = 3  # of a batch, in float32, while a loss is computed
-SECANT_POSITIONS = 64  # tokens of a sample whose logits are kept for every block
+LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
 REPAIRING = (
     5  # a repair of two out-projections and what reads the stream, with the sums, in passes of the shortened model
@@ -125,7 +127,7 @@ def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size
     with frozen(traced.model), torch.no_grad():
         for place, batch in enumerate(make_batches(trial, batch_size)):
             started = time.perf_counter()
-            batch.forward(traced.model)[0, 0, 0].item()  # waits for the device
+            sample_losses(traced.halves, traced.halves.hidden_of(batch), batch).tolist()  # waits for the device
             if place or len(trial) <= batch_size:
                 seconds += time.perf_counter() - started
                 tokens += int(batch.lengths.sum())
@@ -199,17 +201,14 @@ def _parameters_gone(blocks: Sequence[Block], remove: Goal) -> float:
 
 
 def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
-    """Bytes of weights, of the logits of a batch, and of what is kept besides, where it is most."""
+    """Bytes of weights, of the logits of a chunk of tokens, and of the hidden states that are kept."""
     model: Any = traced.model  # a module, which is not typed as a language model
     weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
     longest = max(map(len, [*samples.calibration, *samples.selection, *samples.evaluation]))
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    logits = LOGIT_COPIES * FLOAT * config.batch_size * longest * vocabulary
+    logits = LOGIT_COPIES * min(CHUNK_BYTES, FLOAT * config.batch_size * longest * vocabulary)
 
-    # For the secant the logits of every block are kept at some positions; both keep states where passes branch.
+    # The states where passes branch are kept, and those that leave the decoder.
     width: int = model.get_input_embeddings().weight.shape[-1]
-    states = min(MEMORY_LIMIT, FLOAT * traced.depth * config.batch_size * longest * width)
-    kept = 0
-    if config.energy in ("secant", "gauss-newton"):
-        kept = FLOAT * (traced.depth + 1) * config.batch_size * min(longest, SECANT_POSITIONS) * vocabulary
-    return int(weights + logits + states + kept)
+    states = 2 * min(states_limit(input_device(model)), FLOAT * traced.depth * config.batch_size * longest * width)
+    return int(weights + logits + states)

@@ -68,7 +68,7 @@ class Walk:
             else:
                 inside.enter_context(skipped(self.traced, later))
             seen = inside.enter_context(observed(self.traced, self.block, watched))
-            self.batches[number].forward(self.traced.model, last_logits=True)
+            self.traced.halves.hidden_of(self.batches[number])
         self.ran += 1 if self.traced.shares_passes else self.block + 1
         return seen
 
@@ -87,7 +87,7 @@ class Walk:
         others = range(1, self.traced.depth)
         keeping = kept_streams(self.traced.layers, [0])
         with frozen(self.traced.model), torch.no_grad(), skipped(self.traced, others), keeping as streams:
-            batch.forward(self.traced.model, last_logits=True)
+            self.traced.halves.hidden_of(batch)
         return streams[0].to(self.home)
 
 
