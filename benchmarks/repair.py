@@ -55,6 +55,8 @@ HELD_OUT_EVERY = 8  # of the conversations, one is held out
 SCORED = 16  # samples that block influence and SLEB look at
 SCORED_LENGTH = 256  # their tokens
 SAME, OTHER = ("chat", "novel"), ("pep", "code")
+OWN = "own"  # text that the model itself wrote
+OWN_AT_ONCE = 256  # samples of it
 
 
 # Variants of the repair that docs/log.md tells about.
@@ -124,7 +126,7 @@ class Job:
 class Texts:
     """Token samples by kind, drawn from pieces of documents.
 
-    pieces: kind -> texts in random order; tokenizer: the model's.
+    pieces: kind -> texts in random order; tokenizer: the model's. made: kind -> samples that are there.
     """
 
     pieces: Mapping[str, Sequence[str]]
@@ -140,6 +142,22 @@ class Texts:
                 ids = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.length)
                 made.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
             yield made[number]
+
+    def write(self, model: nn.Module, tokens: int) -> None:
+        """Let the model write so many tokens, as samples that begin with random tokens."""
+        torch.manual_seed(SEED)
+        device = next(model.parameters()).device
+        while sum(map(len, self.made[OWN])) < tokens:
+            start = torch.randint(len(self.tokenizer), (OWN_AT_ONCE, 1), device=device)
+            with torch.no_grad():
+                written = model.generate(  # type: ignore[operator]
+                    start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_length=self.length
+                )
+            for row in written.cpu():
+                end = (row[1:] == self.tokenizer.eos_token_id).nonzero()
+                sample = row[: int(end[0]) + 2] if len(end) else row
+                self.made[OWN] += [sample] if len(sample) > 1 else []
+        self.pieces = {**self.pieces, OWN: [""] * len(self.made[OWN])}
 
     def first(self, kind: str, number: int) -> list[Tensor]:
         """So many samples."""
@@ -231,15 +249,16 @@ def jobs(arguments: argparse.Namespace, found: Mapping[str, Removal]) -> list[Jo
     main.sort(key=lambda removed: (len(removed) != 8, -len(removed)))  # 8 blocks first, then more, then fewer
     tried = list(dict.fromkeys([main[0], *influence[-1:]]))  # what variants are tried on
 
-    listed = [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS, OUTWARD)]
-    listed += [Job(removed, name, SAME, most) for name in VARIANTS for removed in tried]
-    listed += [Job(removed, name, SAME, most) for removed in main for name in BASELINES]
+    listed = [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS)]
+    listed += [Job(removed, name, SAME, most) for removed in tried for name in (OUTWARD, *BASELINES)]
     fewer = [tokens for tokens in reversed(arguments.tokens) if tokens != most]
     listed += [Job(removed, OURS, SAME, tokens) for removed in tried for tokens in fewer]
-    for kinds in (("chat",), (*SAME, "pep"), (*SAME, "code")):
+    listed += [Job(removed, name, SAME, most) for name in VARIANTS for removed in tried]
+    for kinds in (("chat",), (*SAME, OWN), (OWN,), (*SAME, "pep"), (*SAME, "code")):
         listed += [Job(removed, OURS, kinds, most) for removed in tried]
+    listed += [Job(removed, name, SAME, most) for removed in main for name in (OUTWARD, *BASELINES)]
     for tokens in fewer:
-        names = (OUTWARD, "ridge 1", "ridge 0.1", "reading ridge 0.1", *BASELINES)
+        names = ("ridge 1", "ridge 0.1", "reading ridge 0.1", OUTWARD, *BASELINES)
         listed += [Job(removed, name, SAME, tokens) for name in names for removed in tried]
     rest = [removed for removed in found.values() if removed not in main]
     listed += [Job(removed, name, SAME, most) for removed in rest for name in ("plain", OURS, *BASELINES)]
@@ -277,6 +296,8 @@ def measured(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """One row."""
+    if OWN in job.kinds:
+        texts.write(original, job.tokens // len(job.kinds))
     samples = [] if job.method == "plain" else texts.tokens(job.kinds, job.tokens)
     shortened = remove_blocks(original, job.removed, copy=False)
     start = time.perf_counter()
@@ -347,7 +368,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 250_000], help="to fit to")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most")
     parser.add_argument("--held-out", type=int, default=48, help="samples of each held-out kind")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="8, or 64 on a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins after so long")
@@ -359,6 +380,7 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.table))
         return
+    arguments.batch_size = arguments.batch_size or (64 if arguments.device == "cuda" else 8)
     if arguments.tiny:
         arguments.sizes, arguments.tokens, arguments.held_out = [8], [4096, 8192], 2
         arguments.length, arguments.sleb = 64, False

@@ -62,8 +62,10 @@ def repair(
     ours, theirs = trace_model(shortened), trace_model(original)
     maps = find_maps(ours)
     text.check_enough(_widest(ours.layers, maps))
-    settings = (kept, ridge, reading_ridge, batch_size, seed)
-    identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), *settings)
+    identity = ""
+    if partial is not None:
+        settings = (kept, ridge, reading_ridge, batch_size, seed)
+        identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), *settings)
     finished = FinishedBlocks(partial, identity)
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
