@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import multiprocessing
+import random
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import transformers as tf
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
 
 from blockspin.errors import first_line
-from blockspin.model.blocks import find_blocks
+from blockspin.model.blocks import DEPTH, find_blocks
 from blockspin.model.gates import gated
 from blockspin.model.loading import auto_class
 from blockspin.model.tracing import skipped, trace_model
@@ -33,6 +34,11 @@ from blockspin.surgery.memory import remove_blocks
 
 # Of six blocks: the first, the last, neighbours in the middle, scattered ones; most break a period of two or three.
 REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))
+
+# Of more blocks, in no order: two that are neighbours, and one of the last.
+DEEPER = 10
+DEEPER_REMOVAL = (3, 4, 8)
+_SHUFFLES = 20  # tried until one makes a model; some types allow few orders
 
 Removals = tuple[Removal, ...]
 
@@ -52,6 +58,7 @@ class Row:
     not_a_decoder: str = ""  # refused as a whole
     only_in_memory: str = ""  # why the checkpoint on disk is refused
     has_cache: bool = True  # whether the whole model generates the same with and without its cache
+    deeper: str = ""  # what became of ten layers in no order: "works", "not built", or why they are refused
 
 
 def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
@@ -94,7 +101,47 @@ def examine(model_type: str, removals: Removals = REMOVALS) -> Row:
         check_removals(row, model, removals, ids, Path(folder) if whole_again else None)
     if not torch.equal(logits(model, ids), whole):
         row.faults.append("the model was changed")
+    row.deeper = examine_deeper(row, config, ids)
     return row
+
+
+def examine_deeper(row: Row, config: tf.PreTrainedConfig, ids: torch.Tensor) -> str:
+    """Remove three of ten layers whose kinds come in no order; what became of it, faults go into the row."""
+    model = None
+    for seed in range(_SHUFFLES):
+        try:
+            model = tiny_random_model(deeper_config(config, seed))
+            trace_model(model)
+            break
+        except Exception:  # not every order makes a model, and classes refuse one in their own ways
+            model = None
+    if model is None:
+        return "not built"
+
+    # The same checks as for six layers, told apart by their name.
+    found = Row(row.model_type, has_cache=row.has_cache)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/whole")
+        on_disk = None if row.only_in_memory else Path(folder)
+        check_removals(found, model, (DEEPER_REMOVAL,), ids, on_disk)
+    row.faults += [f"{DEEPER} layers: {fault}" for fault in found.faults]
+    return found.refused.get(DEEPER_REMOVAL, "works")
+
+
+def deeper_config(config: tf.PreTrainedConfig, seed: int) -> tf.PreTrainedConfig:
+    """A configuration of DEEPER layers: what it says of each layer is repeated and shuffled."""
+    values = config.to_dict()
+    text = values.get("text_config", values)
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    rng = random.Random(seed)
+    for name, value in list(text.items()):
+        if DEPTH.search(name) and value == depth:
+            text[name] = DEEPER
+        elif isinstance(value, list) and len(value) == depth:
+            entries = [*value, *value[: DEEPER - depth]]
+            rng.shuffle(entries)
+            text[name] = entries
+    return type(config).from_dict(values)
 
 
 def reads_back(model: tf.PreTrainedModel, folder: Path) -> bool:
@@ -286,7 +333,7 @@ def line(row: Row) -> str:
     """One row of the table."""
     if row.cannot_start or row.not_a_decoder:
         verdict = f"not tested: {row.cannot_start}" if row.cannot_start else f"refused: {row.not_a_decoder}"
-        return f"| {row.model_type} | {runs(row.kinds)} | | | {verdict.replace('|', '/')} |"
+        return f"| {row.model_type} | {runs(row.kinds)} | | | | {verdict.replace('|', '/')} |"
 
     gates = "block" if not any(row.branches) else "branch" if all(row.branches) else "branch or block"
     expressible = f"{len(row.works)} of {len(row.works) + len(row.refused)}"
@@ -297,7 +344,11 @@ def line(row: Row) -> str:
         notes.append(f"only in memory: {row.only_in_memory}")
     for removed, reason in list(row.refused.items())[:1]:
         notes.append(f"without {list(removed)}: {reason}")
-    return f"| {row.model_type} | {runs(row.kinds)} | {gates} | {expressible} | {'; '.join(notes).replace('|', '/')} |"
+    deeper = row.deeper if row.deeper in ("works", "not built") else "refused"
+    if deeper == "refused" and not row.refused:
+        notes.append(f"of {DEEPER} without {list(DEEPER_REMOVAL)}: {row.deeper}")
+    told = "; ".join(notes).replace("|", "/")
+    return f"| {row.model_type} | {runs(row.kinds)} | {gates} | {expressible} | {deeper} | {told} |"
 
 
 def document(rows: list[Row]) -> str:
@@ -320,6 +371,8 @@ def counts(rows: list[Row]) -> dict[str, int]:
         "all": len(rows),
         "decoders": len(decoders),
         "good": len(good),
+        "built": sum(row.deeper != "not built" for row in decoders),
+        "deeper": sum(row.deeper == "works" for row in decoders),
         "refused": sum(bool(row.not_a_decoder) for row in rows),
         "cannot": sum(bool(row.cannot_start) for row in rows),
     }
@@ -344,6 +397,9 @@ the configuration cannot express are refused with the reason and the single bloc
 the reason for the first of them. "gate" says whether alpha acts on each residual branch or on the block as a whole
 (where branches cannot be told apart, or are scaled after the addition).
 
+Then the same with ten layers, where what the configuration lists for each layer (kinds of attention, windows, ...) is
+shuffled, without three of them: {deeper} of {decoders} work, {built} could be built.
+
 """
 
 COMPOSITE = """
@@ -354,13 +410,13 @@ parts stay as they are, byte for byte. They are opened by `AutoModelForImageText
 `AutoModelForMultimodalLM` ({speech}).
 
 Of {all} types {refused} are refused as a whole and {cannot} cannot be built here or do not run on text alone. Of the
-{decoders} others {good} pass everything that is said above. Where features of images are added to the hidden states
-between blocks, the blocks whose removal would move them are refused.
+{decoders} others {good} pass everything that is said above, and of {built} with ten layers {deeper} work. Where
+features of images are added to the hidden states between blocks, the blocks whose removal would move them are refused.
 
 """
 
-TABLE = """| model type | kinds | gate | removals | refused, and why |
-|---|---|---|---|---|
+TABLE = """| model type | kinds | gate | removals | deeper | refused, and why |
+|---|---|---|---|---|---|
 """
 
 

@@ -141,7 +141,12 @@ _COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope
 _HYBRID = ["linear_attention", "full_attention"] * 3
 _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
 _NEMOTRON = {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "moe", "mlp"]}
-_QWEN4 = {**_INDEXER, "indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "head_dim": 8}
+_QWEN4 = {
+    **_INDEXER,
+    **{"indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "head_dim": 8},
+    **{"ple_layer_ids": [2, 5], "ple_embed_dim": 32, "heads_per_ngram": 2},
+    **{"ngram_vocab_size_base": 40, "make_ngram_vocab_size_divisible_by": 8},
+}
 _DOTS3 = {"num_key_value_heads": 4}
 
 
@@ -184,6 +189,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "granite4_vision": {
         "deepstack_layer_map": [[-1, 0], [-3, 2]],
         "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 1, 2, 3],
         "vision_config": {"hidden_size": 64},
     },
     "granitemoehybrid": {"layer_types": _HYBRID},
@@ -217,6 +223,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_shape": (8, 8),
         "axial_pos_embds_dim": (16, 16),
     },
+    "rwkv": {"rescale_every": 0},  # as load_model opens it
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "vibevoice_asr": dict.fromkeys(("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"), _SPEECH),
     "xmod": {"default_language": "en_XX"},

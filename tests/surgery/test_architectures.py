@@ -56,6 +56,15 @@ UNLIKE: dict[str, tuple[list[str], list[Removal], list[Removal]]] = {
     "qwen3_vl": (["attention+mlp"] * 6, [(2, 3)], [(0,)]),  # adds features of images after the first two blocks
     "mllama": (["attention+mlp"] * 3 + ["cross_attention+mlp"] + ["attention+mlp"] * 2, [(0, 2, 5)], [(3,)]),
     "zaya": (["attention+moe+mlp"] * 6, [(5,)], [(2,)]),  # routers that use the router before
+    "reformer": (["attention+mlp"] * 6, [], [(0,), (5,)]),  # two residual streams
+    "qwen4_exp_text": (  # a list of layers that counts from 1
+        [
+            *("linear_attention+moe", "linear_attention+conv+moe+mlp", "linear_attention+moe", "attention+moe"),
+            *("linear_attention+conv+moe+mlp", "linear_attention+moe"),
+        ],
+        [(2, 5), (4,)],
+        [(1,)],
+    ),
 }
 
 
@@ -190,10 +199,23 @@ def test_the_tensors_inside_tell_lists_of_the_same_name_apart() -> None:
         layer_prefix(text | {f"vision_tower.layers.{n}": s for n, s in inside.items()}, "decoder.layers", 2, inside)
 
 
-def test_features_of_images_added_at_chosen_blocks_are_not_moved() -> None:
+def test_features_of_images_added_at_named_blocks_are_not_moved() -> None:
+    """Granite 4 Vision names the blocks that they are added before: blocks behind the last of them can go."""
     model = tiny_random_model(tiny_config("granite4_vision"))
-    with pytest.raises(ValueError, match="cannot move them"):
-        remove_blocks(model, [5])
+    with pytest.raises(ValueError, match=r"among the first 4 blocks .* without the blocks \[3\]"):
+        remove_blocks(model, [3])
+
+    stream = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))  # (samples, tokens, width)
+    seen = torch.tensor([[False, True, True, False, False]])[..., None]  # where the image is
+    features = {i: torch.full((2, 32), float(i + 1)) for i in range(4)}  # before each block: (tokens, width)
+    found = []
+    for decoder in (model.model.language_model, remove_blocks(model, [4]).model.language_model):
+        with torch.no_grad():
+            found.append(decoder(inputs_embeds=stream, vision_mask=seen, deepstack_features=features)[0])
+    with torch.no_grad(), skipped(trace_model(model), [4]):
+        by_skipping = model.model.language_model(inputs_embeds=stream, vision_mask=seen, deepstack_features=features)[0]
+    torch.testing.assert_close(found[1], by_skipping)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
 def test_a_cache_that_counts_in_the_first_layer_needs_attention_there(tmp_path: Path) -> None:
@@ -229,8 +251,21 @@ def test_a_model_that_shares_blocks_is_saved_after_removal(tmp_path: Path) -> No
 def test_hidden_states_changed_between_blocks_are_refused() -> None:
     """RWKV halves the stream after every so many blocks, and scales the weights of the blocks to match."""
     model = tiny_random_model(tiny_config("rwkv", rescale_every=2))
-    with pytest.raises(ValueError, match="changes the hidden states between its blocks 1 and 2"):
+    with pytest.raises(ValueError, match=r"changes the hidden states between its blocks 1 and 2.*load it with 0"):
         remove_blocks(model, [2])
+
+
+def test_hidden_states_are_not_changed_between_blocks_where_that_is_a_setting(tmp_path: Path) -> None:
+    """RWKV as blockspin loads it computes what transformers computes, and so does it without some blocks."""
+    tiny_random_model(tiny_config("rwkv", rescale_every=2)).save_pretrained(tmp_path / "whole")
+    prune_checkpoint(tmp_path / "whole", [2, 5], tmp_path / "short", progress=False)
+    ids = torch.arange(2, 14)[None]
+    model = load_model(tmp_path / "whole")
+    for ours, folder in ((model, "whole"), (remove_blocks(model, [2, 5]), "short")):
+        theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert theirs.config.rescale_every == 2
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_written_configurations_keep_their_form(tmp_path: Path) -> None:

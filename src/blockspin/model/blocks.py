@@ -150,25 +150,43 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
     if _IMAGE_FEATURES not in " ".join(inspect.signature(decoder.forward).parameters):
         return
 
-    # As many features, one after each of the first blocks.
-    first = 0
-    config: Any = model.config
-    for setting, value in _settings(config.to_dict()):
-        if _IMAGE_FEATURES not in setting or not value:
-            continue
-        if not isinstance(value, list | tuple) or {*map(type, value)} != {int}:
-            raise ValueError(
-                f"{type(model).__name__} adds features of images to the hidden states of certain blocks; "
-                "blockspin cannot move them to others"
-            )
-        first = max(first, len(value))
-
+    first = _blocks_with_features(model)
     moved = [i for i in removed if i < first]
     if moved:
         raise ValueError(
-            f"after each of the first {first} blocks {type(model).__name__} adds features of images; "
+            f"among the first {first} blocks {type(model).__name__} adds features of images; "
             f"they would move without the blocks {moved}; protect these (--protect)"
         )
+
+
+def _blocks_with_features(model: nn.Module) -> int:
+    """After how many of the first blocks no more features of images are added."""
+    config: Any = model.config
+    values = config.to_dict()
+    features = [value for name, value in _settings(values) if _IMAGE_FEATURES in name and value]
+    if all(isinstance(value, list | tuple) and {*map(type, value)} == {int} for value in features):
+        return max(map(len, features), default=0)  # as many features, one after each of the first blocks
+
+    # Otherwise the blocks are named: by lists that name layers, in pairs with those of the image encoder, or alone.
+    named: list[int] = []
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list | tuple):
+            named += _numbers(value)
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} adds features of images to the hidden states of certain blocks, and its "
+            "configuration does not say to which; blockspin cannot tell what would move"
+        )
+    return max(named) + 1
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """The whole numbers in a list and in the lists inside it."""
+    for entry in value:
+        if isinstance(entry, list | tuple):
+            yield from _numbers(entry)
+        elif isinstance(entry, int):
+            yield entry
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,10 @@ from .weights import check_complete, read_headers, reported, silenced, weight_pa
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
 
+# RWKV halves its hidden states after every so many blocks, and divides the weights in its memory to match, so that a
+# block cannot stand elsewhere, nor the model be saved. Without that it computes the same.
+_RESCALING = "rescale_every"
+
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
@@ -162,6 +166,8 @@ def load_model(
     if device_map in (None, STREAM):
         placement = _placement(source, config, arguments["dtype"], device_map == STREAM, trust_remote_code)
     arguments |= {"device_map": placement.device_map, "offload_folder": placement.folder}
+    if getattr(config, _RESCALING, 0):
+        arguments[_RESCALING] = 0
     if Path(source).is_dir():
         paths = [path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"]
         read_headers(paths)

@@ -246,7 +246,10 @@ def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
             raise ValueError(f"block {i} of {type(model).__name__} ran {ran.count(i)} times in one pass, not once")
     for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
         if not torch.equal(left.to(entered.device), entered):
-            raise ValueError(f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}")
+            raise ValueError(
+                f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}; where a setting "
+                "of its configuration does that (rescale_every of RWKV), load it with 0"
+            )
 
     in_order = [traces[i] for i in range(len(blocks))]
     found = blocks

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
@@ -231,6 +232,13 @@ def _layers(names: Sequence[str]) -> defaultdict[str, defaultdict[int, set[str]]
     return lists
 
 
+class _Empty(Tensor):
+    """A tensor without content, which stays on the meta device: transformers sends some weights to the CPU to join."""
+
+    def to(self, *where: Any, **options: Any) -> Tensor:
+        return self
+
+
 def report_loading(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], source: str | Path) -> LoadingReport:
     """What transformers would say when it loads weights of these names and shapes; no weights are read.
 
@@ -244,7 +252,7 @@ def report_loading(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], 
     quantised = _drop_quantisation(config)
 
     # With tensors that have no content, transformers renames, joins and compares as it does with real ones.
-    empty = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    empty = {name: torch.empty(tuple(shape), device="meta").as_subclass(_Empty) for name, shape in shapes.items()}
     try:
         with silenced():
             _, found = type(model).from_pretrained(

@@ -14,14 +14,14 @@ import numpy as np
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..model.blocks import check_images, find_stack
+from ..model.blocks import find_stack
 from ..model.loading import model_without_weights
 from ..problem import Removal, RemovalProblem
 from ..progress import console
 from ..solvers import solve
 from ..solvers.candidates import Candidate
 from .layer_config import first_proven
-from .proof import alike, broken_sharing, check_attention
+from .proof import alike, broken_sharing, must_stay
 
 Pattern = tuple[int, ...]  # for each layer in order: the first layer of the whole model that is built like it
 
@@ -44,10 +44,7 @@ class Removable:
     def __call__(self, removed: Iterable[int]) -> bool:
         gone = sorted(removed)
         kept = [i for i in range(len(self.pattern)) if i not in gone]
-        try:
-            check_attention(self._model, kept)
-            check_images(self._model, gone)
-        except ValueError:
+        if must_stay(self._model, kept, gone):
             return False
 
         # Some blocks use keys, values or features that others make.

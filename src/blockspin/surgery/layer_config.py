@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from ..model.blocks import DEPTH, find_stack
 from .patterns import module_settings
-from .proof import differences, find_slices, find_slots
+from .proof import differences, find_slices, find_slots, must_stay
 from .renaming import Renaming
 
 Build = Callable[[PretrainedConfig], PreTrainedModel]
@@ -91,16 +91,22 @@ def first_proven(
     for values in (written, config.to_dict()):
         if values is None:
             continue
-        # First every list that may be by layer is cut; where that does not do, those whose name says so.
-        everything = _rewritten(config, original, values, kept, code)
-        by_name = _rewritten(config, original, values, kept, "")
-        for trial in [everything] if by_name == everything else [everything, by_name]:
+        # First every list that may be by layer is cut; where that does not do, those whose name says so. Lists of
+        # indices count from 0, or else from 1.
+        trials: list[dict[str, Any]] = []
+        for first in (0, 1):
+            for read_by in (code, ""):
+                rewritten = _rewritten(config, original, values, kept, read_by, first)
+                if rewritten not in trials:
+                    trials.append(rewritten)
+
+        for trial in trials:
             shortened, found = _prove(config, original, trial, kept, build)
             if shortened is not None:
                 # What was written is kept as it was, but for what had to change.
                 return replace(shortened, values=trial) if values is written else shortened, ""
             problem = problem or found[0]
-            if trial is everything:
+            if trial is trials[0]:
                 start, fewest = trial, len(found)
 
     return _search(config, original, start, kept, build, thorough, fewest), problem
@@ -118,12 +124,18 @@ def _own_code(config_class: type[PretrainedConfig], model_class: type[PreTrained
 
 
 def _rewritten(
-    config: PretrainedConfig, original: PreTrainedModel, values: dict[str, Any], kept: Sequence[int], code: str
+    config: PretrainedConfig,
+    original: PreTrainedModel,
+    values: dict[str, Any],
+    kept: Sequence[int],
+    code: str,
+    first: int,
 ) -> dict[str, Any]:
     """A copy of `values` in which everything that describes layers describes the kept ones.
 
     code: of the model. A list that happens to be as long as there are layers (id2label, ...) is theirs if its name says
     so or the code reads it.
+    first: what lists of indices that may count from 0 or from 1 call the first layer.
     """
     stack = find_stack(original).layers
     renaming = Renaming(kept, len(stack))
@@ -138,7 +150,7 @@ def _rewritten(
 
     for name in text:
         if name != "quantization_config" and name not in config.sub_configs:
-            text[name] = _shorten(name, text[name], kept, len(stack), code)
+            text[name] = _shorten(name, text[name], kept, len(stack), code, first)
     for name in depth_names:
         text[name] = len(kept)
 
@@ -158,21 +170,23 @@ def _text_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, code: str) -> Any:
+def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, code: str, first: int) -> Any:
     """One setting for the kept layers, by its form; as it was where it does not speak of layers.
 
     name: with those of the tables that it is in, as in "rope_parameters.short_factor".
     """
     if isinstance(value, dict):
-        return _shorten_table(name, value, kept, depth, code)
+        return _shorten_table(name, value, kept, depth, code, first)
     if isinstance(value, str):
         letter_a_layer = len(value) == depth and "pattern" in name
         return "".join(_of_kept(value, kept)) if letter_a_layer else value
     if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
         return value
 
-    if _LISTS_INDICES.search(name) and _are_indices(value, depth, first=0):
-        return _new_indices(value, kept, first=0)
+    if _LISTS_INDICES.search(name):
+        for start in range(first, -1, -1):
+            if _are_indices(value, depth, start):
+                return _new_indices(value, kept, start)
     if _are_runs(value):  # in GPT-Neo: [[["global", "local"], 12]]
         entries: list[Any] = []
         for pattern, times in value:
@@ -196,7 +210,9 @@ def _is_by_layer(name: str, code: str) -> bool:
     return re.search(read, code, re.MULTILINE) is not None
 
 
-def _shorten_table(name: str, table: dict[Any, Any], kept: Sequence[int], depth: int, code: str) -> dict[Any, Any]:
+def _shorten_table(
+    name: str, table: dict[Any, Any], kept: Sequence[int], depth: int, code: str, first: int
+) -> dict[Any, Any]:
     """A table for the kept layers: with an entry a layer, with lists of layers that count from 1, or with settings."""
     has_indices = bool(table) and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in table)
     if has_indices and _is_by_layer(name, code):
@@ -211,9 +227,9 @@ def _shorten_table(name: str, table: dict[Any, Any], kept: Sequence[int], depth:
     for key, value in table.items():
         if _are_indices(value, depth, first=1) and _is_by_layer(f"{name}.{key}", code):
             from_one.append(key)
-    if any(depth in table[key] for key in from_one):
+    if any(first == 1 or depth in table[key] for key in from_one):
         return table | {key: _new_indices(table[key], kept, first=1) for key in from_one}
-    return {key: _shorten(f"{name}.{key}", entry, kept, depth, code) for key, entry in table.items()}
+    return {key: _shorten(f"{name}.{key}", entry, kept, depth, code, first) for key, entry in table.items()}
 
 
 def _are_indices(value: Any, depth: int, first: int) -> bool:
@@ -302,9 +318,10 @@ def _possible_removals(config: PretrainedConfig, original: PreTrainedModel, buil
     possible = []
     for i in range(depth):
         kept = [*range(i), *range(i + 1, depth)]
-        shortened, _ = first_proven(config, original, kept, build, thorough=False)
-        if shortened is not None:
-            possible.append(i)
+        if not must_stay(original, kept, [i]):
+            shortened, _ = first_proven(config, original, kept, build, thorough=False)
+            if shortened is not None:
+                possible.append(i)
         tried += 1
         if time.monotonic() > deadline:
             break

@@ -66,6 +66,16 @@ def split_blocks(model: nn.Module, removed: Iterable[int]) -> tuple[Removal, lis
     return removed, kept
 
 
+def must_stay(model: nn.Module, kept: Sequence[int], removed: Sequence[int]) -> bool:
+    """Whether no model of this kind survives a removal, whatever its configuration."""
+    try:
+        check_attention(model, kept)
+        check_images(model, removed)
+    except ValueError:
+        return True
+    return False
+
+
 def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
     """The cache of a hybrid model counts tokens in its attention layers: one of them must stay.
 
@@ -236,7 +246,9 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
     """Which kept blocks use more of a removed block than the residual stream.
 
     Where a list calls layers "shared", each uses what the last layer before it that is not shared has computed.
-    Otherwise a forward argument that starts with "prev" is something that the block before has computed.
+    Otherwise a forward argument that starts with "prev" is something that the block before has computed. One that no
+    layer can do without is a second residual stream (Reformer), which goes on after the last layer: what a gate does to
+    the hidden states is not what a removal does to both.
     """
     # Layers that take the choice of tokens from an earlier one (HY-V4).
     sharing = list(filter(_says_who_shares, vars(config.get_text_config(decoder=True)).values()))
@@ -252,9 +264,12 @@ def broken_sharing(config: PretrainedConfig, original: nn.Module, kept: Sequence
 
     # Layers that are handed something besides the hidden states by the one before (ZAYA).
     for i, layer in enumerate(find_stack(original).layers):
-        takes = [name for name in inspect.signature(layer.forward).parameters if name.startswith("prev")]
+        arguments = inspect.signature(layer.forward).parameters.values()
+        takes = [argument for argument in arguments if argument.name.startswith("prev")]
         if takes and i in kept and i > 0 and i - 1 not in kept:
-            yield f"block {i} takes {takes[0]} from block {i - 1}"
+            yield f"block {i} takes {takes[0].name} from block {i - 1}"
+        elif takes and i not in kept and takes[0].default is inspect.Parameter.empty:
+            yield f"block {i} adds to {takes[0].name} what no gate acts on"
 
 
 def _says_who_shares(value: Any) -> bool:
