@@ -61,6 +61,10 @@ def test_the_result_is_a_plain_checkpoint(
     }
     assert (tmp_path / "out" / "config.json").read_bytes() == (student_folder / "config.json").read_bytes()
     assert not (tmp_path / "out-training").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "without 2 of its 4 blocks" in card
+    assert f"{result.before['kl']:.4f} nats a token before and {result.after['kl']:.4f} after" in card
+    assert str(tmp_path) not in card
     about = json.loads((tmp_path / "out" / "blockspin.json").read_text())
     assert about["kept"] == [0, 3]
     assert about["distillation"]["after"] == result.after
@@ -79,7 +83,12 @@ def test_weights_keep_the_dtype_and_the_ties_of_the_student(
     tied = tf.AutoModelForCausalLM.from_config(model.config).bfloat16()
     tied.save_pretrained(tmp_path / "tied")
     tf.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "tied")
+    (tmp_path / "tied" / "README.md").write_text("---\nlicense: mit\n---\nIt scores 99.9 on all.\n")
     run(tmp_path / "out", student=tmp_path / "tied", max_steps=2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "# tied, trained to follow" in card
+    assert "99.9" not in card
     stored, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "tied"))
     assert {name: tensor.dtype for name, tensor in stored.items()} == {name: t.dtype for name, t in before.items()}
 

@@ -27,6 +27,7 @@ from ..model.blocks import find_stack
 from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
 from ..progress import console
+from ..surgery.card import add_training
 from .data import Samples, packed
 from .loss import DistillationLoss, split, training_forward
 from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks
@@ -320,5 +321,7 @@ def _write(
     with replacing(out) as temporary:
         student.save_pretrained(temporary, state_dict=weights)
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
-        write_json(temporary / "blockspin.json", {**known, "distillation": summary})
+        record = {**known, "distillation": summary}
+        write_json(temporary / "blockspin.json", record)
+        add_training(temporary, str(source), record)
         write_json(temporary / "distillation.json", result.history)

@@ -37,7 +37,7 @@ def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, sou
     parts = [
         f"# {name} without {len(removed)} of its {depth} blocks",
         f"This is {name} without the transformer blocks {ranges(removed)} (counted from 0): {len(kept)} blocks and "
-        f"{num_parameters:,} parameters are left. No weight was changed. It loads like the original.",
+        f"{num_parameters:,} parameters are left. The removal changed no other weight. It loads like the original.",
         "## How the blocks were chosen",
         _how(record),
         "## How to make it again",
@@ -75,12 +75,50 @@ def add_repair(folder: Path, summary: str) -> None:
     Raises:
         ValueError: the card cannot be written.
     """
-    path = folder / CARD
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        with replacing(path) as temporary:
-            after = "What was measured above was measured before the repair."
-            temporary.write_text(f"{text.rstrip()}\n\n## Repair\n\n{summary} {after}\n", encoding="utf-8")
+    if (folder / CARD).is_file():
+        _append(folder / CARD, f"## Repair\n\n{summary} What was measured above was measured before the repair.")
+
+
+def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
+    """Say at the end of the card of a checkpoint how its weights were trained.
+
+    A card that is not ours speaks of the student as it was: of it only the licence stays.
+
+    student: the folder that was trained. record: what blockspin.json says, its entry "distillation" in it.
+
+    Raises:
+        ValueError: the card cannot be written.
+    """
+    training = record["distillation"]
+    settings, before, after = training["settings"], training["before"], training["after"]
+    (name, _), (teacher, _) = _names(student), _names(settings["teacher"])
+    data, _ = _names(settings["data"])
+
+    card = folder / CARD
+    if "removed" not in record or not card.is_file():
+        metadata = ModelCardData(library_name="transformers", tags=["blockspin"], **_licence_of(card))
+        with replacing(card) as temporary:
+            temporary.write_text(f"---\n{metadata}\n---\n\n# {name}, trained to follow {teacher}\n", encoding="utf-8")
+
+    command = (
+        f"blockspin distill {name} --teacher {teacher} --data {data} --max-steps {training['steps']} --out trained"
+    )
+    parts = [
+        "## Training",
+        f"The weights ({settings['train']}) were then trained in {training['steps']:,} steps on {data} to give the "
+        f"distribution of {teacher} for the next token. On held-out text the KL divergence from it was "
+        f"{before['kl']:.4f} nats a token before and {after['kl']:.4f} after; the perplexity was "
+        f"{before['perplexity']:.2f} and is {after['perplexity']:.2f}. What is said above was measured before that.",
+        f"```bash\n{command}\n```",
+    ]
+    _append(card, "\n\n".join(parts))
+
+
+def _append(card: Path, section: str) -> None:
+    """Add a section at the end of a card."""
+    text = card.read_text(encoding="utf-8")
+    with replacing(card) as temporary:
+        temporary.write_text(f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
 
 
 def _names(source: str) -> tuple[str, str | None]:
