@@ -13,6 +13,7 @@ from ..problem import Removal, block_of
 from ..progress import track
 from .batches import Batch, frozen, input_device, make_batches
 from .residual import drop_shallowest, kept_streams
+from .stacking import is_worth_stacking, stacked_passes
 from .streaming import streamed_passes
 from .tracing import TracedModel, resumed, skipped
 
@@ -45,7 +46,9 @@ def removal_passes(
     with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
         batches = make_batches(samples, batch_size)
         for batch in track(batches, "Evaluating", len(batches), show=progress):
-            if traced.shares_passes:
+            if is_worth_stacking(traced, batch):
+                yield batch, stacked_passes(traced, batch, removals)
+            elif traced.shares_passes:
                 yield batch, shared_passes(traced, batch, removals, memory_limit)
             else:
                 yield batch, plain_passes(traced, batch, removals)
