@@ -106,6 +106,14 @@ def compare(
     calibration: Calibration,
     settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
     out: Out = Path("blockspin-comparison"),
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="Removals that are known already get a row each: a YAML file of lines such as `ours: 3-6,9`, or the "
+            "paper's of llama-3.1-8b-instruct, qwen3-14b, llama-3.3-70b-instruct or nemotron-3-nano-30b-a3b.",
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
@@ -125,7 +133,7 @@ def compare(
     first = next(iter(goals.values()))
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
 
-    comparison = run(config, goals, out)
+    comparison = run(config, goals, out, against=against)
     _show_rows([row for row in comparison.rows if row.goal in goals], json)
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
 

@@ -24,6 +24,7 @@ from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
 from ..surgery.feasible import Removable
 from .cost import MethodCost, counted
+from .known import Known
 from .results import RANDOM
 
 RANDOM_DRAWS = 5
@@ -171,6 +172,20 @@ def methods(config: CompressConfig) -> list[Method]:
         by_search("EvoPress", partial(baselines.evopress, budget=config.budget)),
     ]
     return found
+
+
+def known_methods(known: Known, problem: RemovalProblem) -> list[Method]:
+    """Removals that were chosen elsewhere, those that meet the goal of the problem."""
+    found = []
+    for name, removals in known.items():
+        for removed in filter(problem.allows, removals):
+            candidate = Candidate(tuple(sorted(removed)), name, problem.energy(removed))
+            found.append(Method(name, partial(_given, candidate)))
+    return found
+
+
+def _given(candidate: Candidate, case: Case) -> Candidate:
+    return candidate
 
 
 def selected(case: Case) -> Candidate:

@@ -35,14 +35,17 @@ from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
 from .cost import MethodCost
-from .methods import PAPER, Case, Method, Setup, methods
+from .known import Known, known_removals
+from .methods import PAPER, Case, Method, Setup, known_methods, methods
 from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 LANDSCAPE_SEED = 1000  # added to the seed of the run: others than the draws of the method "random"
 
 
-def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) -> Comparison:
+def compare(
+    config: CompressConfig, goals: Mapping[str, Goal], out: str | Path, *, against: str | None = None
+) -> Comparison:
     """Choose blocks with every method for every goal, and measure each choice; all of it in the folder `out`.
 
     ENERGY.safetensors and spectrum-GOAL-ENERGY.json, for the paper's energy and that of the settings, are as those of a
@@ -50,21 +53,25 @@ def compare(config: CompressConfig, goals: Mapping[str, Goal], out: str | Path) 
     not run twice, and more goals may be added.
 
     goals: name -> what to remove, e.g. {"8": 8}; `config.remove` is not used.
+    against: removals that are known already (`known_removals`); those that meet a goal have a row of their own.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
     out = Path(out)
+    known = {} if against is None else known_removals(against)
     with locked(out):
-        comparison = open_comparison(config, out)
+        comparison = open_comparison(config, out, against)
         measured = {row.goal for row in comparison.rows}
         missing = {name: goal for name, goal in goals.items() if name not in measured}
         if missing:
-            complete(comparison, config, missing, out)
+            complete(comparison, config, missing, out, known)
     return comparison
 
 
-def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str, Goal], out: Path) -> None:
+def complete(
+    comparison: Comparison, config: CompressConfig, goals: Mapping[str, Goal], out: Path, known: Known
+) -> None:
     """Run and measure the methods that the comparison has no choices of yet, for goals that are not measured yet."""
     # Everything that can be refused is checked before the settings are recorded.
     remote = config.trust_remote_code
@@ -87,7 +94,7 @@ def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str,
     for name, goal in goals.items():
         case = pose_case(setup, name, goal, out)
         finished = {choice.method for choice in comparison.choices_for(name)}
-        for method in methods(config):
+        for method in [*methods(config), *known_methods(known, case.problem)]:
             if method.name not in finished:
                 console.print(f"{name}: {method.name}", highlight=False)
                 run_method(case, method, comparison)
@@ -97,13 +104,14 @@ def complete(comparison: Comparison, config: CompressConfig, goals: Mapping[str,
         comparison.save(file)
 
 
-def open_comparison(config: CompressConfig, out: Path) -> Comparison:
+def open_comparison(config: CompressConfig, out: Path, against: str | None = None) -> Comparison:
     """The comparison in a folder, or a new one.
 
     Raises:
         ValueError: the folder holds something else, or a comparison with other settings.
     """
     settings = {name: value for name, value in asdict(config).items() if name != "remove"}
+    settings["against"] = against
     file = out / "comparison.json"
     if file.is_file():
         comparison = Comparison.load(file)
