@@ -7,25 +7,28 @@ EvoPress as its budget, SLEB as more samples. The others cost less. Run it with
 
     python benchmarks/real_model.py --chat conversations.jsonl.gz --text text.jsonl.xz --out real_model.json
 
-and again to continue; a number of removals of one draw takes about half an hour on a core.
+and again to continue; a number of removals of one draw takes about an hour on a core and half a minute on a GPU.
+Several processes with a draw each may run side by side, with an --out each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from blockspin import baselines
-from blockspin.data.calibration import load_calibration
+from blockspin.data.calibration import tokenise
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
@@ -33,37 +36,40 @@ from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import kl, measured
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Floats, Removal, RemovalProblem
+from blockspin.selection.result import Selection
 from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
-from blockspin.solvers.candidates import Candidate, fill, states_as_candidates
+from blockspin.solvers.candidates import Candidate, fill
 from blockspin.surgery.feasible import Removable
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
-ALL_PASSES = 1000.0  # over one sample: of the energies and the choice together
-HELD_OUT = 16  # samples of each text, for the choices
+SHARE = FIT_SAMPLES + CHOICE_SAMPLES  # of a draw
+HELD_OUT_LENGTH = 128  # tokens
 LOW, RANDOM = 20, 20
-LOW_SAMPLES, RANDOM_SAMPLES = 4, 1  # of each held-out text: random removals are so far apart that more are not needed
+WINDOWS = 8  # of one length, taken from one text
+
+Texts = dict[str, list[Tensor]]
 
 
 @dataclass
 class HeldOut:
     """KL divergences on text that nothing else has seen, each measured once.
 
-    texts: name -> samples. values: (text, removal) -> the divergence on each of its first samples.
+    texts: name -> samples. values: (text, removal) -> the divergence on each sample.
     """
 
     model: nn.Module
-    texts: dict[str, list[Tensor]]
+    texts: Texts
     values: dict[tuple[str, Removal], Floats] = field(default_factory=dict)
 
-    def measure(self, removals: Sequence[Removal], number: int) -> dict[str, Floats]:
+    def measure(self, removals: Sequence[Removal]) -> dict[str, Floats]:
         """Text -> (number of removals, number of samples)."""
         for text, samples in self.texts.items():
-            new = [r for r in dict.fromkeys(removals) if len(self.values.get((text, r), ())) < number]
+            new = [removed for removed in dict.fromkeys(removals) if (text, removed) not in self.values]
             if new:
-                found = measured(trace_model(self.model), new, samples[:number], kl, batch_size=4)[..., 0]
-                self.values |= {(text, r): row for r, row in zip(new, found, strict=True)}
-        return {text: np.array([self.values[text, r][:number] for r in removals]) for text in self.texts}
+                found = measured(trace_model(self.model), new, samples, kl, batch_size=16)[..., 0]
+                self.values |= {(text, removed): row for removed, row in zip(new, found, strict=True)}
+        return {text: np.array([self.values[text, removed] for removed in removals]) for text in self.texts}
 
 
 def correlation(a: Floats, b: Floats) -> float:
@@ -88,14 +94,16 @@ def test_energies(found: Fitted, remove: int, held_out: HeldOut, influence: Remo
     removals = {name: [fill(problem, order.tolist()) for order in drawn] for name, drawn in orders.items()}
     removals["low"] = [state.removed for state in solve(problem, states=LOW).states]
 
-    result: dict[str, Any] = {"passes": cost_of(found)}
+    result: dict[str, Any] = {"passes": cost_of(found), "removed": removals["low"][0]}
     for name, group in removals.items():
-        number = LOW_SAMPLES if name == "low" else RANDOM_SAMPLES
         energies = np.array([problem.energy(removed) for removed in group])
-        for text, values in held_out.measure(group, number).items():
+        for text, values in held_out.measure(group).items():
             result[f"{name}, {text}"] = correlation(energies, values.mean(axis=1))
+            if name == "low":  # how much order there is to be found: one half of the text against the other
+                halves = correlation(values[:, ::2].mean(axis=1), values[:, 1::2].mean(axis=1))
+                result[f"low, halves of {text}"] = halves
     for name, removed in (("ground", removals["low"][0]), ("block influence", influence)):
-        for text, values in held_out.measure([removed], 2 * LOW_SAMPLES).items():
+        for text, values in held_out.measure([removed]).items():
             result[f"{name}, {text}"] = float(values.mean())
     return result
 
@@ -111,7 +119,9 @@ def cost_of(found: Fitted) -> float:
     return total
 
 
-def ours(model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int) -> Candidate:
+def ours(
+    model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int, passes: float = 1000.0
+) -> Selection:
     """What blockspin chooses. The energies have seen the first samples, the choice sees the others."""
     problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
     for_energies, for_choice = samples[:FIT_SAMPLES], samples[FIT_SAMPLES:]
@@ -123,107 +133,168 @@ def ours(model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], se
         for_choice,
         for_energies,
         Removable(model.config),
-        budget=(ALL_PASSES - cost_of(found)) / len(for_choice),
+        budget=(passes - cost_of(found)) / len(for_choice),
         seed=seed,
         progress=False,
     )
-    print("passes", cost_of(found), selection.passes * len(for_choice), flush=True)
-    return selection.chosen
+    return selection
 
 
 def methods(
-    model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int
+    model: nn.Module, remove: int, samples: list[Tensor], seed: int, passes: float
 ) -> dict[str, Callable[[], Candidate]]:
-    """Each method by its name, to be run when its turn comes; what several need is measured at once."""
-    problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
-    n, for_choice = problem.num_blocks, samples[FIT_SAMPLES:]
+    """Each method that is not ours by its name, to be run when its turn comes."""
+    blocks = trace_model(model).blocks
+    n, for_choice = len(blocks), samples[FIT_SAMPLES:]
+    problem = RemovalProblem(np.eye(n), remove, blocks=blocks)  # they do not look at the energy
     activations = baselines.measure_activations(model, samples)
     losses = baselines.losses_without_each(model, for_choice[:8])
     rounds = [passes_of_walk([tuple({*range(4, 4 + gone), i}) for i in range(n)], n) for gone in range(remove)]
-    few = samples[: max(1, round(ALL_PASSES / sum(rounds)))]
+    few = samples[: max(1, round(passes / sum(rounds)))]
+    budget = passes / len(for_choice)
     return {
-        "blockspin": lambda: ours(model, found, remove, samples, seed),
-        "ground state": lambda: states_as_candidates(solve(problem, states=1))[0],
         "block influence": lambda: baselines.block_influence(problem, activations),
         "iterative block influence": lambda: baselines.iterative_block_influence(model, samples, problem),
         "norm ratio": lambda: baselines.norm_ratio(problem, activations),
         "angular distance": lambda: baselines.angular_distance(problem, activations),
         "Shortened LLaMA PPL": lambda: baselines.shortened_llama(problem, losses, "PPL"),
         "Shortened LLaMA PPL+": lambda: baselines.shortened_llama(problem, losses, "PPL+", plus=True),
-        f"SLEB, {len(few)} samples": lambda: baselines.sleb(model, few, problem),
-        "EvoPress": lambda: baselines.evopress(
-            model, for_choice, problem, budget=ALL_PASSES / len(for_choice), seed=seed
-        ),
+        "SLEB": lambda: baselines.sleb(model, few, problem),
+        "EvoPress": lambda: baselines.evopress(model, for_choice, problem, budget=budget, seed=seed),
     }
 
 
 def compared(removed: Removal, reference: Removal, held_out: HeldOut) -> dict[str, Any]:
-    """Text -> KL of a removal, how far that of a reference is below it, and the standard error of that."""
+    """Text -> KL of a removal, how far it is above that of a reference, and the standard error of that."""
     row: dict[str, Any] = {"removed": removed}
-    for text, values in held_out.measure([removed, reference], HELD_OUT).items():
+    for text, values in held_out.measure([removed, reference]).items():
         above = values[0] - values[1]
-        row[text] = [float(values[0].mean()), float(above.mean()), float(above.std(ddof=1) / HELD_OUT**0.5)]
+        row[text] = [float(values[0].mean()), float(above.mean()), float(above.std(ddof=1) / len(above) ** 0.5)]
     return row
 
 
-def keep(out: Path, results: dict[str, dict[str, Any]], label: str, name: str) -> None:
-    """Write all results and show the newest."""
-    write_json(out, results)
-    print(label, name, results[label][name], flush=True)
+def windows(source: str, tokenizer: PreTrainedTokenizerBase, length: int, number: int) -> list[Tensor]:
+    """(length,) token ids each: the beginnings of texts that are long enough, then later parts of the same texts."""
+    cut: list[list[Tensor]] = []
+    for ids in tokenise(source, tokenizer, length, seed=0, split="train", truncate=False):
+        starts = np.linspace(0, len(ids) - length, WINDOWS).astype(np.int64) if len(ids) >= WINDOWS * length else [0]
+        if len(ids) >= length:
+            cut.append([torch.tensor(ids[start : start + length]) for start in starts])
+    in_turn = [text[k] for k in range(WINDOWS) for text in cut if k < len(text)]
+    return in_turn[:number]
+
+
+def draws_of(kind: str, chat: Iterator[Tensor], text: Iterator[Tensor], number: int) -> list[list[Tensor]]:
+    """The samples of each draw: conversations, other text, or as much of both, mixed."""
+    result = []
+    for _ in range(number):
+        turns = {"chat": [chat], "text": [text], "mix": [chat, text]}[kind]
+        each = SHARE // len(turns)
+        result.append(
+            [sample for group in zip(*(islice(turn, each) for turn in turns), strict=True) for sample in group]
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The samples of one draw, for the energies and then for the choice."""
+
+    label: str
+    samples: list[Tensor]
+    seed: int
+
+
+class Results:
+    """Rows by label and name, each kept as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self._started = time.perf_counter()
+
+    def lack(self, label: str, name: str) -> bool:
+        """Whether a row is still to be made; its time runs from now."""
+        self._started = time.perf_counter()
+        return name not in self.rows.setdefault(label, {})
+
+    def add(self, label: str, name: str, row: dict[str, Any]) -> None:
+        """Keep a row and show it."""
+        self.rows[label][name] = {**row, "seconds": time.perf_counter() - self._started}
+        write_json(self.path, self.rows)
+        print(label, name, self.rows[label][name], flush=True)
+
+
+def run_ours(
+    arguments: argparse.Namespace, model: nn.Module, results: Results, held_out: HeldOut, draw: Draw, remove: int
+) -> None:
+    """Energies for this size and for any, for each number of passes, and what is chosen with them."""
+    activations = baselines.measure_activations(model, draw.samples)
+    for goal, passes in product((remove, None), arguments.energy_passes):
+        kept = arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw.seed}-{passes:g}.jsonl")
+        for_energies = draw.samples[:FIT_SAMPLES]
+        found = fit_removals(
+            model, for_energies, goal=goal, passes=passes, seed=draw.seed, partial=kept, progress=False
+        )  # from the file after the first time
+
+        which = f"{'any' if goal is None else 'this'} size, {passes:g}"
+        problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
+        if results.lack(draw.label, f"energies, {which}"):
+            influence = baselines.block_influence(problem, activations).removed
+            results.add(draw.label, f"energies, {which}", test_energies(found, remove, held_out, influence))
+        if not arguments.energies_only and results.lack(draw.label, f"blockspin, {which}"):
+            selection = ours(model, found, remove, draw.samples, draw.seed, arguments.passes)
+            lowest = selection.trials[0].removed
+            row = compared(selection.chosen.removed, lowest, held_out)
+            row |= {"lowest": compared(lowest, lowest, held_out), "passes": selection.passes}
+            results.add(draw.label, f"blockspin, {which}", row)
+
+
+def run(arguments: argparse.Namespace, model: nn.Module, draws: list[list[Tensor]], held_out: HeldOut) -> None:
+    """Everything for each draw and number of removals."""
+    results = Results(arguments.out)
+    for number, remove in product(arguments.draws, arguments.remove):
+        label = f"M={remove} draw={number} {arguments.calibration} {arguments.length}"
+        draw = Draw(label, draws[number], number)
+        run_ours(arguments, model, results, held_out, draw, remove)
+        if arguments.energies_only:
+            continue
+
+        first = f"blockspin, this size, {arguments.energy_passes[0]:g}"
+        reference = tuple(results.rows[label][first]["removed"])
+        for name, method in methods(model, remove, draw.samples, draw.seed, arguments.passes).items():
+            if results.lack(label, name):
+                results.add(label, name, compared(method().removed, reference, held_out))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chat", required=True, help="conversations, for calibration and held out")
-    parser.add_argument("--text", required=True, help="other text, held out")
+    parser.add_argument("--text", required=True, help="text of other kinds, held out")
+    parser.add_argument("--calibration-text", help="text of other kinds for calibration, of other works")
     parser.add_argument("--out", type=Path, default=Path("real_model.json"))
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remove", type=int, nargs="+", default=[8, 12, 4, 15])
-    parser.add_argument("--one-goal", action="store_true", help="energies for each number, instead of one for all")
+    parser.add_argument("--calibration", choices=("chat", "text", "mix"), default="chat")
+    parser.add_argument("--energy-passes", type=float, nargs="+", default=[744.0], help="one form for each number")
+    parser.add_argument("--passes", type=float, default=1000.0, help="over one sample, of energies and choice together")
     parser.add_argument("--energies-only", action="store_true", help="leave the choices out")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
+    parser.add_argument("--held-out", type=int, default=32, help="samples of each held-out text")
+    parser.add_argument("--model", default="smollm2", help="another model, to try the script itself")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
 
-    def long_enough(source: str, number: int, length: int) -> list[Tensor]:
-        drawn = load_calibration(source, tokenizer, num_samples=3 * number, max_length=length, seed=0, progress=False)
-        return [sample for sample in drawn if len(sample) == length][:number]
-
-    # One order of the conversations: the first are held out, each draw takes the next.
-    share = FIT_SAMPLES + CHOICE_SAMPLES
-    chat = long_enough(arguments.chat, HELD_OUT + share * (1 + max(arguments.draws)), arguments.length)
-    text = long_enough(arguments.text, HELD_OUT, arguments.length)
-    held_out = HeldOut(model, {"chat": chat[:HELD_OUT], "text": text})
-    for draw, remove in product(arguments.draws, arguments.remove):
-        first = HELD_OUT + share * draw
-        samples = chat[first : first + share]
-        goal = remove if arguments.one_goal else None
-        found = fit_removals(
-            model,
-            samples[:FIT_SAMPLES],
-            goal=goal,
-            seed=draw,
-            partial=arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw}.jsonl"),
-            progress=False,
-        )  # from the file after the first time
-        label = f"M={remove} draw={draw}"
-        row = results.setdefault(label, {})
-
-        if "energies" not in row:
-            problem = RemovalProblem(found.hessian, remove)
-            influence = baselines.block_influence(problem, baselines.measure_activations(model, samples)).removed
-            row["energies"] = test_energies(found, remove, held_out, influence)
-            keep(arguments.out, results, label, "energies")
-        if arguments.energies_only:
-            continue
-        for name, method in methods(model, found, remove, samples, draw).items():
-            if name not in row:
-                removed = method().removed
-                reference = removed if name == "blockspin" else tuple(row["blockspin"]["removed"])
-                row[name] = compared(removed, reference, held_out)
-                keep(arguments.out, results, label, name)
+    # Of the conversations the first are held out, and each draw takes the next.
+    number, share = arguments.held_out, SHARE * (1 + max(arguments.draws))
+    chat = windows(arguments.chat, tokenizer, HELD_OUT_LENGTH, number + share)
+    held_out = HeldOut(model, {"chat": chat[:number]})
+    held_out.texts["text"] = windows(arguments.text, tokenizer, HELD_OUT_LENGTH, number)
+    other = windows(arguments.calibration_text, tokenizer, HELD_OUT_LENGTH, share) if arguments.calibration_text else []
+    rest = [iter([sample[: arguments.length] for sample in samples]) for samples in (chat[number:], other)]
+    draws = draws_of(arguments.calibration, rest[0], rest[1], 1 + max(arguments.draws))
+    run(arguments, model, draws, held_out)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def choices(model: nn.Module, found: Fitted, samples: list[Tensor]) -> Iterator[
         yield goal, "random", fill(problem, generator.permutation(problem.num_blocks).tolist())
         yield goal, "norm ratio", baselines.norm_ratio(problem, activations).removed
         yield goal, "angular distance", baselines.angular_distance(problem, activations).removed
-        yield goal, "blockspin", ours(model, found, goal, samples, seed=0).removed
+        yield goal, "blockspin", ours(model, found, goal, samples, seed=0).chosen.removed
     for goal, problem in problems.items():
         yield goal, "SLEB", baselines.sleb(model, samples[:SLEB_SAMPLES], problem, progress=True).removed
 

@@ -27,7 +27,7 @@ def polish(
     while ledger.passes < budget:
         rounds += 1
         best = ledger.best()
-        proposed = propose(ledger, refit(ledger, problem), best, removable)
+        proposed = propose(ledger, refit(ledger, problem).problem, best, removable)
         if not proposed:
             break
         race(ledger, [best, *proposed])

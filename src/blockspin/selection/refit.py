@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..energies.quadratic import fit_quadratic
-from ..problem import Floats, RemovalProblem
+from ..problem import Floats, Removal, RemovalProblem
 from .ledger import Ledger
 
 # The standard error of a quadratic form at removals that are measured without any, on a logarithmic scale; where the
@@ -14,12 +16,29 @@ MISFIT = 0.03
 _TINY = 1e-12  # keeps variances above zero where everything measured is equal
 
 
-def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
-    """The problem with its energy corrected by what was measured: a quadratic form again, solved as before.
+@dataclass(frozen=True)
+class Refit:
+    """The problem with its energy corrected by what was measured, and what the correction makes of the measurements.
+
+    problem: a quadratic form again, solved as before.
+    expected: for every measured removal how far its objective is expected to be above the best measured one on samples
+        that nobody has seen; of KL divergences the logarithm.
+    """
+
+    problem: RemovalProblem
+    expected: dict[Removal, float]
+
+
+def refit(ledger: Ledger, problem: RemovalProblem) -> Refit:
+    """Correct the energy by what was measured.
 
     What was measured is modelled as a + b E(x) + d(x) with a quadratic form d (`fit_quadratic`), on a logarithmic scale
     where the objective allows it (`Ledger.change`): the KL divergence of many removals is far from the sum of single
     ones, its logarithm is not.
+
+    A measurement is such a form plus the form's own misfit plus the noise of few samples. Of what it differs from the
+    form by, the misfit's share of the variance is expected to be there on other samples too: the lowest of many
+    measurements is often only the luckiest.
     """
     removals = list(ledger.values)
     best = ledger.best()
@@ -29,6 +48,11 @@ def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
     y, errors = changes.T.copy()  # (num_removals,) each
     known = np.isfinite(errors)
     errors[~known] = max([*errors[known], y.std()])  # measured on one sample only
+
+    # Half of the variance of a difference is that of the best, whose difference from itself says nothing of it.
+    compared = [k for k, removed in enumerate(removals) if known[k] and removed != best]
+    errors[removals.index(best)] = np.median(errors[compared]) if compared else 0.0
+    errors /= np.sqrt(2)
     misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
     noise = errors**2 + misfit**2 + _TINY
 
@@ -39,9 +63,15 @@ def refit(ledger: Ledger, problem: RemovalProblem) -> RemovalProblem:
 
     fit = fit_quadratic(x, y, basis, noise=noise, blocks=problem.blocks)
     if fit.coefficients[-1] < 0 and basis.shape[1] > 1:  # an energy that misleads is left out
-        fit = fit_quadratic(x, y, basis[:, :1], noise=noise, blocks=problem.blocks)
+        basis = basis[:, :1]
+        fit = fit_quadratic(x, y, basis, noise=noise, blocks=problem.blocks)
     slope = fit.coefficients[1] / unit if len(fit.coefficients) > 1 else 0.0
-    return problem.with_energy(slope * problem.hessian + fit.matrix, slope * problem.gradient)
+    corrected = problem.with_energy(slope * problem.hessian + fit.matrix, slope * problem.gradient)
+
+    formed = basis @ fit.coefficients + np.einsum("ki,ij,kj->k", x, fit.matrix, x)  # (num_removals,)
+    lasting = misfit**2 / noise  # (num_removals,)
+    expected = formed + lasting * (y - formed)
+    return Refit(corrected, dict(zip(removals, expected.tolist(), strict=True)))
 
 
 def _basis(energies: Floats) -> tuple[Floats, float]:

@@ -5,6 +5,7 @@ The energy is a prediction, and its ground state is often not the best removal. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from .ledger import Ledger, Objective
 from .polish import polish
 from .pool import cheap_choices, pool_of
 from .race import race
+from .refit import refit
 from .result import Selection, trial_of
 
 BUDGET = 64.0  # passes over the selection samples
@@ -174,9 +176,23 @@ def run_selection(
             for removed, source in polish(ledger, problem, budget, removable):
                 candidates.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
 
-    best = ledger.best()
+    best = ledger.best() if problem is None else expected_best(ledger, problem, always)
     chosen = replace(candidates[best], loss=ledger.mean(best))
     trials = [trial_of(ledger, candidate, best) for candidate in candidates.values()]
     trials.sort(key=lambda trial: (-trial.num_samples, trial.loss))
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
     return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds)
+
+
+def expected_best(ledger: Ledger, problem: RemovalProblem, always: Sequence[Removal] = ()) -> Removal:
+    """Of the removals measured on the most samples, the one whose objective is expected to be lowest on other samples.
+
+    None that measured higher than one of `always` is taken.
+    """
+    most = max(map(len, ledger.values.values()))
+    complete = [removed for removed, values in ledger.values.items() if len(values) == most]
+    limit = min(map(ledger.mean, always), default=math.inf)
+    allowed = [removed for removed in complete if ledger.mean(removed) <= limit]
+
+    expected = refit(ledger, problem).expected
+    return min(allowed, key=lambda removed: (expected[removed], ledger.mean(removed), removed))
