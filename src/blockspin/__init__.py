@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .evaluation.perplexity import perplexity, text_perplexity
     from .evaluation.tasks import evaluate
     from .model.blocks import find_blocks
-    from .problem import Block, RemovalProblem
+    from .model.tracing import find_units
+    from .problem import Block, RemovalProblem, Sublayer
     from .repairs.checkpoint import repair_checkpoint
     from .repairs.run import repair
     from .selection.select import select
@@ -29,7 +30,9 @@ __version__ = "0.1.0"
 # Where each public name lives; imported on first use, so that `import blockspin` does not wait for torch.
 _HOME = {
     "Block": "problem",
+    "Sublayer": "problem",
     "find_blocks": "model.blocks",
+    "find_units": "model.tracing",
     "load_calibration": "data.calibration",
     "Candidate": "solvers.candidates",
     "DistillConfig": "config",
@@ -63,12 +66,14 @@ __all__ = [
     "Interactions",
     "RemovalProblem",
     "Spectrum",
+    "Sublayer",
     "distill",
     "distill_checkpoint",
     "estimate_energies",
     "estimate_gradients",
     "evaluate",
     "find_blocks",
+    "find_units",
     "gauss_newton",
     "load_calibration",
     "load_energies",

@@ -14,27 +14,34 @@ class Aim:
     """The original at one kept block, for one batch of text; tensors are (batch, length, width).
 
     streams: its residual stream where it enters the block, and after each of the block's additions.
-    wanted: what enters the next kept block there, or leaves the last block.
+    wanted: what enters the next sub-layer that is kept after the block, or leaves the last block.
+    branches: which of the block's additions the shortened model still makes; empty: all.
     """
 
     streams: tuple[Tensor, ...]
     wanted: Tensor
+    branches: tuple[int, ...] = ()
 
     def after(self, addition: int) -> Tensor:
-        """What the shortened model's stream should be after an addition of the block.
+        """What the shortened model's stream should be after an addition of the block that it still makes.
 
-        What the removed blocks add is shared out evenly over the additions: of two, the first should bring half of it.
+        What is added behind the block by what is gone is shared out evenly over the additions: of two, the first should
+        bring half of it.
         """
-        additions = len(self.streams) - 1
-        if addition == additions - 1:
+        branches = self.branches or tuple(range(len(self.streams) - 1))
+        later = [branch for branch in branches if branch > addition]
+        if not later:
             return self.wanted
-        share = (addition + 1) / additions
-        here, wanted = self.streams[-1].float(), self.wanted.float()
-        return self.streams[addition + 1].float() + share * (wanted - here)
+        share = 1 - len(later) / len(branches)
+        here, wanted = self.streams[branches[-1] + 1].float(), self.wanted.float()
+        return self.streams[later[0]].float() + share * (wanted - here)
 
 
-def aims_at(theirs: Walk, block: int, end: int) -> list[Aim]:
-    """The aims of a block for each batch; takes the original's walk to `end`, where the block's successor begins."""
+def aims_at(theirs: Walk, block: int, end: int, branches: tuple[int, ...] = (), first: int = 0) -> list[Aim]:
+    """The aims of a block for each batch; takes the original's walk to `end`, where the block's successor begins.
+
+    branches: of the block, that are kept; empty: all. first: the first branch that the successor keeps.
+    """
     while theirs.block < block:
         theirs.step()
     entering = list(theirs.streams)
@@ -43,7 +50,12 @@ def aims_at(theirs: Walk, block: int, end: int) -> list[Aim]:
     while theirs.block < end:
         theirs.step()
 
+    # The successor may have lost its first branches too.
+    goals = list(theirs.streams)
+    if first > 0:
+        goals = [theirs.look(number).additions[first - 1].cpu() for number in range(len(goals))]
+
     aims = []
-    for first, middle, last, wanted in zip(entering, between, after, theirs.streams, strict=True):
-        aims.append(Aim((first, *middle, last), wanted))
+    for enters, middle, last, wanted in zip(entering, between, after, goals, strict=True):
+        aims.append(Aim((enters, *middle, last), wanted, branches))
     return aims

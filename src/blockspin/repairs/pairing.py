@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..model.blocks import check_removal, find_stack
+from ..model.tracing import trace_model
 
 
 def kept_blocks(shortened: nn.Module, original: nn.Module, removed: Sequence[int] | None = None) -> list[int]:
     """For each block of the shortened model its index in the original, proven by comparing all their weights.
+
+    Blocks of the shortened model may lack tensors of the original's, as those that lost a sub-layer do.
 
     removed: the blocks that are gone; None: found by comparing weights.
 
@@ -20,7 +24,7 @@ def kept_blocks(shortened: nn.Module, original: nn.Module, removed: Sequence[int
             finite.
     """
     ours, theirs = find_stack(shortened).layers, find_stack(original).layers
-    if len(ours) >= len(theirs):
+    if len(ours) > len(theirs) or ours.state_dict().keys() == theirs.state_dict().keys():
         raise ValueError(
             f"the shortened model has {len(ours)} blocks and the original {len(theirs)}: no block is gone; name the "
             "shortened model first and the original second"
@@ -50,6 +54,45 @@ def kept_blocks(shortened: nn.Module, original: nn.Module, removed: Sequence[int
     return kept
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A block that the shortened model still has.
+
+    index: in the original. branches: those of its residual branches that are left; empty: all.
+    """
+
+    index: int
+    branches: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The first of its residual branches."""
+        return self.branches[0] if self.branches else 0
+
+
+def kept_branches(shortened: nn.Module, original: nn.Module, kept: Sequence[int]) -> list[Kept]:
+    """The blocks of the shortened model with the branches that they still have: those whose modules hold weights.
+
+    kept: from `kept_blocks`.
+    """
+    ours, theirs = find_stack(shortened).layers, find_stack(original).layers
+    are_whole = [ours[k].state_dict().keys() == theirs[i].state_dict().keys() for k, i in enumerate(kept)]
+    if all(are_whole):
+        return [Kept(i) for i in kept]
+
+    traces = trace_model(original, "sublayers").traces
+    found = []
+    for layer, i, is_whole in zip(ours, kept, are_whole, strict=True):
+        names = list(layer.state_dict())
+        branches: list[int] = []
+        for branch, parts in enumerate(traces[i].parts):
+            held = [any(name.startswith(f"{part.name}.") for name in names) for part in parts]
+            if all(held):
+                branches.append(branch)
+        found.append(Kept(i) if is_whole else Kept(i, tuple(branches)))
+    return found
+
+
 def _matched(ours: nn.ModuleList, theirs: nn.ModuleList) -> list[int]:
     """The first blocks of the original, in order, that equal those of the shortened model."""
     kept: list[int] = []
@@ -76,8 +119,9 @@ def _embedding(model: nn.Module) -> Tensor:
 
 
 def _same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether all tensors of one block are equal to those that the other has by the same names."""
     first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(_equal(tensor, second[name]) for name, tensor in first.items())
+    return first.keys() <= second.keys() and all(_equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

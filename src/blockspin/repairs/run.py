@@ -15,7 +15,7 @@ from .aims import aims_at
 from .finished import FinishedBlocks
 from .fitting import Fitting, Maps, Text, find_maps
 from .least_squares import READING_RIDGE, RIDGE
-from .pairing import kept_blocks
+from .pairing import Kept, kept_blocks, kept_branches
 from .projections import num_inputs
 from .report import RepairReport, Step
 from .walk import Walk
@@ -36,13 +36,13 @@ def repair(
 ) -> RepairReport:
     """Give linear maps of a shortened model new weights, in place, so that it follows the original.
 
-    Block by block from the first cut on, every linear map whose output is added to the residual stream is changed by
-    a ridge least-squares solution. With the inputs a_t of the map in the shortened and so far repaired model, the
-    stream s_t there after the addition and the aim z_t, it is the D that minimises the sum over tokens of
-    |z_t - s_t - a_t D|^2 / |z_t|^2, plus the penalty of `NormalEquations.solution`.
+    Blocks may be gone, or sub-layers of blocks. Block by block from the first cut on, every linear map whose output is
+    added to the residual stream is changed by a ridge least-squares solution. With the inputs a_t of the map in the
+    shortened and so far repaired model, the stream s_t there after the addition and the aim z_t, it is the D that
+    minimises the sum over tokens of |z_t - s_t - a_t D|^2 / |z_t|^2, plus the penalty of `NormalEquations.solution`.
 
-    The aim after a block is what enters the next kept block in the original; after an earlier addition of the block it
-    is the original's stream there and, of what the removed blocks add, the share of the additions done so far. Maps
+    The aim after a block is what enters the next kept sub-layer in the original; after an earlier addition of the block
+    it is the original's stream there and, of what the removed ones add, the share of the additions done so far. Maps
     that read the stream get a linear map in front, so that they see what they see in the original. Only what helps on
     held-out samples is kept. The original keeps its weights, also where `shortened` shares them.
 
@@ -72,7 +72,8 @@ def repair(
     old = _weights(ours.layers, maps)
     fitting = Fitting(Walk(ours, text.batches), maps, text, ridge, reading_ridge)
     through_original = Walk(theirs, text.batches)
-    steps = _repair_blocks(fitting, through_original, kept, finished, progress)
+    blocks = kept_branches(shortened, original, kept)
+    steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
     undone = not kl_after < kl_before
     _put_back(old if undone else [])
@@ -91,23 +92,25 @@ def repair(
 
 
 def _repair_blocks(
-    fitting: Fitting, theirs: Walk, kept: Sequence[int], finished: FinishedBlocks, progress: bool
+    fitting: Fitting, theirs: Walk, kept: Sequence[Kept], finished: FinishedBlocks, progress: bool
 ) -> list[Step]:
-    """Walk through both models side by side and change the shortened one. kept: its blocks in the original."""
+    """Walk through both models side by side and change the shortened one. kept: its blocks."""
     ours = fitting.walk
     steps: list[Step] = []
-    ends = [*kept[1:], theirs.depth]
+    behind = Kept(theirs.depth)  # as if a block followed the last
+    equal = True  # whether the models are the same up to the block
     for position in track(range(len(kept)), "Repairing", len(kept), show=progress):
-        block, end = kept[position], ends[position]
-        aims = aims_at(theirs, block, end)
-        if block == position and end == block + 1:  # nothing is gone up to here: the models are the same
+        block, following = kept[position], [*kept, behind][position + 1]
+        aims = aims_at(theirs, block.index, following.index, block.branches, following.first)
+        equal &= not block.branches and block.index == position
+        if equal and following.index == position + 1 and following.first == 0:  # nothing is gone behind it
             ours.follow(theirs)
             continue
 
-        done = finished.restore(block, ours.layer)
+        done = finished.restore(block.index, ours.layer)
         if done is None:
-            done = fitting.refit(block, aims)
-            finished.add(block, ours.layer, done)
+            done = fitting.refit(block.index, aims)
+            finished.add(block.index, ours.layer, done)
         steps += done
         ours.step()
     return steps

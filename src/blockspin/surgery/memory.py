@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..model.batches import frozen, input_device
-from ..model.blocks import find_stack
-from ..model.tracing import closed, trace_model
+from ..model.blocks import check_removal, find_stack
+from ..model.tracing import TracedModel, closed, trace_model
+from ..problem import Removal, Units
+from .absent import absent_modules, leave_out
 from .layer_config import Shortened, shorten_config
 from .proof import split_blocks
 from .renaming import Renaming
@@ -28,21 +30,60 @@ _CACHE_TOLERANCE_HALF = 5e-2
 _CACHE_FACTOR = 10  # by so much the cache may err more than that of the whole model
 
 
-def remove_blocks(model: nn.Module, removed: Iterable[int], *, copy: bool = True) -> PreTrainedModel:
-    """An ordinary transformers model without the removed blocks; `model` stays whole.
+def remove_blocks(
+    model: nn.Module, removed: Iterable[int], *, units: Units = "blocks", copy: bool = True
+) -> PreTrainedModel:
+    """An ordinary transformers model without the removed blocks, or sub-layers; `model` stays whole.
 
-    A few tokens are run through both to prove that the result is `model` with the removed blocks' gates at zero, and a
-    few are decoded with the cache.
+    A few tokens are run through both to prove that the result is `model` with the removed units' gates at zero, and a
+    few are decoded with the cache. A block that loses all its sub-layers goes; one that loses some keeps the others,
+    and the class of the model is then that of the modelling file that a checkpoint of it has (`absent`).
+
+    units: what the numbers of the removal stand for.
 
     copy: copy the weights of the kept blocks; otherwise both models share them: that needs no memory, but what changes
         the one (training, `.to(...)`) changes the other.
 
     Raises:
-        ValueError: unusable block indices, or a removal that the model or its configuration does not allow.
+        ValueError: unusable indices, or a removal that the model or its configuration does not allow.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
-    removed, kept = split_blocks(model, removed)
+    if units == "blocks":
+        removed, kept = split_blocks(model, removed)
+        smaller = _cut(model, kept)
+    else:
+        traced = trace_model(model, units)
+        removed = check_sublayers(traced, removed)
+        whole, _ = traced.whole_and_partial(removed)
+        _, kept = split_blocks(model, whole)
+        smaller = _cut(model, kept)
+        absent = absent_modules(traced, removed, kept)
+        if absent.modules:
+            leave_out(smaller, absent)
+
+    # What the configuration cannot show, a few tokens do. Without weights there is nothing to compare.
+    if next(model.parameters()).device.type != "meta":
+        _check_logits(model, smaller, removed, units)
+        _check_cache(model, smaller, removed, units)
+    return deepcopy(smaller) if copy else smaller
+
+
+def check_sublayers(traced: TracedModel, removed: Iterable[int]) -> Removal:
+    """The removal of sub-layers as a sorted tuple of distinct numbers.
+
+    Raises:
+        ValueError: unusable numbers, or no attention would be left, in which the cache counts tokens.
+    """
+    checked = check_removal(removed, traced.num_units)
+    attending = [unit.index for unit in traced.units if "attention" in unit.kind.split("+")]
+    if attending and not {*attending} - {*checked}:
+        raise ValueError(f"the removal leaves no attention; keep at least one of the sub-layers {attending}")
+    return checked
+
+
+def _cut(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of the kept blocks, which shares its weights with `model`."""
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
@@ -60,12 +101,7 @@ def remove_blocks(model: nn.Module, removed: Iterable[int], *, copy: bool = True
     smaller.set_submodule(find_stack(model).name, left)
     _take_settings(smaller, shortened)
     _cut_slices(smaller, shortened)
-
-    # What the configuration cannot show, a few tokens do. Without weights there is nothing to compare.
-    if next(model.parameters()).device.type != "meta":
-        _check_logits(model, smaller, removed)
-        _check_cache(model, smaller, removed)
-    return deepcopy(smaller) if copy else smaller
+    return smaller
 
 
 def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:
@@ -126,9 +162,9 @@ def _cut_slices(smaller: PreTrainedModel, shortened: Shortened) -> None:
         setattr(module, leaf, nn.Parameter(cut, whole.requires_grad) if isinstance(whole, nn.Parameter) else cut)
 
 
-def _check_logits(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int]) -> None:
-    """Raise ValueError unless the shorter model computes what `model` does with the removed blocks' gates at zero."""
-    traced = trace_model(model)
+def _check_logits(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int], units: Units) -> None:
+    """Raise ValueError unless the shorter model computes what `model` does with the removed units' gates at zero."""
+    traced = trace_model(model, units)
     token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
     with frozen(model), frozen(smaller), torch.no_grad():
         found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()  # (1, tokens, vocabulary)
@@ -138,12 +174,12 @@ def _check_logits(model: PreTrainedModel, smaller: PreTrainedModel, removed: Seq
     tolerance = (_TOLERANCE_HALF if _is_half(model) else _TOLERANCE) * float(expected.abs().max())
     if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
         raise ValueError(
-            f"without the blocks {list(removed)} the other blocks of {type(model).__name__} compute something else: "
-            "they use more of the removed blocks than the residual stream; choose other blocks"
+            f"without the {units} {list(removed)} the other {units} of {type(model).__name__} compute something else: "
+            f"they use more of the removed {units} than the residual stream; choose other {units}"
         )
 
 
-def _check_cache(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int]) -> None:
+def _check_cache(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int], units: Units) -> None:
     """Raise ValueError if the shorter model decodes something else with its cache than without it, unlike `model`."""
     tolerance = _CACHE_TOLERANCE_HALF if _is_half(model) else _CACHE_TOLERANCE
     error = _cache_error(smaller)
@@ -151,8 +187,8 @@ def _check_cache(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequ
         return
     if error > _CACHE_FACTOR * _cache_error(model):
         raise ValueError(
-            f"without the blocks {list(removed)} {type(model).__name__} computes something else with its cache than "
-            "without: transformers keeps the cache in order by the removed blocks; choose other blocks"
+            f"without the {units} {list(removed)} {type(model).__name__} computes something else with its cache than "
+            f"without: transformers keeps the cache in order by the removed {units}; choose other {units}"
         )
 
 

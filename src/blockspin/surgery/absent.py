@@ -1,0 +1,219 @@
+"""Models whose blocks lack some of their modules: what their configuration says, and the modelling file that reads it.
+
+No stock class of transformers leaves out the attention or the MLP of a layer. A small file in the checkpoint does, and
+so does the model in memory, whose class is the one of that file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from ..model.blocks import find_stack
+from ..model.loading import auto_class
+from ..model.tracing import TracedModel
+from ..problem import Sublayer
+from . import modeling_sublayers
+
+MODELING = "modeling_sublayers"  # the name of the file in a checkpoint, without .py
+_STACK_ROOM = 256  # widths of a DeciLM feed-forward are multiples of it
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What the blocks of a shortened model lack.
+
+    modules: the names of the modules in the model -> length of the tuple that each returned, 0 for a bare tensor.
+    kinds: position of a block in the shortened model -> the kinds of its branches that are gone.
+    """
+
+    modules: dict[str, int]
+    kinds: dict[int, list[str]]
+
+
+def absent_modules(traced: TracedModel, removed: Collection[int], kept: list[int]) -> Absent:
+    """The modules that go with the branches that are removed from blocks that stay.
+
+    removed: numbers of sub-layers. kept: the blocks of the original that stay, in order.
+
+    Raises:
+        ValueError: a branch has no modules of its own, or none that can be left out.
+    """
+    stack = find_stack(traced.model).name
+    found = Absent({}, {})
+    for unit in traced.units:
+        assert isinstance(unit, Sublayer)
+        if unit.index not in removed or unit.block not in kept or unit.branch is None:
+            continue
+
+        parts = traced.traces[unit.block].parts[unit.branch]
+        if not parts or not all(part.passes_on for part in parts):
+            raise ValueError(
+                f"sub-layer {unit.index} ({unit.kind} of block {unit.block}) of {type(traced.model).__name__} has no "
+                "modules of its own that can be left out; choose other sub-layers, or whole blocks (--units blocks)"
+            )
+        position = kept.index(unit.block)
+        found.kinds.setdefault(position, []).append(unit.kind)
+        for part in parts:
+            found.modules[f"{stack}.{position}.{part.name}"] = part.outputs
+    return found
+
+
+def cache_positions(model: nn.Module, absent: Collection[str]) -> dict[str, int]:
+    """Where in the cache the attention that is left keeps its keys and values, where that is not at its layer's place.
+
+    transformers reads the number of cached tokens from the first entry, so the entries close up; not where layers have
+    caches of several types, whose order the configuration fixes.
+    """
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+    if len(set(kinds)) > 1:
+        return {}
+
+    stack = find_stack(model)
+    positions: dict[str, int] = {}
+    used = 0  # entries of the cache so far
+    for place, layer in enumerate(stack.layers):
+        caching = []
+        for name, module in layer.named_modules():
+            path = f"{stack.name}.{place}.{name}"
+            gone = any(f"{path}.".startswith(f"{other}.") for other in absent)
+            if name and getattr(module, "layer_idx", None) == place and not gone:
+                caching.append(path)
+
+        for path in caching:
+            if used != place:
+                positions[path] = used
+        used += bool(caching)
+    return positions
+
+
+def is_decilm_shape(config: PretrainedConfig, absent: Absent) -> bool:
+    """Whether runtimes that know DeciLM (vLLM, llama.cpp) can run the model: a Llama without biases whose first layer
+    has its attention."""
+    settings = config.to_dict()
+    plain = config.model_type == "llama" and not settings.get("attention_bias") and not settings.get("mlp_bias")
+    gated = settings.get("hidden_act") == "silu" and settings.get("intermediate_size", 1) % _STACK_ROOM == 0
+    return plain and gated and "attention" not in absent.kinds.get(0, [])
+
+
+def absent_settings(model: PreTrainedModel, absent: Absent) -> dict[str, Any]:
+    """What config.json says besides, for the modelling file, for transformers itself and for runtimes with DeciLM.
+
+    model: without the blocks that are gone, but with all modules of the others.
+    """
+    skipped = {str(position): {"skip": kinds} for position, kinds in absent.kinds.items()}
+    names = _names(model, absent)
+    opening = auto_class(model.config).__name__
+    settings: dict[str, Any] = {
+        "model_type": names["llama_without_sublayers"],
+        "architectures": [names["ShortenedForCausalLM"]],
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.{names['ShortenedConfig']}",
+            opening: f"{MODELING}.{names['ShortenedForCausalLM']}",
+        },
+        "absent_modules": absent.modules,
+        "cache_positions": cache_positions(model, absent.modules),
+    }
+    if model.config.get_text_config(decoder=True) is model.config:
+        settings["per_layer_config"] = skipped
+    if is_decilm_shape(model.config, absent):
+        settings["block_configs"] = _block_configs(model, absent)
+    return settings
+
+
+def _block_configs(model: PreTrainedModel, absent: Absent) -> list[dict[str, Any]]:
+    """What DeciLM's configuration says of every layer."""
+    config: Any = model.config
+    heads = config.num_attention_heads // config.num_key_value_heads
+    multiplier = 3 * config.intermediate_size / (2 * config.hidden_size)  # the width is 2/3 of it times the hidden size
+    blocks = []
+    for position in range(config.num_hidden_layers):
+        gone = absent.kinds.get(position, [])
+        no_attention, no_mlp = "attention" in gone, "mlp" in gone
+        attention = {"n_heads_in_group": None if no_attention else heads, "no_op": no_attention}
+        ffn = {"ffn_mult": None if no_mlp else multiplier, "no_op": no_mlp}
+        blocks.append(
+            {
+                "attention": {**attention, "replace_with_linear": False},
+                "ffn": {**ffn, "replace_with_linear": False},
+            }
+        )
+    return blocks
+
+
+def modeling_text(model: PreTrainedModel, absent: Absent) -> str:
+    """The modelling file for the class of a model.
+
+    Raises:
+        ValueError: the class comes with the model, not with transformers.
+    """
+    classes = (type(model.config), type(model))
+    if not all(made.__module__.startswith("transformers.models.") for made in classes):
+        raise ValueError(
+            f"{type(model).__name__} is code that comes with the model; sub-layers are removed from classes of "
+            "transformers only: remove whole blocks (--units blocks)"
+        )
+
+    # The file in this package is the one for Llama: other families differ in what they import and are called.
+    text = Path(modeling_sublayers.__file__).read_text(encoding="utf-8")
+    for name, other in _names(model, absent).items():
+        text = text.replace(name, other)
+    return text
+
+
+def _names(model: PreTrainedModel, absent: Absent) -> dict[str, str]:
+    """What the names in the modelling file for Llama become in that of another model."""
+    made, config = type(model), type(model.config)
+    is_decilm = is_decilm_shape(model.config, absent)
+    return {
+        "transformers.models.llama.configuration_llama import LlamaConfig ": f"{config.__module__} import "
+        f"{config.__name__} ",
+        "transformers.models.llama.modeling_llama import LlamaForCausalLM ": f"{made.__module__} import "
+        f"{made.__name__} ",
+        "llama_without_sublayers": "nemotron-nas" if is_decilm else f"{config.model_type}_without_sublayers",
+        "ShortenedConfig": "DeciLMConfig" if is_decilm else f"Shortened{config.__name__}",
+        "ShortenedForCausalLM": "DeciLMForCausalLM" if is_decilm else f"Shortened{made.__name__}",
+    }
+
+
+def leave_out(model: PreTrainedModel, absent: Absent) -> None:
+    """Take the modules out of a model, in place; its class becomes that of the modelling file."""
+    settings = absent_settings(model, absent)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "blockspin"
+        folder.mkdir()
+        (folder / f"{MODELING}.py").write_text(modeling_text(model, absent), encoding="utf-8")
+        made = get_class_from_dynamic_module(f"{MODELING}.{settings['architectures'][0]}", str(folder))
+
+    opening = auto_class(model.config).__name__
+    made.config_class.register_for_auto_class()
+    made.register_for_auto_class(opening)
+    old: Any = model.config
+    config = shortened_config(made.config_class, old, settings)
+
+    # The class takes the modules out when it makes a model; this one is made already.
+    model.__class__ = made
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    for name, outputs in absent.modules.items():
+        model.set_submodule(name, modeling_sublayers.Absent(outputs))  # type: ignore[no-untyped-call]
+    for name, position in settings["cache_positions"].items():
+        model.get_submodule(name).layer_idx = position
+
+
+def shortened_config(
+    made: type[PretrainedConfig], old: PretrainedConfig, settings: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The configuration of the modelling file with the values of the stock one."""
+    config = made.from_dict({**old.to_dict(), **settings})
+    config._attn_implementation = old._attn_implementation
+    return config
