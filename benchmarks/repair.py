@@ -42,7 +42,9 @@ from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
 from blockspin.repairs import aims
-from blockspin.repairs.report import RepairReport
+from blockspin.repairs.fitting import Fitting
+from blockspin.repairs.projections import Projection, change, num_inputs, with_constant
+from blockspin.repairs.report import RepairReport, Step
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
@@ -76,6 +78,33 @@ def aiming(share: Callable[[float], float], *models_and_samples: Any, **options:
         return repair(*models_and_samples, **options)
 
 
+def together(*models_and_samples: Any, **options: Any) -> RepairReport:
+    """Earlier out-projections of a block bring their part of what all of its out-projections, fitted at once, would."""
+    alone = Fitting._refit_projection
+
+    def refit(self: Fitting, block: int, projection: Projection, wanted: Sequence[aims.Aim]) -> Step:
+        layer = self.walk.layer
+        later = [other for other in self.maps[self.walk.block].projections if other.addition > projection.addition]
+        if not later:
+            return alone(self, block, projection, wanted)
+        names = [each.name for each in (projection, *later)]
+        modules = [layer.get_submodule(name) for name in names]
+        sums = self._sums(sum(map(num_inputs, modules)), wanted)
+        for number, aim in enumerate(wanted):
+            seen = self.walk.look(number, names)
+            rows = [with_constant(layer.get_submodule(name), seen.inputs[name].flatten(0, -2)) for name in names]
+            aimed = aim.wanted.to(rows[0].device).float()
+            missing = (aimed - seen.additions[-1].float()) / projection.factor
+            self._add(sums, number, torch.cat(rows, dim=1), missing.flatten(0, 1), aimed.flatten(0, 1))
+        fit = self._solved(sums, self.ridge)
+        if fit.helps:
+            change(modules[0], fit.solution[: num_inputs(modules[0])])
+        return Step(block, projection.name, fit.before, fit.after, fit.helps)
+
+    with mock.patch.object(Fitting, "_refit_projection", refit):
+        return repair(*models_and_samples, **options)
+
+
 def nothing(*models_and_samples: Any, **options: Any) -> None:
     """The plain shortened model."""
 
@@ -89,6 +118,7 @@ BASELINES: dict[str, Repair] = {
     "Ghosted Layers": baselines.ghosted_layers,
 }
 VARIANTS: dict[str, Repair] = {
+    "fitted together": together,
     "ridge 0.1": partial(repair, ridge=0.1),
     "ridge 0.03": partial(repair, ridge=0.03),
     "ridge 0.01": partial(repair, ridge=0.01),
