@@ -23,6 +23,7 @@ from blockspin.data.calibration import load_calibration
 from blockspin.energies import load_energies
 from blockspin.model.losses import mean_loss
 from blockspin.pipeline.compress import compress
+from blockspin.pipeline.preflight import open_run
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.result import Selection
 from blockspin.selection.select import select
@@ -279,6 +280,29 @@ def test_remove_is_a_number_or_a_number_for_each_kind_or_a_share() -> None:
     for text in ("moe=", "=", "8,9", "1.5", "moe=0", "0%", "100%", "%"):
         with pytest.raises(ValueError, match="--remove"):
             parse_remove(text)
+
+
+def test_a_loss_that_is_not_finite_binds_no_settings(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal of the samples that were finished before it goes: a corrected command runs in the same folder."""
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny_folder)
+    (token,) = tf.AutoTokenizer.from_pretrained(tiny_folder)("~", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    model.save_pretrained(tiny_folder)
+    texts = [*(f"{k} is a whole number, and a good one" for k in range(20)), *(f"{k}~" for k in range(20))]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+    finished = []
+    monkeypatch.setattr("blockspin.journal.Journal.append", lambda self, entry: finished.append(entry))
+    config = settings(tiny_folder, data, energy="empirical-fisher", batch_size=1)
+    with pytest.raises(ValueError, match=r"loss of sample \d+ is nan"):
+        compress(config, tmp_path / "run")
+    assert finished  # the longest samples come first
+    assert not list((tmp_path / "run").glob("energies.*"))
+    open_run(replace(config, calibration="other.jsonl"), tmp_path / "run")
 
 
 def test_settings_bind_a_run_from_the_stage_that_used_them(

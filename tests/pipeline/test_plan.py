@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from conftest import Command, random_samples, settings, tiny_model
 
 from blockspin.comparison.cost import counted
 from blockspin.energies import estimate_energies
+from blockspin.evaluation.harness import num_questions
 from blockspin.model.tracing import trace_model
-from blockspin.pipeline.plan import _energy_passes, duration, plan_run
+from blockspin.pipeline.compress import compress
+from blockspin.pipeline.plan import SOLVER_SECONDS, _energy_passes, _solving, duration, plan_run
+from blockspin.problem import Block
 from blockspin.surgery.checkpoint import checkpoint_bytes
 
 
@@ -68,6 +72,49 @@ def test_sizes_are_those_of_the_run(command: Command, tiny_folder: Path, text_fi
     assert evaluation.samples == 8
     assert evaluation.seconds == pytest.approx(evaluation.tokens / plan.tokens_per_second)
     assert json.loads(json.dumps(plan.as_json()))["steps"][0]["samples"] == 24
+
+
+def test_stages_that_are_there_are_done(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """They take no time; a run that could not go on with other settings cannot be planned with them either."""
+    config = settings(tiny_folder, text_file)
+    compress(config, tmp_path / "run")
+    for name in ("candidates.json", "evaluation.json"):
+        (tmp_path / "run" / name).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    plan = plan_run(config, tmp_path / "run")
+    assert [step.stage for step in plan.steps if not step.done] == [
+        "cheap baselines",
+        "selection (at most)",
+        "evaluation",
+    ]
+    assert all(step.seconds is None and step.tokens == 0 for step in plan.steps if step.done)
+    assert plan.table().text(80).count("done") == 4
+    with pytest.raises(ValueError, match=r"other settings \(max_length\)"):
+        plan_run(replace(config, max_length=16), tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_solver_that_is_cut_off_takes_at_least_its_time(tiny_folder: Path) -> None:
+    """Forty of eighty blocks: proven in a second or two, and not in a hundredth of one."""
+    config = settings(tiny_folder, tiny_folder, remove=40, time_limit=0.01)
+    blocks = [Block(i, "attention+mlp", 10) for i in range(80)]
+    assert (step := _solving(config, blocks)).stage == "spectrum (at least)"
+    assert step.seconds == 0.01
+    easy = _solving(settings(tiny_folder, tiny_folder, remove=1, solver="enumerate"), blocks)
+    assert easy.stage == "spectrum (made-up energies)"
+    assert easy.seconds is not None
+    assert easy.seconds < SOLVER_SECONDS
+
+
+def test_questions_of_tasks_are_counted() -> None:
+    """Of each task those that the limit leaves."""
+
+    @dataclass
+    class Task:
+        eval_docs: list[int]
+
+    found = {"group": {"tasks": {"a": Task([0] * 10), "b": Task([0] * 3)}}, "c": {"tasks": {"c": Task([0] * 5)}}}
+    assert [num_questions(found, limit) for limit in (None, 4, 0.5)] == [18, 11, 10]
 
 
 def test_durations() -> None:

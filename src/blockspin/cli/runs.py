@@ -90,7 +90,7 @@ def compress(
     if missing:
         raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
     if dry_run:
-        _show_plan(CompressConfig(**values), json)
+        _show_plan(CompressConfig(**values), out, json)
     else:
         _compress(CompressConfig(**values), out, json)
 
@@ -158,10 +158,10 @@ def report(
     console.print(f"Wrote {page}.", soft_wrap=True)
 
 
-def _show_plan(config: CompressConfig, json: bool) -> None:
+def _show_plan(config: CompressConfig, out: Path, json: bool) -> None:
     from ..pipeline.plan import plan_run
 
-    plan = plan_run(config)
+    plan = plan_run(config, out)
     if json:
         show_json(plan.as_json())
         return

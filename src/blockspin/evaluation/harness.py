@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -38,6 +39,20 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> dict[str, dict
             hint = f"; did you mean {', '.join(close)}?" if close else "; `lm_eval ls tasks` lists all"
             raise ValueError(f"lm-eval has no task {name!r} (--tasks){hint}")
     return {name: _load(manager, name) for name in names}
+
+
+def num_questions(found: Mapping[str, Mapping[str, Any]], limit: float | None) -> int:
+    """The questions of what `find_tasks` found.
+
+    limit: at most so many of each task, or a share of them below 1; None: all.
+    """
+    number = 0
+    for loaded in found.values():
+        for task in loaded["tasks"].values():
+            size = len(task.eval_docs)
+            most = size if limit is None else math.ceil(limit * size) if limit < 1 else int(limit)
+            number += min(size, most)
+    return number
 
 
 def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Any:

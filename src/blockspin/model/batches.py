@@ -121,11 +121,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class NotFiniteError(ValueError):
+    """A loss is NaN or infinite: with this model, in this dtype, nothing can be finished."""
+
+
 def check_finite(losses: Tensor, batch: Batch) -> None:
-    """Raise ValueError, naming the first sample, where a loss is NaN or infinite."""
+    """Raise NotFiniteError, naming the first sample, where a loss is NaN or infinite."""
     for index, loss in zip(batch.indices, losses.tolist(), strict=True):
         if not math.isfinite(loss):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the loss of sample {index} is {loss}; check the weights, or load the model in a wider dtype "
                 "(--dtype float32)"
             )

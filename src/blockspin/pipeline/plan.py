@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..energies.fitted import PASSES_PER_BLOCK
+from ..energies.gradients import Gradients
+from ..evaluation.tasks import count_questions
 from ..memory import states_limit
 from ..model.batches import frozen, input_device, make_batches
 from ..model.blocks import count_parameters
@@ -24,8 +28,8 @@ from ..problem import Block, Goal, Removal
 from ..selection.select import ACTIVATION_SAMPLES
 from ..surgery.checkpoint import checkpoint_bytes
 from ..tables import Column, Table, short
-from .preflight import check_before
-from .stages import Samples, load_samples
+from .preflight import check_before, check_run
+from .stages import Samples, find_states, load_samples, pose_problem
 
 TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
@@ -36,19 +40,39 @@ BACKWARD = 2  # what a forward pass with its backward pass through the activatio
 REPAIRING = (
     5  # a repair of two out-projections and what reads the stream, with the sums, in passes of the shortened model
 )
+SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
+TASKS = "questions of benchmark tasks"
+
+# What the stages make in the folder of the run, by how they are called.
+MADE = {
+    "energies": "energies.safetensors",
+    "spectrum": "spectrum.json",
+    "cheap baselines": "candidates.json",
+    "selection": "candidates.json",
+    "checkpoint": "checkpoint",
+    "evaluation": "evaluation.json",
+    "repair": "repaired",
+    "distillation": "distilled",
+    TASKS: "evaluation.json",
+}
 TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of the run. passes: of the whole model over `samples` samples, `tokens` in all; seconds: None where it
-    does not run the model, or is not known."""
+    """A stage of the run.
+
+    passes: of the whole model over `samples` samples, `tokens` in all.
+    seconds: None where it does not run the model, or is not known.
+    done: what it makes is there already, so that it takes nothing.
+    """
 
     stage: str
     samples: int
     passes: float | None
     tokens: float
     seconds: float | None
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,17 +97,19 @@ class Plan:
             passes = "" if step.passes is None else f"{step.passes:.3g}"
             samples = f"{step.samples:,}" if step.samples else ""
             tokens = short(step.tokens) if step.tokens else ""
-            rows.append([step.stage, samples, passes, tokens, "" if step.seconds is None else duration(step.seconds)])
+            taken = "" if step.seconds is None else duration(step.seconds)
+            rows.append([step.stage, samples, passes, tokens, "done" if step.done else taken])
         columns = [Column("stage", words=True), Column("samples"), Column("passes"), Column("tokens"), Column("time")]
         return Table(columns, rows)
 
     def summary(self) -> str:
         """What it takes in all, in a few sentences."""
         seconds = sum(step.seconds or 0 for step in self.steps)
+        uncounted = ", benchmark tasks not counted" if any(step.stage == TASKS for step in self.steps) else ""
         return (
-            f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here), the solver "
-            f"and benchmark tasks not counted; about {short(self.memory_bytes, 'B')} of memory and "
-            f"{short(self.disk_bytes, 'B')} of disk. Nothing was written."
+            f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here){uncounted}; "
+            f"about {short(self.memory_bytes, 'B')} of memory and {short(self.disk_bytes, 'B')} of disk. Nothing was "
+            "written."
         )
 
 
@@ -94,12 +120,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def plan_run(config: CompressConfig) -> Plan:
-    """Plan a run of `compress` by drawing its samples and timing a few batches; nothing is written.
+def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
+    """Plan a run of `compress` by drawing its samples, timing a few batches and a solver; nothing is written.
+
+    out: the folder of the run, where stages may be done already.
 
     Raises:
         ValueError: what `compress` would refuse at its start.
     """
+    if out is not None:
+        check_run(config, out)
     remote = config.trust_remote_code
     model_config = load_config(config.model, trust_remote_code=remote)
     check_before(config, model_config)
@@ -112,6 +142,12 @@ def plan_run(config: CompressConfig) -> Plan:
     gone = _parameters_gone(traced.blocks, config.remove)
     left = 1 - gone / count_parameters(model)
     steps = _steps(config, traced, samples, left, speed)
+    if config.tasks:
+        models = 1 + COMPARED + config.repair + (config.distill is not None)
+        questions = count_questions(config, tokenizer)
+        steps.append(Step(TASKS, models * questions, None, 0, None))
+    if out is not None:
+        steps = [_marked(step, out) for step in steps]
 
     whole = checkpoint_bytes(config.model, trust_remote_code=remote)
     forms = FLOAT * traced.depth**2 * len(samples.calibration)
@@ -141,9 +177,6 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
         tokens = passes * sum(map(len, over))
         return Step(stage, len(over), passes, tokens, tokens / speed)
 
-    def idle(stage: str) -> Step:
-        return Step(stage, 0, None, 0, None)
-
     # The whole model and shortened ones: losses, and a batch again and again for the speed.
     models = 1 + (COMPARED + config.repair) * left
     timed = min(1.0, TIMING_ROUNDS * config.batch_size / len(samples.evaluation))
@@ -153,10 +186,10 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
             samples.calibration,
             _energy_passes(config.energy, traced, len(samples.calibration)),
         ),
-        idle("spectrum (solver)"),
+        _solving(config, traced.blocks),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection (at most)", samples.selection, config.budget),
-        idle("checkpoint"),
+        Step("checkpoint", 0, None, 0, None),
         running("evaluation", samples.evaluation, models * (1 + timed)),
     ]
     if config.repair:
@@ -167,6 +200,27 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
         tokens = float(TRAINING * per_step * training.max_steps)
         steps.append(Step("distillation (at most)", 0, None, tokens, tokens / speed))
     return steps
+
+
+def _solving(config: CompressConfig, blocks: Sequence[Block]) -> Step:
+    """The solver's stage, timed on energies made up: gradients with a share in common and blocks of unlike weight."""
+    rng = np.random.default_rng(config.seed)
+    samples = 4 * len(blocks)
+    gradients = rng.normal(size=(samples, len(blocks))) + rng.normal(size=(samples, 1))
+    gradients *= rng.lognormal(size=len(blocks))
+    made_up = Gradients(gradients.astype(np.float32), tuple(blocks), np.zeros(samples, np.float32))
+
+    limit = min(SOLVER_SECONDS, config.time_limit or SOLVER_SECONDS)
+    seconds = find_states(pose_problem(made_up, config.remove, config), replace(config, time_limit=limit)).seconds
+    if seconds < limit:
+        return Step("spectrum (made-up energies)", 0, None, 0, seconds)
+    return Step("spectrum (at least)", 0, None, 0, config.time_limit or seconds)
+
+
+def _marked(step: Step, out: Path) -> Step:
+    """The step, done if what it makes is in the folder of the run."""
+    made = next(file for stage, file in MADE.items() if step.stage.startswith(stage))
+    return Step(step.stage, 0, None, 0, None, done=True) if (out / made).exists() else step
 
 
 def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:

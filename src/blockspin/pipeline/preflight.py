@@ -49,9 +49,22 @@ _DECIDED_BY = (
 
 
 def open_run(config: CompressConfig, out: Path) -> None:
+    """Refuse what `check_run` refuses, and remove journals in which nothing is written yet.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    check_run(config, out)
+    for journal in out.glob("*.partial.jsonl"):
+        if _is_empty(journal):
+            journal.unlink()
+
+
+def check_run(config: CompressConfig, out: Path) -> None:
     """Refuse a folder that holds other files, or stages of a run that were made with other settings.
 
     Settings count from the stage on that used them: a run that failed or was cut off before it goes on with new ones.
+    Journals in which nothing is written yet bind nobody.
 
     Raises:
         ValueError: the folder cannot be used.
@@ -61,20 +74,20 @@ def open_run(config: CompressConfig, out: Path) -> None:
         check_settings(out, "run", None, {})
         return
 
-    # Journals in which nothing is written yet bind nobody.
-    for journal in out.glob("*.partial.jsonl"):
-        if len(journal.read_bytes().splitlines()) < 2:
-            journal.unlink()
-
     used: set[str] = set()
     for pattern, names in _DECIDED_BY:
-        if any(out.glob(pattern)):
+        if not all(map(_is_empty, out.glob(pattern))):
             used.update(names)
 
     stored = CompressConfig(**CompressConfig.read(recorded))
     settings = asdict(config)
     wanted = {name: settings[name] for name in settings if name in used}
     check_settings(out, "run", asdict(stored), wanted)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is a journal that has its first line only."""
+    return path.name.endswith(".partial.jsonl") and len(path.read_bytes().splitlines()) < 2
 
 
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:

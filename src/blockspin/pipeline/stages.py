@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..energies import Energies, estimate_energies, load_energies
 from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of
 from ..evaluation.scores import Score
 from ..files import write_json
+from ..model.batches import NotFiniteError
 from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
 from ..model.offload import is_offloaded
 from ..model.quality import loss, measured
@@ -99,20 +101,34 @@ def energies_stage(
     settings: EnergySettings, model: nn.Module, samples: Sequence[Tensor], path: Path, metadata: dict[str, str]
 ) -> Energies:
     """The energies file: read, or computed, continuing where an interrupted run stopped."""
-    partial = path.with_name(f"{path.stem}.partial.jsonl")
-    if not path.is_file():
-        estimate_energies(
-            settings.energy,
-            model,
-            samples,
-            batch_size=settings.batch_size,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            partial=partial,
-            metadata=metadata,
-        ).save(path)
-
-    partial.unlink(missing_ok=True)
+    with _journal(path) as partial:
+        if not path.is_file():
+            estimate_energies(
+                settings.energy,
+                model,
+                samples,
+                batch_size=settings.batch_size,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                partial=partial,
+                metadata=metadata,
+            ).save(path)
     return load_energies(path)
+
+
+@contextmanager
+def _journal(path: Path) -> Iterator[Path]:
+    """The file that keeps what a stage has finished while it lasts; gone when the stage is whole.
+
+    It stays after an interruption, from which the same call continues, but not where a loss is not finite: no call with
+    these settings gets further, and others must not be refused for its sake.
+    """
+    partial = path.with_name(f"{path.stem}.partial.jsonl")
+    try:
+        yield partial
+    except NotFiniteError:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.unlink(missing_ok=True)
 
 
 def pose_problem(energies: Energies, remove: Goal, settings: SolvingSettings) -> RemovalProblem:
@@ -168,28 +184,26 @@ def selection_stage(
 
     samples: what the choice is made on. activation_samples: what the cheap baselines in the pool see, the first few.
     """
-    partial = path.with_name(f"{path.stem}.partial.jsonl")
-    if not path.is_file():
-        selection, trust = select_with_energies(
-            model,
-            energies,
-            problem,
-            spectrum,
-            samples,
-            activation_samples[:ACTIVATION_SAMPLES],
-            removable,
-            seed=settings.seed,
-            max_candidates=settings.max_candidates,
-            batch_size=settings.batch_size,
-            objective=settings.objective,
-            budget=settings.budget,
-            partial=partial,
-        )
-        shown = selection.table().text(console.width)
-        console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
-        write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
-
-    partial.unlink(missing_ok=True)
+    with _journal(path) as partial:
+        if not path.is_file():
+            selection, trust = select_with_energies(
+                model,
+                energies,
+                problem,
+                spectrum,
+                samples,
+                activation_samples[:ACTIVATION_SAMPLES],
+                removable,
+                seed=settings.seed,
+                max_candidates=settings.max_candidates,
+                batch_size=settings.batch_size,
+                objective=settings.objective,
+                budget=settings.budget,
+                partial=partial,
+            )
+            shown = selection.table().text(console.width)
+            console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
+            write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
     return Selection.load(path)
 
 
