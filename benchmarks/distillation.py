@@ -23,10 +23,10 @@ import torch
 from gradients import LLAMA_8B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from blockspin.config import DistillConfig
 from blockspin.distillation.run import distill
 from blockspin.model.loading import load_model
 from blockspin.surgery.memory import remove_blocks
+from blockspin.training import DistillConfig
 
 CONFIGS = {
     "tiny": {

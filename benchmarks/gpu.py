@@ -33,7 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import blockspin as bs
-from blockspin.config import DistillConfig
 from blockspin.energies.fitted import LEAST_TURN, PASSES_PER_BLOCK, fit_removals
 from blockspin.energies.gradients import gate_gradients
 from blockspin.energies.measurements import SINGLES_SAMPLES
@@ -45,6 +44,7 @@ from blockspin.model.passes import passes_of_walk
 from blockspin.model.tracing import trace_model
 from blockspin.selection.select import run_selection
 from blockspin.solvers.candidates import states_as_candidates
+from blockspin.training import DistillConfig
 
 SECANT_SAMPLES, GRADIENT_SAMPLES = 64, 2048  # what a run takes, of `length` tokens each
 READINGS = 30  # of the weights while a removal is checked: a trace, two passes, two texts of eight tokens

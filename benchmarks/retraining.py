@@ -10,7 +10,8 @@ can run side by side. `--list` prints them, the most important first:
                                last with two seeds; the learning rate is chosen on validation windows, after 200 k
     predict-0, predict-1       20 removals: does KL before training, repaired or not, or after 50 short steps, order
                                them as the KL after 300 k tokens does?
-    loss, trained, order       one change of the recipe each, from the first start, with 500 k tokens
+    loss, trained, order, answers, on-policy
+                               changes of the recipe, one at a time, from the first start, with 500 k tokens
     throughput                 tokens/s of the training beside those of a plain Trainer; run it alone
 
 Rows hold loss and KL of every held-out window, so that differences have paired standard errors;
@@ -20,204 +21,35 @@ Rows hold loss and KL of every held-out window, so that differences have paired 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from plain_trainer import plain_speed
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from retraining_bench import BATCH, CHOOSING, FIRST, Bench, OutOfTimeError, Run, Start, part_of
 
-from blockspin.config import DistillConfig
-from blockspin.distillation.run import distill
-from blockspin.model.blocks import find_stack
-from blockspin.model.loading import load_model
-from blockspin.model.quality import quality, values_of
-from blockspin.problem import Removal
+from blockspin.data.packing import pack
+from blockspin.distillation.generation import generate_answers
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 
-Start = tuple[str, str]  # the number of blocks and the method; or "predicted" and the removal's number
 STARTS = ("blockspin", "block influence", "SLEB", "random")
-FIRST: Start = ("8", "blockspin")  # where one change of the recipe is tried
-BATCH = 4  # windows a step
-RATES = (2e-4, 6e-4, 2e-3)
-MOST, CHOOSING, LEAST = 1_000_000, 200_000, 50_000  # tokens
+MOST, LEAST = 1_000_000, 50_000  # tokens
 PREDICTED_TOKENS, CHANGE_TOKENS = 300_000, 500_000
 SHORT_STEPS = 50  # of one window
 TIMED_STEPS = 60
-NEVER = 10**6  # steps
-FIRST_GUESS = 20_000.0  # tokens/s
-DATA = ("calibration", "validation", "chat", "text", "train")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: from where, how long and how; batch counts the windows of a step, and changes are those of the
-    settings."""
-
-    start: Start
-    tokens: int
-    rate: float = RATES[1]
-    repaired: bool = True
-    seed: int = 0
-    name: str = "main"
-    batch: int = BATCH
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return values
-
-
-class OutOfTimeError(Exception):
-    """The next training would end too late."""
-
-
-class Bench:
-    """The models and the data, and the finished rows of a part."""
-
-    def __init__(self, arguments: argparse.Namespace, ends_at: float) -> None:
-        self.device, self.tiny = torch.device(arguments.device), arguments.tiny
-        self.out, self.ends_at = arguments.out, ends_at
-        self.original = tiny_model() if self.tiny else load_model(arguments.model, dtype="float32")
-        self.original.to(self.device)
-        self.teacher = copy.deepcopy(self.original)
-        if self.device.type == "cuda":
-            self.teacher.to(torch.bfloat16)
-
-        with np.load(arguments.data.with_suffix(".npz")) as arrays:
-            found = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in DATA}  # (windows, 512)
-        if self.tiny:
-            found = {name: rows[:8, :16] % self.original.config.vocab_size for name, rows in found.items()}
-        self.data: dict[str, list[Tensor]] = {name: list(rows) for name, rows in found.items()}
-
-        self.removals: dict[Start, Removal] = {}
-        for goal, by_method in json.loads(arguments.data.with_suffix(".json").read_text()).items():
-            for method, removed in by_method.items():
-                self.removals[goal, method] = (1, 2, 3, 4) if self.tiny else tuple(removed)
-
-        self.speed = FIRST_GUESS
-        self.part, self.rows = "", list[dict[str, Any]]()
-        self._repaired: tuple[Start, PreTrainedModel] | None = None  # the last start that was repaired
-
-    def open(self, part: str) -> None:
-        """Go on to another part."""
-        self.part, self.rows = part, read_rows(self.out / f"{part}.jsonl")
-
-    def student(self, start: Start, repaired: bool) -> PreTrainedModel:
-        """A new student. A start is repaired once."""
-        if not repaired:
-            return remove_blocks(self.original, self.removals[start])
-        if self._repaired is None or self._repaired[0] != start:
-            model = remove_blocks(self.original, self.removals[start])
-            print(repair(model, self.original, self.data["calibration"]).summary(), flush=True)
-            self._repaired = start, model
-        return copy.deepcopy(self._repaired[1])
-
-    def row(self, run: Run) -> dict[str, Any]:
-        """The row of a run: from the file, or trained and measured now.
-
-        Raises:
-            OutOfTimeError: it would not be ready in time.
-        """
-        known = self.find(run)
-        if known is not None:
-            return known
-
-        self.check_time(run.tokens)
-        student = self.student(run.start, run.repaired)
-        trained = self.train(student, run) if run.tokens else {}
-        return self.keep(run, {**trained, **self.measured(student)})
-
-    def find(self, run: Run) -> dict[str, Any] | None:
-        """The row of a run, if it is there."""
-        wanted = run.as_json()
-        return next((row for row in self.rows if row["run"] == wanted), None)
-
-    def check_time(self, tokens: int) -> None:
-        if tokens / self.speed > self.ends_at - time.monotonic():
-            raise OutOfTimeError
-
-    def train(self, student: PreTrainedModel, run: Run) -> dict[str, Any]:
-        """Train a student in place; its KL on the validation windows, and how long it took."""
-        length = len(self.data["train"][0])
-        steps = 4 if self.tiny else run.tokens // (run.batch * length)
-        order = np.random.default_rng(run.seed).permutation(len(self.data["train"]))
-        samples = [self.data["train"][i] for i in order[: steps * run.batch].tolist()]
-        config = DistillConfig(
-            max_length=length,
-            batch_size=run.batch,
-            max_steps=steps,
-            num_epochs=1 + steps * run.batch / len(samples),
-            learning_rate=run.rate,
-            seed=run.seed,
-            log_steps=max(1, steps // 2),
-            eval_steps=NEVER,
-            save_steps=NEVER,
-            chunk_tokens=BATCH * length,
-        )
-        config = replace(config, **dict(run.changes))
-
-        gone = self.removals[run.start]
-        kept = [i for i in range(len(find_stack(self.original).layers)) if i not in gone]
-        started = time.monotonic()
-        result = distill(student, self.teacher, samples, self.data["validation"], config=config, kept=kept)
-        seconds = time.monotonic() - started
-        self.speed = steps * run.batch * length / seconds
-        speeds = [entry["tokens_per_second"] for entry in result.history if "tokens_per_second" in entry]
-        return {"validation": result.after["kl"], "seconds": round(seconds, 2), "tokens_per_second": round(speeds[-1])}
-
-    def measured(self, model: PreTrainedModel) -> dict[str, dict[str, list[float]]]:
-        """Held-out text -> loss and KL of each of its windows, in nats a token."""
-        found = {}
-        for text in ("chat", "text"):
-            values = values_of(model, self.original, self.data[text], quality)  # loss, KL, agreement
-            found[text] = {"loss": values[:, 0].round(5).tolist(), "kl": values[:, 1].round(5).tolist()}
-        return found
-
-    def keep(self, run: Run, values: dict[str, Any]) -> dict[str, Any]:
-        """Add the row of a run to the file of the part."""
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        row = {"run": run.as_json(), "removed": self.removals[run.start], "device": device, **values}
-        self.rows.append(row)
-        with (self.out / f"{self.part}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        kl = {text: round(float(np.mean(values[text]["kl"])), 4) for text in ("chat", "text") if text in values}
-        print(run, values.get("validation"), kl, values.get("tokens_per_second"), flush=True)
-        return row
-
-    def best_rate(self, run: Run) -> float:
-        """The learning rate with which a run ends nearest to the teacher, on the validation windows."""
-        low, middle, high = RATES
-        found = {rate: self.row(replace(run, rate=rate))["validation"] for rate in (middle, low, high)}
-
-        # Where the best is at an end, the next one outside may be better still.
-        outside = {low: low**2 / middle, high: high**2 / middle}
-        best = min(found, key=lambda rate: found[rate])
-        if best in outside:
-            found[outside[best]] = self.row(replace(run, rate=outside[best]))["validation"]
-        return min(found, key=lambda rate: found[rate])
-
-    def known_rate(self) -> float:
-        """The learning rate of the start where changes are tried, from the rows of its part; without them, a guess."""
-        best: dict[str, Any] = {"validation": float("inf"), "run": {"rate": RATES[1]}}
-        for row in read_rows(self.out / f"{part_of(FIRST, repaired=True)}.jsonl"):
-            if row["run"]["tokens"] == CHOOSING and row["validation"] < best["validation"]:
-                best = row
-        rate: float = best["run"]["rate"]
-        return rate
+GENERATED, ANSWER_TOKENS, ANSWERED_AT_ONCE = 2048, 256, 512
 
 
 def from_start(bench: Bench, start: Start, repaired: bool) -> None:
     """What 0, 50 k, 200 k and 1 M tokens bring back of one removal."""
+    if start not in bench.removals:
+        print(f"{start}: the removal is not known yet", flush=True)
+        return
     run = Run(start, CHOOSING, repaired=repaired)
     bench.row(replace(run, tokens=0))
     rate = bench.best_rate(run)
@@ -246,6 +78,13 @@ LOSSES: list[Change] = [
     ("temperature 2", {"temperature": 2.0}, (1.0, 0.5)),
     ("cross-entropy 2", {"cross_entropy": 2.0}, (1.0,)),
     ("top 64", {"top_k": 64}, (1.0,)),
+    ("reverse KL", {"divergence": "reverse-kl"}, (1.0,)),
+    ("Jensen-Shannon", {"divergence": "js"}, (1.0, 2.0)),
+    ("weights in bfloat16", {"dtype": "bfloat16"}, (1.0, 0.3)),
+]
+ON_POLICY: list[Change] = [
+    ("half on-policy", {"on_policy": 0.5}, (1.0,)),
+    ("half on-policy, Jensen-Shannon", {"on_policy": 0.5, "divergence": "js"}, (1.0,)),
 ]
 TRAINED: list[Change] = [
     ("neighbours", {"train": "neighbours"}, (1.0, 3.0)),
@@ -254,14 +93,34 @@ TRAINED: list[Change] = [
 ]
 
 
-def change(bench: Bench, changes: Sequence[Change]) -> None:
+def change(bench: Bench, changes: Sequence[Change], seeds: Sequence[int] = ()) -> None:
     """Changes of the recipe, and the recipe as it is with other seeds, which shows what chance does."""
     rate = bench.known_rate()
     for name, settings, factors in changes:
         for factor in factors:
             bench.row(Run(FIRST, CHANGE_TOKENS, rate * factor, name=name, changes=tuple(settings.items())))
-    for seed in (1, 2):
+    for seed in seeds:
         bench.row(Run(FIRST, CHANGE_TOKENS, rate, seed=seed, name="as it is"))
+
+
+def self_generated(bench: Bench) -> None:
+    """On answers that the original gives to the prompts, instead of on those of the data; and on half of each."""
+    answers = generate_answers(
+        bench.teacher,
+        bench.prompts[:GENERATED],
+        max_new_tokens=8 if bench.tiny else ANSWER_TOKENS,
+        seed=0,
+        batch_size=4 if bench.tiny else ANSWERED_AT_ONCE,
+        partial=bench.out / "answers.journal",
+    )
+    length = len(bench.data["train"][0])
+    own = [torch.tensor(window) for window in pack(iter(answers), length, None)]
+    own = own[: CHANGE_TOKENS // length]
+    bench.data["own"], bench.data["half own"] = own, [*own[::2], *bench.data["train"][: len(own) // 2]]
+    print(f"{len(answers)} answers, {len(own)} windows", flush=True)
+    for seed in (0, 1):
+        for text, name in (("own", "the original's own answers"), ("half own", "half of the answers its own")):
+            bench.row(Run(FIRST, len(own) * length, bench.known_rate(), seed=seed, name=name, text=text))
 
 
 def in_steps(bench: Bench) -> None:
@@ -310,33 +169,12 @@ def parts() -> dict[str, Callable[[Bench], None]]:
                     found[part_of(start, repaired)] = partial(from_start, start=start, repaired=repaired)
     found["predict-0"] = partial(predict, remainder=0)
     found["predict-1"] = partial(predict, remainder=1)
-    found["loss"] = partial(change, changes=LOSSES)
+    found["loss"] = partial(change, changes=LOSSES, seeds=(1, 2))
+    found["answers"] = self_generated
+    found["on-policy"] = partial(change, changes=ON_POLICY)
     found["trained"] = partial(change, changes=TRAINED)
     found["order"] = in_steps
     found["throughput"] = throughput
-    return found
-
-
-def part_of(start: Start, repaired: bool) -> str:
-    """The part that trains from a start."""
-    return "-".join([*start, "repaired" if repaired else "plain"]).replace(" ", "-")
-
-
-def tiny_model() -> PreTrainedModel:
-    """A random model for --tiny."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **sizes))
-    return model
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without the last where it was cut off."""
-    found = []
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for line in lines:
-        if line.endswith("\n"):
-            found.append(json.loads(line))
     return found
 
 

@@ -10,9 +10,9 @@ import transformers as tf
 from conftest import random_samples, tiny_model
 from torch.nn.functional import log_softmax
 
-from blockspin.config import DistillConfig
 from blockspin.distillation.loss import DistillationLoss, split, training_forward
 from blockspin.surgery.memory import remove_blocks
+from blockspin.training import DistillConfig
 
 Losses = dict[str, torch.Tensor]
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from blockspin.config import CompressConfig, DistillConfig, EvaluateConfig
+from blockspin.config import CompressConfig, EvaluateConfig
+from blockspin.training import DistillConfig
 
 # name -> a value of the wrong type or out of range, as YAML has it, and what the message says besides the option.
 REFUSED: dict[str, tuple[str, str]] = {

@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DistillConfig
     from .data.calibration import load_calibration
     from .distillation.run import distill, distill_checkpoint
     from .energies import estimate_energies, load_energies
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .solvers.candidates import Candidate
     from .surgery.checkpoint import prune_checkpoint
     from .surgery.memory import remove_blocks
+    from .training import DistillConfig
 
 __version__ = "0.1.0"
 

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .problem import Goal
-from .settings import SettingError, Settings, setting
+from .settings import SettingError, Settings, parse_names, setting
+from .training import MAX_SEED, DistillConfig
 
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
 ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
-QUANTIZATIONS = ("auto", "nf4", "none")
 STREAM = "stream"  # a place for a model beside those of transformers: its blocks stay on disk
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TRAINED = ("all", "neighbours", "norms-and-projections")
-TRAINING_DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("hf", "vllm")
 GRADIENT_SAMPLES, REMOVAL_SAMPLES = 2048, 64  # for energies of gradients (the paper's number), and for the others
-MAX_SEED = 2**32 - 1  # what NumPy takes
 # The benchmarks of the paper (arXiv 2602.00161, Tables 1 and 2).
 PAPER_TASKS = ("mmlu", "hellaswag", "winogrande", "arc_challenge", "leaderboard_bbh", "gsm8k")
 
@@ -69,11 +66,6 @@ def parse_indices(text: str) -> tuple[int, ...]:
             raise ValueError(f"blocks are numbers and ranges separated by commas (3-6,9,15), not {text!r}")
         indices += range(int(bounds[0]), int(bounds[1]) + 1)
     return tuple(indices)
-
-
-def parse_names(text: str) -> tuple[str, ...]:
-    """ "mmlu,gsm8k" as names."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def parse_rollouts(text: str) -> tuple[tuple[str, int], ...]:
@@ -239,65 +231,6 @@ class TaskSettings(Settings):
         super().__post_init__()
         if self.limit is not None and self.limit >= 1:
             object.__setattr__(self, "limit", int(self.limit))
-
-
-@dataclass(frozen=True)
-class DistillConfig(Settings):
-    """How a shortened model is trained with the original as its teacher; the defaults are the paper's (Table 10).
-
-    The loss is KL(teacher || student) + cross_entropy * that of the next token + hidden_states * the relative squared
-    distance of the hidden states after each kept block.
-    """
-
-    panel: ClassVar[str] = "Training"
-
-    teacher: str | None = setting("The original model: hub id or local folder.", None)
-    data: str | None = setting("Text to train on: hub id or local file, texts or conversations.", None)
-    split: str = setting("Split of a hub dataset.", "train")
-    max_length: int = setting("Tokens of a training sample; the texts are packed to this length.", 1024, least=2)
-    validation_split: float = setting("Share of the samples that is only measured.", 0.01, above=0, below=1)
-    num_epochs: float = setting("Passes over the data.", 1.0, above=0)
-    max_steps: int = setting("Optimiser steps at most.", 10_000, least=1)
-    batch_size: int = setting("Samples in one pass, on each device.", 16, least=1)
-    gradient_accumulation: int = setting("Passes before each optimiser step.", 1, least=1)
-    learning_rate: float | None = setting(
-        "Highest learning rate; it falls along a cosine (default: by the width of the model).", None, above=0
-    )
-    warmup_steps: int = setting("Steps in which the learning rate rises; a tenth of all steps at most.", 100, least=0)
-    weight_decay: float = setting("Weight decay of AdamW.", 1e-4, least=0)
-    max_grad_norm: float = setting("Gradients longer than this are cut.", 1.0, least=0)
-    seed: int = setting("Decides the order of the data.", 42, least=0, most=MAX_SEED)
-    temperature: float = setting("Both distributions are softened by it.", 1.0, above=0)
-    cross_entropy: float = setting("Weight of the cross-entropy with the next token.", 0.0, least=0)
-    hidden_states: float = setting("Weight of the distance between hidden states after kept blocks.", 0.0, least=0)
-    top_k: int | None = setting(
-        "Compare only the teacher's most probable tokens, the rest as one (default: all).", None, least=1
-    )
-    chunk_tokens: int = setting("Tokens whose logits are held at a time.", 1024, least=1)
-    dtype: str = setting(
-        "The student's: auto is bfloat16 on a GPU; float32 costs twice the memory there.",
-        "auto",
-        choices=TRAINING_DTYPES,
-    )
-    teacher_quantization: str = setting(
-        "auto, nf4 (4 bits, needs bitsandbytes) or none.", "auto", choices=QUANTIZATIONS
-    )
-    train: str = setting(
-        "all weights, those of the neighbours of removed blocks, or norms-and-projections: norms and out-projections.",
-        "all",
-        choices=TRAINED,
-    )
-    lora_rank: int | None = setting(
-        "Train low-rank adapters, merged at the end, not all weights (needs peft).", None, least=1
-    )
-    gradient_checkpointing: bool = setting("Less memory, a third more time.", False)
-    log_steps: int = setting("Steps between two reports.", 10, least=1)
-    eval_steps: int = setting("Steps between two validations.", 1000, least=1)
-    save_steps: int = setting(
-        "Steps between two checkpoints, from which a run that was cut off continues.", 500, least=1
-    )
-    report_to: tuple[str, ...] = setting("Log to tensorboard, wandb, ...: names with commas.", (), parse=parse_names)
-    trust_remote_code: bool = setting("Run code that comes with the model.", False)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def setting(help: str, default: Any = MISSING, **rule: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(help, **rule)})
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """ "mmlu,gsm8k" as names."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 def flag(setting: str) -> str:
     """The option of a setting: --max-length."""
     return f"--{setting.replace('_', '-')}"

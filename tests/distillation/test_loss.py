@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers as tf
 from conftest import VOCABULARY, tiny_model
-from students import TWO_PROCESSES, losses_of, reference_kl
+from students import TWO_PROCESSES, losses_of, reference_kl, samples, shortened
 from tiny import tiny_config, tiny_random_model
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blockspin.distillation.divergence import divergence
 from blockspin.distillation.loss import split
 from blockspin.surgery.memory import remove_blocks
 
@@ -113,6 +114,29 @@ def test_hidden_states_are_compared_after_the_kept_blocks() -> None:
     torch.testing.assert_close(found, expected.mean(0) * inputs["attention_mask"])
     assert not expected[0].any()
     assert expected[2].all()
+
+
+@pytest.mark.parametrize("kind", ["reverse-kl", "js"])
+def test_other_divergences_are_their_formulas(kind: str) -> None:
+    """Over distributions p and q in float64: sum q log(q / p), and the mean KL of both from (p + q) / 2."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 5, 9, generator=generator, dtype=torch.float64).softmax(-1)
+    mean = (p + q) / 2
+    expected = {
+        "reverse-kl": (q * (q / p).log()).sum(-1),
+        "js": ((p * (p / mean).log()).sum(-1) + (q * (q / mean).log()).sum(-1)) / 2,
+    }
+    torch.testing.assert_close(divergence(kind, p.log(), q.log()), expected[kind])
+
+
+def test_another_divergence_is_beside_the_kl() -> None:
+    student, teacher = shortened()
+    inputs = {"input_ids": torch.stack(samples(3))}
+    found = losses_of(student, teacher, inputs, kind="js", chunk_tokens=7)
+    with torch.no_grad():
+        ours, theirs = student(**inputs).logits.log_softmax(-1), teacher(**inputs).logits.log_softmax(-1)
+    torch.testing.assert_close(found["divergence"].detach(), divergence("js", theirs, ours), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found["kl"].detach(), reference_kl(ours, theirs), rtol=1e-3, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]

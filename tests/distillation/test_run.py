@@ -18,7 +18,7 @@ import transformers as tf
 from conftest import save_tiny
 from students import TWO_PROCESSES, settings
 
-from blockspin.config import CompressConfig, DistillConfig
+from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
@@ -27,6 +27,7 @@ from blockspin.evaluation.perplexity import Evaluation
 from blockspin.pipeline.compress import compress
 from blockspin.pipeline.stages import load_samples
 from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.training import DistillConfig
 
 ROOT = Path(__file__).parents[2]
 

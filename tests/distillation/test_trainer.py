@@ -11,12 +11,12 @@ from conftest import VOCABULARY, random_samples, tiny_model
 from students import losses_of, reference_kl, samples, settings, shortened
 from torch.nn.functional import cross_entropy
 
-from blockspin.config import DistillConfig
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
 from blockspin.distillation.run import distill
 from blockspin.distillation.trained import learning_rate
 from blockspin.surgery.memory import remove_blocks
+from blockspin.training import DistillConfig
 
 
 def test_training_brings_the_student_closer_and_leaves_the_teacher() -> None:

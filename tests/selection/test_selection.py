@@ -148,7 +148,7 @@ def test_a_refit_reproduces_a_quadratic_form() -> None:
 
 
 def test_the_luckiest_measurement_is_not_chosen() -> None:
-    """Of removals with a quadratic truth and noisy values, what is expected to be best is better than the lowest value."""
+    """Of removals with a quadratic truth and noisy values, the expected best is better than the lowest value."""
     generator = np.random.default_rng(0)
     removals = list(combinations(range(8), 4))
     regrets = []

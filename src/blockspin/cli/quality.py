@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..config import CompressConfig, DataSettings, DistillConfig, EvaluateConfig
+from ..config import CompressConfig, DataSettings, EvaluateConfig
 from ..lock import locked
 from ..progress import console
+from ..training import DistillConfig
 from .app import AsJson, Out, SettingsFile, app, load_samples, show, show_json
 from .options import Given, with_settings
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..config import CompressConfig, DistillConfig, parse_remove
+from ..config import CompressConfig, parse_remove
 from ..progress import console
+from ..training import DistillConfig
 from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
 from .options import Given, Options, with_settings
 

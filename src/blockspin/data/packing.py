@@ -62,8 +62,26 @@ def write_windows(
     """
     tokenised = tokenise(source, tokenizer, length, seed=seed, split=split, vocabulary=vocabulary, truncate=False)
     samples = (sample for number, sample in enumerate(tokenised) if number not in leave_out)
-    windows = islice(pack(samples, length, tokenizer.eos_token_id), limit)
+    what = f"the dataset {str(source)!r}"
+    write_packed(samples, what, path, length, limit, tokenizer.eos_token_id, progress=progress)
 
+
+def write_packed(
+    samples: Iterable[list[int]],
+    what: str,
+    path: str | Path,
+    length: int,
+    limit: int,
+    separator: int | None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Write at most `limit` windows of `length` tokens of the samples, see `pack`. what: what they are, for the error.
+
+    Raises:
+        ValueError: they fill fewer than two windows.
+    """
+    windows = islice(pack(samples, length, separator), limit)
     written = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         for window in track(windows, "Packing", limit, show=progress):
@@ -72,8 +90,8 @@ def write_windows(
 
         if written < 2:
             raise ValueError(
-                f"the dataset {str(source)!r} fills {written} windows of {length} tokens; at least 2 are needed: "
-                "to train and to validate on (--data, --max-length)"
+                f"{what} fills {written} windows of {length} tokens; at least 2 are needed: to train and to validate "
+                "on (--data, --max-length)"
             )
 
 

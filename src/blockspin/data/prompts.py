@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 
 def prompts(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int, *, seed: int, split: str = "train"
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    seed: int,
+    split: str = "train",
+    leave_out: range = range(0),
 ) -> Iterator[list[int]]:
     """Token ids of the turns of each conversation up to the last one of the user, and the beginning of an answer.
 
     Conversations come in the order of `load_calibration` with the same seed. One whose prompt has more than
-    `max_length` tokens, or that no user takes part in, is passed over.
+    `max_length` tokens, or that no user takes part in, is passed over, and so are those whose number is in `leave_out`.
 
     Raises:
         ValueError: the source cannot be read or holds no conversations, or the tokenizer has no chat template.
@@ -31,19 +37,25 @@ def prompts(
         raise ValueError("the tokenizer has no chat template, which prompts are made with; leave out --self-generated")
     if is_plain_text(source):
         raise ValueError(f"{source} is a text without prompts; --self-generated needs conversations (--data)")
-    return _prompts_of(source, tokenizer, max_length, seed, split)
+    return _prompts_of(open_rows(source, split), str(source), tokenizer, max_length, seed, leave_out)
 
 
 def _prompts_of(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, split: str
+    rows: Sequence[dict[str, Any]],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+    leave_out: range,
 ) -> Iterator[list[int]]:
-    rows = open_rows(source, split)
     order = np.random.default_rng(seed).permutation(len(rows))
-    for i in order.tolist():
+    for number, i in enumerate(order.tolist()):
+        if number in leave_out:
+            continue
         try:
             text = _prompt(rows[i], tokenizer)
         except ValueError as error:
-            raise ValueError(f"row {i + 1} of {str(source)!r}: {error} (--self-generated, --data)") from error
+            raise ValueError(f"row {i + 1} of {source!r}: {error} (--self-generated, --data)") from error
         if text is None:
             continue
 

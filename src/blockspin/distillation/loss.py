@@ -21,6 +21,7 @@ from ..model.blocks import find_stack
 from ..model.head import SplitModel, split_model, widened
 from ..model.residual import patched_forward
 from ..progress import console
+from .divergence import divergence, most_probable, with_rest
 
 IGNORED = -100  # the label of a token without a successor, as in PyTorch
 
@@ -42,6 +43,8 @@ class DistillationLoss:
     They take the place of the student's forward pass, so that whatever wraps the student (DDP, FSDP, DeepSpeed,
     adapters, autocast) sees an ordinary forward and backward pass.
 
+    teacher: None where every batch brings the teacher's view (`cache.TeachersView`).
+    kind: the divergence that is trained on, see `divergence.divergence`.
     temperature: divides the logits of both models (arXiv 1503.02531, section 2).
     top_k: the teacher's most probable tokens are compared one by one, all others as one outcome; None: all one by one.
     chunk_tokens: tokens whose logits are held at a time.
@@ -51,21 +54,34 @@ class DistillationLoss:
     def __init__(
         self,
         student: SplitModel,
-        teacher: SplitModel,
+        teacher: SplitModel | None,
         *,
+        kind: str = "kl",
         temperature: float = 1.0,
         top_k: int | None = None,
         chunk_tokens: int = 1024,
         kept: Sequence[int] | None = None,
     ) -> None:
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.kind = student, teacher, kind
         self.temperature, self.top_k, self.chunk_tokens = temperature, top_k, chunk_tokens
         self.kept = list(kept) if kept is not None else None
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        teacher_tokens: Tensor | None = None,
+        teacher_values: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
         """The losses by name, (batch, length) float32 each, 0 where the mask is 0.
 
+        teacher_tokens, teacher_values: (batch, length, k), the teacher's most probable tokens and their
+        log-probabilities, where they were computed before.
+
         kl: KL(teacher || student) in nats times the squared temperature.
+        divergence (of another kind than KL): as kl.
         cross_entropy: of the student with the next token in nats, 0 where there is none.
         hidden (with `kept`): the squared distance of the hidden states after a kept block relative to the teacher's
         squared norm, the mean over the blocks.
@@ -78,14 +94,21 @@ class DistillationLoss:
 
         # Both decoders; from here on only the tokens that are not padding: (tokens, width).
         students_blocks = range(len(self.kept)) if self.kept is not None else ()
-        with torch.no_grad(), _outputs(self.teacher.model, self.kept or ()) as theirs:
-            target = self.teacher.hidden(**inputs)[mask]
+        theirs: dict[int, Tensor] = {}
+        target: tuple[Tensor, ...]
+        if teacher_tokens is not None and teacher_values is not None:
+            target = (teacher_values[mask], teacher_tokens[mask])  # (tokens, k) each
+        else:
+            assert self.teacher is not None
+            with torch.no_grad(), _outputs(self.teacher.model, self.kept or ()) as theirs:
+                target = (self.teacher.hidden(**inputs)[mask],)  # (tokens, width)
         with _outputs(self.student.model, students_blocks) as ours:
             hidden = self.student.hidden(**inputs)[mask]
 
         labels = next_tokens(input_ids, mask)[mask]  # (tokens,)
-        kl, cross_entropy = self._over_chunks(hidden, target, labels)
-        losses = {"kl": _spread(kl, mask), "cross_entropy": _spread(cross_entropy, mask)}
+        losses = {}
+        for name, values in self._over_chunks(hidden, labels, target).items():
+            losses[name] = _spread(values, mask)
 
         if self.kept is not None:
             distances = []
@@ -94,39 +117,59 @@ class DistillationLoss:
             losses["hidden"] = _spread(torch.stack(distances).mean(0), mask)
         return losses
 
-    def _over_chunks(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """KL and cross-entropy, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
-        kls, cross_entropies = [], []
-        size = self.chunk_tokens
-        parts = torch.split(hidden, size), torch.split(target, size), torch.split(labels, size)
-        chunks = list(zip(*parts, strict=True))
+    def _over_chunks(self, hidden: Tensor, labels: Tensor, target: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The losses by name, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
+        found: dict[str, list[Tensor]] = {}
+        chunks = list(zip(*(torch.split(part, self.chunk_tokens) for part in (hidden, labels, *target)), strict=True))
         for number, chunk in enumerate(chunks, 1):
             if torch.is_grad_enabled() and number < len(chunks):
                 # The backward pass computes the logits of the chunk again instead of keeping them. It begins with the
                 # last chunk, whose logits are still there.
-                kl, cross_entropy = checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+                losses = checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
             else:
-                kl, cross_entropy = self._chunk(*chunk)
-            kls.append(kl)
-            cross_entropies.append(cross_entropy)
-        return torch.cat(kls), torch.cat(cross_entropies)
+                losses = self._chunk(*chunk)
+            for name, values in losses.items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def _chunk(self, hidden: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """KL and cross-entropy of the tokens of one chunk, (tokens,) each."""
+    def _chunk(self, hidden: Tensor, labels: Tensor, *target: Tensor) -> dict[str, Tensor]:
+        """The losses of the tokens of one chunk, (tokens,) each.
+
+        target: the teacher's hidden states (tokens, width), or the log-probabilities of its most probable tokens and
+        which they are, (tokens, k) each.
+        """
         logits = widened(self.student.logits(hidden))  # (tokens, vocabulary)
-        with torch.no_grad():
-            wanted = self._log_probabilities(widened(self.teacher.logits(target)).to(logits.device))
 
         # The cross-entropy is that of the student itself, at temperature 1.
         found = log_softmax(logits, dim=-1)
         cross_entropy = nn.functional.nll_loss(found, labels, ignore_index=IGNORED, reduction="none")
-
         if self.temperature != 1:
             found = self._log_probabilities(logits)
-        if self.top_k is not None:
-            wanted, found = _most_probable(wanted, found, self.top_k)  # (tokens, top_k + 1)
-        kl = torch.linalg.vecdot(wanted.exp(), wanted - found)
-        return kl * self.temperature**2, cross_entropy
+
+        wanted, tokens = self._wanted(*target)
+        wanted = wanted.to(logits.device)
+        if tokens is not None:
+            found = with_rest(found.gather(-1, tokens.to(logits.device)))  # (tokens, k + 1)
+        losses = {"cross_entropy": cross_entropy}
+        losses["kl"] = divergence("kl", wanted, found) * self.temperature**2
+        if self.kind != "kl":
+            losses["divergence"] = divergence(self.kind, wanted, found) * self.temperature**2
+        return losses
+
+    @torch.no_grad()
+    def _wanted(self, *target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's log-probabilities, (tokens, vocabulary); or of its most probable tokens and the rest,
+        (tokens, k + 1), and which these are, (tokens, k)."""
+        if len(target) == 2:
+            values, tokens = target
+            return with_rest(values), tokens
+
+        assert self.teacher is not None
+        log_probabilities = self._log_probabilities(widened(self.teacher.logits(target[0])))
+        if self.top_k is None:
+            return log_probabilities, None
+        values, tokens = most_probable(log_probabilities, self.top_k)
+        return with_rest(values), tokens
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         return log_softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
@@ -149,18 +192,6 @@ def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     """(tokens,) values of the tokens where the mask is 1 -> (batch, length), 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def _most_probable(wanted: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher's k most probable tokens and, last, of all others together: (tokens, k + 1)."""
-    top, indices = wanted.topk(k, dim=-1)  # (tokens, k)
-    return _with_rest(top), _with_rest(found.gather(-1, indices))
-
-
-def _with_rest(some: Tensor) -> Tensor:
-    """(tokens, k) log-probabilities -> (tokens, k + 1): the last is what the others leave, kept away from log(0)."""
-    rest = (1 - some.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
-    return torch.cat([some, rest.log()], dim=-1)
 
 
 def _distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

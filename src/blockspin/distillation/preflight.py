@@ -12,11 +12,12 @@ from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ..config import DistillConfig
 from ..errors import first_line
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 from ..surgery.provenance import kept_blocks_of
+from ..training import DistillConfig
+from .generation import check_generates
 
 GIB = 2**30  # bytes
 NF4_BYTES = 0.56  # of a weight: 4 bits, and a float32 for each 64 weights
@@ -49,9 +50,15 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
 
+    if config.on_policy and sharded:
+        raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
+
+    writes = {"student": bool(config.on_policy), "teacher": config.self_generated is not None}
     sizes = []
-    for model_config in (ours, theirs):
+    for which, model_config in (("student", ours), ("teacher", theirs)):
         model = model_without_weights(model_config, trust_remote_code=remote)
+        if writes[which]:
+            check_generates(model)
         sizes.append(count_parameters(model))
     vocabulary = ours.get_text_config(decoder=True).vocab_size
     needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)

@@ -7,8 +7,10 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,20 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import DistillConfig
 from ..files import replacing, write_json, writing
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
-from ..model.blocks import find_stack
+from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
 from ..progress import console
 from ..surgery.card import add_training
-from .data import Samples, packed
+from ..training import DistillConfig
+from .data import Samples, cached, divided, packed
+from .generation import check_generates
 from .loss import DistillationLoss, split, training_forward
 from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks
 from .trained import learning_rate, only_some_trained
@@ -65,7 +68,7 @@ def distill(
     """Train `student` in place to give the distribution of `teacher` for the next token (paper, step 4).
 
     samples, validation: 1-D int64 tensors of token ids, to train on and to measure.
-    config: how to train; its teacher and data are not read.
+    config: how to train; what it says of the teacher and of the data is not read.
     kept: for each block of the student its index in the teacher (needed where hidden states are compared).
     folder: where checkpoints are kept, and found again by a call that continues; None: nowhere.
 
@@ -79,7 +82,9 @@ def distill(
         raise ValueError("student and teacher share weights, as after remove_blocks(copy=False); distil a copy")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
-        trainer, result = _train(student, teacher, Samples(samples), Samples(validation), config, kept, place)
+        trainer, result = _train(
+            student, teacher, teacher.config, Samples(samples), Samples(validation), config, kept, place
+        )
 
     if config.lora_rank is not None:
         trainer.model.merge_and_unload()
@@ -132,11 +137,18 @@ def _train_checkpoint(
 ) -> Distillation:
     """The training of `distill_checkpoint`, after its checks."""
     folder = out.with_name(f"{out.name}-training")
+    load = cache(partial(_load_teacher, config, state))  # when it is first needed
     with state.main_process_first():
-        samples, validation = packed(config, tokenizer, folder, student, leave_out, state.num_processes)
+        windows = packed(config, tokenizer, folder, student, leave_out, state.num_processes, load)
+        text = windows if config.cache_teacher is None else cached(windows, config, load)
+    samples, validation = divided(text, config.validation_split)
 
-    model, teacher = _load_student(student, config), _load_teacher(config, state)
-    trainer, result = _train(model, teacher, samples, validation, config, kept_blocks(student, config), folder)
+    # A teacher whose view is on disk does not train.
+    teacher = load() if config.cache_teacher is None else None
+    load.cache_clear()
+    theirs = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    model, kept = _load_student(student, config), kept_blocks(student, config)
+    trainer, result = _train(model, teacher, theirs, samples, validation, config, kept, folder)
 
     # All processes gather the weights, one writes them: in the dtype of the student's checkpoint.
     stored = load_config(student, trust_remote_code=config.trust_remote_code)
@@ -166,54 +178,68 @@ def finished_training(out: Path, student: Path, config: DistillConfig) -> Distil
 
 def _train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    teacher_config: PretrainedConfig,
     samples: Dataset[Any],
     validation: Dataset[Any],
     config: DistillConfig,
     kept: Sequence[int] | None,
     folder: Path,
 ) -> tuple[DistillationTrainer, Distillation]:
-    """The trainer after all its steps, and what it measured."""
+    """The trainer after all its steps, and what it measured. teacher: None where the samples bring its view."""
     option = needs_kept_blocks(config)
     if option is not None and kept is None:
         raise ValueError(f"{option} needs to know which blocks were kept (kept=, blockspin.json of the student)")
+    if config.on_policy:
+        check_generates(student)
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     steps = _steps(config, len(samples), processes)  # type: ignore[arg-type]
+    rate = learning_rate(config, student.config)
+    teachers_blocks = teacher_config.get_text_config(decoder=True).num_hidden_layers
     use_cache = student.config.use_cache  # the Trainer turns it off
 
-    rate = learning_rate(config, student.config)
-
-    some = only_some_trained(student, config.train, kept, len(find_stack(teacher).layers))
-    with frozen(teacher), some:
-        loss = DistillationLoss(
-            split(student),
-            split(teacher),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            chunk_tokens=config.chunk_tokens,
-            kept=kept if config.hidden_states else None,
+    with ExitStack() as stack:
+        stack.enter_context(only_some_trained(student, config.train, kept, teachers_blocks))
+        if teacher is not None:
+            stack.enter_context(frozen(teacher))
+        ours, theirs = split(student), None if teacher is None else split(teacher)
+        stack.enter_context(training_forward(_loss(ours, theirs, config, kept)))
+        trainer = DistillationTrainer(
+            config,
+            ours,
+            model=student if config.lora_rank is None else _with_adapters(student, config.lora_rank),
+            args=training_arguments(config, folder, steps, rate, student.dtype),
+            train_dataset=samples,
+            eval_dataset=validation,
+            data_collator=collate,
         )
-        with training_forward(loss):
-            trainer = DistillationTrainer(
-                config,
-                model=student if config.lora_rank is None else _with_adapters(student, config.lora_rank),
-                args=training_arguments(config, folder, steps, rate, student.dtype),
-                train_dataset=samples,
-                eval_dataset=validation,
-                data_collator=collate,
-            )
 
-            # Measured before the first step and after the last one.
-            checkpoint = last_checkpoint(folder)
-            trainer.args.eval_on_start = checkpoint is None
-            trainer.train(resume_from_checkpoint=checkpoint)
-            history = trainer.state.log_history
-            if not any("eval_kl" in row and row["step"] == steps for row in history):
-                trainer.evaluate()
+        # Measured before the first step and after the last one.
+        checkpoint = last_checkpoint(folder)
+        trainer.args.eval_on_start = checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        history = trainer.state.log_history
+        if not any("eval_kl" in row and row["step"] == steps for row in history):
+            trainer.evaluate()
 
     student.config.use_cache = use_cache
     measured = [_measures(row) for row in history if "eval_kl" in row]
     return trainer, Distillation(steps, measured[0], measured[-1], history)
+
+
+def _loss(
+    student: SplitModel, teacher: SplitModel | None, config: DistillConfig, kept: Sequence[int] | None
+) -> DistillationLoss:
+    """The loss that the settings ask for."""
+    return DistillationLoss(
+        student,
+        teacher,
+        kind=config.divergence,
+        temperature=config.temperature,
+        top_k=config.compared_tokens,
+        chunk_tokens=config.chunk_tokens,
+        kept=kept if config.hidden_states else None,
+    )
 
 
 def _measures(row: dict[str, float]) -> dict[str, float]:

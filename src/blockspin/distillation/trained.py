@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..config import DistillConfig
 from ..model.blocks import find_stack
 from ..model.tracing import trace_model
 from ..repairs.projections import find_projections
+from ..training import DistillConfig
 
 # The paper's learning rate is for models of this width; narrower ones want a higher one. See docs/distillation.md.
 PAPER_RATE, PAPER_WIDTH, EXPONENT = 2e-5, 4096, 4 / 3

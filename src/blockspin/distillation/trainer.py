@@ -15,8 +15,10 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..config import DistillConfig
+from ..model.head import SplitModel
 from ..progress import bar, console
+from ..training import DistillConfig
+from .generation import continued
 
 # What transformers calls gradient checkpointing: newer versions have another name.
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -24,6 +26,7 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAM
 
 WARMUP_SHARE = 10  # a short training warms up for a tenth of its steps
 LARGEST_EXPONENT = 700.0  # of e in float64
+STEPS_AHEAD = 16  # steps whose windows the student goes on with at once
 REPORTS = 5  # reports whose mean loss is compared, to see whether the loss rises
 RISE = 1.5  # times the lowest mean: a loss that has risen so much is reported
 
@@ -71,7 +74,12 @@ def training_arguments(
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples as a batch, padded on the right. There is a mask only where there is padding: without it is faster."""
+    """Samples as a batch, padded on the right. There is a mask only where there is padding: without it is faster.
+
+    The teacher's view, where samples have one, is that of full windows.
+    """
+    if len(samples[0]) > 1:
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     rows = [sample["input_ids"] for sample in samples]
     lengths = torch.tensor(list(map(len, rows)))  # (batch,)
 
@@ -93,12 +101,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     The loss of a step is the mean over its tokens, in all processes and all accumulated batches. So neither the number
     of processes nor padding changes it.
+
+    student: the model inside whatever wraps it, which goes on with windows where that is asked for.
     """
 
-    def __init__(self, config: DistillConfig, **arguments: Any) -> None:
+    def __init__(self, config: DistillConfig, student: SplitModel, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the losses are scaled here
-        self.weights = {"kl": 1.0, "cross_entropy": config.cross_entropy, "hidden": config.hidden_states}
+        divergence = "kl" if config.divergence == "kl" else "divergence"
+        self.weights = {divergence: 1.0, "cross_entropy": config.cross_entropy, "hidden": config.hidden_states}
+        self.student, self.on_policy = student, config.on_policy
+        self._ahead: list[dict[str, Tensor]] = []  # batches of the next steps
         self.remove_callback(PrinterCallback)
         self.add_callback(ReportCallback(console.quiet))
 
@@ -109,13 +122,43 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and (2,) how many tokens and labels they have on all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self._ahead[:num_batches]
+        if not batches:
+            steps = STEPS_AHEAD if self.on_policy else 1
+            self._ahead, _ = super().get_batch_samples(epoch_iterator, steps * num_batches, device)
+            if self.on_policy:
+                self._continue_windows()
+            batches = self._ahead[:num_batches]
+        self._ahead = self._ahead[num_batches:]
+
         own = torch.zeros(2, device=device)  # of this process
         for batch in batches:
             own += count_tokens(batch).sum(0).to(device)
         counts = self.accelerator.reduce(own, "sum")
         self._counts += counts
         return batches, counts
+
+    def _continue_windows(self) -> None:
+        """Of a share of the next batches, replace the second half of each window by what the student goes on with."""
+        chosen = []
+        for number in range(len(self._ahead)):
+            if int((number + 1) * self.on_policy) > int(number * self.on_policy):  # evenly spread
+                chosen.append(number)
+        if not chosen:
+            return
+
+        # Every process and every round draws its own.
+        seed = (self.args.seed + self.state.global_step) * self.args.world_size + self.args.process_index
+        windows = [row for number in chosen for row in self._ahead[number]["input_ids"].cpu()]
+        half = len(windows[0]) // 2
+        with self.student.whole(), self.accelerator.autocast():
+            rows = continued(self.student.model, [window[:half] for window in windows], len(windows[0]) - half, seed)
+
+        for number in chosen:
+            size = len(self._ahead[number]["input_ids"])
+            own, rows = rows[:size], rows[size:]
+            batch = collate([{"input_ids": torch.tensor(row)} for row in own])
+            self._ahead[number] = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -126,7 +169,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._sums += torch.stack([losses["kl"].detach().sum(), losses["cross_entropy"].detach().sum()])
 
         tokens, labels = num_items_in_batch
-        counts = {"kl": tokens, "cross_entropy": labels, "hidden": tokens}
+        counts = {"kl": tokens, "divergence": tokens, "cross_entropy": labels, "hidden": tokens}
         weighted = []
         for name, weight in self.weights.items():
             if weight:

@@ -47,6 +47,12 @@ class SplitModel:
         return self.decoder is not None
 
     @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the model's forward pass is its own, in a training too."""
+        with patched_forward(self.model, self._run):
+            yield
+
+    @contextmanager
     def resident_head(self) -> Iterator[None]:
         """Inside, the weights of the head stay where it runs, however many chunks of tokens it is applied to."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
