@@ -21,7 +21,7 @@ from blockspin import baselines
 from blockspin.comparison.cost import counted
 from blockspin.comparison.figures import spearman
 from blockspin.comparison.methods import Case, Method, methods
-from blockspin.comparison.report import text_rows, write_report
+from blockspin.comparison.report import terminal_tables, text_rows, write_report
 from blockspin.comparison.results import Comparison, Row, averaged
 from blockspin.comparison.run import compare
 from blockspin.config import CompressConfig
@@ -290,3 +290,12 @@ def test_draws_of_one_method_become_their_mean() -> None:
     means = averaged([row("original", 9.0), row("a", 3.0), row("b", 2.0), row("a", 1.5)])
     assert [(mean.method, mean.loss) for mean in means] == [("original", 9.0), ("b", 2.0), ("a", 2.25)]
     assert (means[1].removed, means[2].removed) == ((1,), ())
+
+
+def test_terminal_tables_begin_with_the_best_by_what_was_minimised() -> None:
+    rows = []
+    for method, loss, kl in (("original", 2.0, 0.0), ("a", 3.0, 0.2), ("b", 2.5, 0.4)):
+        rows.append(Row(method, "2", (1,), 0.5, (), 1.0, 2.0, loss, kl, 0.9, 10, 20, 30.0))
+    for objective, order in (("loss", ["original", "b", "a"]), ("kl", ["original", "a", "b"])):
+        (table,) = terminal_tables(rows, objective)
+        assert [row[0] for row in table.rows] == order

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from blockspin import baselines
 from blockspin.energies.removals import gauss_newton
+from blockspin.files import write_json
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import measured, shared_qualities
 from blockspin.model.tracing import trace_model
@@ -24,6 +25,7 @@ from blockspin.selection.ledger import Ledger
 from blockspin.selection.pool import cheap_choices, pool_of
 from blockspin.selection.race import race
 from blockspin.selection.refit import refit
+from blockspin.selection.result import Selection
 from blockspin.selection.select import expected_best, run_selection, select
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import Candidate, distinct, states_as_candidates, swaps
@@ -259,6 +261,19 @@ def test_an_interrupted_selection_continues_and_ends_the_same(
     assert len(calls) == done > before
     with pytest.raises(ValueError, match="other settings"):
         run_selection(model, pool, SAMPLES, objective="loss", partial=path, progress=False)
+
+
+def test_a_budget_that_was_not_kept_is_told(model: tf.PreTrainedModel, tmp_path: Path) -> None:
+    """A round that began within the budget is finished; without a polish there is no budget."""
+    problem = problem_of(model)
+    pool = states_as_candidates(solve(problem, states=6))
+    for budget, told in ((0.5, True), (1000.0, False)):
+        found = run_selection(model, pool, SAMPLES, problem=problem, budget=budget, progress=False)
+        assert (found.passes > budget) == told
+        assert ("where the budget was 0.5" in found.summary()) == told
+        write_json(tmp_path / "candidates.json", found.as_json())
+        assert Selection.load(tmp_path / "candidates.json") == found
+    assert "budget" not in run_selection(model, pool, SAMPLES, budget=0.5, progress=False).summary()
 
 
 def test_constraints_hold_for_all_that_is_tried(model: tf.PreTrainedModel) -> None:

@@ -135,7 +135,7 @@ def compare(
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
 
     comparison = run(config, goals, out, against=against)
-    _show_rows([row for row in comparison.rows if row.goal in goals], json)
+    _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, json)
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
 
 
@@ -155,7 +155,8 @@ def report(
         console.print(f"Wrote {write_run_report(out)}.", soft_wrap=True)
         return
     page = write_report(out)
-    _show_rows(Comparison.load(out / "comparison.json").rows, json)
+    comparison = Comparison.load(out / "comparison.json")
+    _show_rows(comparison.rows, comparison.settings["objective"], json)
     console.print(f"Wrote {page}.", soft_wrap=True)
 
 
@@ -170,14 +171,14 @@ def _show_plan(config: CompressConfig, out: Path, json: bool) -> None:
     typer.echo(plan.summary())
 
 
-def _show_rows(rows: Sequence[Row], json: bool) -> None:
-    """The rows of a comparison, in tables or as JSON."""
+def _show_rows(rows: Sequence[Row], objective: str, json: bool) -> None:
+    """The rows of a comparison, in tables by what was minimised or as JSON."""
     from ..comparison.report import terminal_tables
 
     if json:
         show_json([row.as_json() for row in rows])
         return
-    for table in terminal_tables(rows):
+    for table in terminal_tables(rows, objective):
         show(table)
 
 

@@ -77,7 +77,7 @@ def write_report(folder: str | Path) -> Path:
     with replacing(folder / "comparison.csv") as temporary:
         write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
-        temporary.write_text(table_of(comparison.rows).markdown())
+        temporary.write_text(table_of(comparison.rows, comparison.settings["objective"]).markdown())
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(report_page(comparison, drawings, depth))
     return folder / "report.html"
@@ -109,10 +109,10 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     }
 
 
-def text_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+def text_rows(rows: Sequence[Row], objective: str = "loss") -> list[dict[str, str]]:
     """The averaged rows as text, by the names of the columns; the original once for each goal."""
     lines = []
-    for row in averaged(rows):
+    for row in averaged(rows, objective):
         if row.method == ORIGINAL:  # the first of its goal
             original = row
         lines.append(cells(row, original))
@@ -153,21 +153,21 @@ def _plus_minus(error: float | None) -> str:
     return f" ±{error:.4f}" if error else ""
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """Every column for all goals."""
-    lines = text_rows(rows)
+def table_of(rows: Sequence[Row], objective: str) -> Table:
+    """Every column for all goals, in each the lowest objective first."""
+    lines = text_rows(rows, objective)
     shown = [heading for heading in lines[0] if heading != "speed"]
     return _table(lines, shown, caption=AT_CHANCE if rows[0].scores else "")
 
 
-def terminal_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table for each goal; what is left out here is in the files."""
+def terminal_tables(rows: Sequence[Row], objective: str) -> list[Table]:
+    """A table for each goal, the lowest objective first; what is left out here is in the files."""
     tasks = [score.task for score in rows[0].scores]
     shown = ["method", "removed", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "blocks"]
     marked = any(score.at_chance for row in rows for score in row.scores)
 
     goals: dict[str, list[dict[str, str]]] = {}
-    for line in text_rows(rows):
+    for line in text_rows(rows, objective):
         goals.setdefault(line["goal"], []).append(line)
 
     tables = []

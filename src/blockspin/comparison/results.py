@@ -125,8 +125,11 @@ class Comparison:
             raise ValueError(f"{path} is not a comparison of blockspin ({error})") from error
 
 
-def averaged(rows: Sequence[Row]) -> list[Row]:
-    """One row for each method and goal: several draws become their mean, with no blocks; best loss first in a goal."""
+def averaged(rows: Sequence[Row], objective: str = "loss") -> list[Row]:
+    """One row for each method and goal: several draws become their mean, with no blocks.
+
+    objective: "kl" or "loss", whose lowest value comes first in a goal, after the original.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.goal, row.method), []).append(row)
@@ -147,7 +150,7 @@ def averaged(rows: Sequence[Row]) -> list[Row]:
 
     # Goals stay in the order in which they were asked for.
     goals = list(dict.fromkeys(row.goal for row in rows))
-    return sorted(means, key=lambda row: (goals.index(row.goal), row.method != ORIGINAL, row.loss))
+    return sorted(means, key=lambda row: (goals.index(row.goal), row.method != ORIGINAL, getattr(row, objective)))
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -180,10 +180,21 @@ def _shown(value: Any) -> str:
 
 def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any, np.dtype[np.int32]]:
     """(tokens,) of a whole text file, which is read and tokenised piece by piece: four bytes a token are held."""
+
+    def tokens_of(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]  # no word on its length
+        return found
+
+    # Some tokenizers mark the start of what they are given (SentencePiece). Each piece but the first is given with the
+    # character before it, whose own tokens are left out again.
     ids = array("i")
+    before = ""
     for piece in text_pieces(path):
-        encoded = tokenizer(piece, add_special_tokens=False, verbose=False)  # verbose=False: no warning on length
-        ids.extend(encoded["input_ids"])
+        known = len(tokens_of(before)) if before else 0
+        ids.extend(tokens_of(before + piece)[known:])
+        before = piece[-1]
     return np.asarray(ids, dtype=np.int32)  # the same memory
 
 

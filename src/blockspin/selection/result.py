@@ -40,6 +40,7 @@ class Selection:
     """What was chosen, all that was tried (the best first), and what it cost.
 
     passes: forward passes of the whole model over the selection samples that would cost as much.
+    budget: how many were allowed; a round that began within them is finished. None: nothing was polished.
     """
 
     chosen: Candidate
@@ -47,6 +48,7 @@ class Selection:
     objective: str
     passes: float
     seconds: float
+    budget: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +64,9 @@ class Selection:
             values = json.loads(Path(path).read_text())
             trials = tuple(Trial(**_with_tuple(trial)) for trial in values["trials"])
             chosen = Candidate(**_with_tuple(values["chosen"]))
-            return Selection(chosen, trials, values["objective"], values["passes"], values["seconds"])
+            return Selection(
+                chosen, trials, values["objective"], values["passes"], values["seconds"], values.get("budget")
+            )
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
 
@@ -85,9 +89,12 @@ class Selection:
         return Table(columns, rows)
 
     def summary(self) -> str:
+        beyond = ""
+        if self.budget is not None and self.passes > self.budget:
+            beyond = f", where the budget was {self.budget:g}: a round that has begun is finished"
         return (
             f"{len(self.trials)} removals measured in {self.seconds:.0f} s ({self.passes:.1f} passes over the "
-            f"selection samples); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
+            f"selection samples{beyond}); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
         )
 
 

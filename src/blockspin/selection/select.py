@@ -181,7 +181,8 @@ def run_selection(
     trials = [trial_of(ledger, candidate, best) for candidate in candidates.values()]
     trials.sort(key=lambda trial: (-trial.num_samples, trial.loss))
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
-    return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds)
+    allowed = None if problem is None else budget
+    return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds, allowed)
 
 
 def expected_best(ledger: Ledger, problem: RemovalProblem, always: Sequence[Removal] = ()) -> Removal:
