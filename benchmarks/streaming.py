@@ -1,0 +1,232 @@
+"""A model compressed within less memory than its weights take, next to the same run in memory.
+
+python benchmarks/streaming.py [--layers 24] [--width 2048] [--limit-gib 2] [--folder DIR] [--tiny]
+
+A Llama of random weights in float32 is compressed twice, each time by `compress` in a fresh process: in memory, and
+with --stream in a control group that is killed beyond the limit (Linux, as root). The files must be equal. Stage by
+stage the times stand side by side, with the sweeps that were made and what one reading of the weights takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+
+from blockspin.config import CompressConfig
+from blockspin.demo import CALIBRATION, MODEL
+from blockspin.machine import describe_machine
+from blockspin.model import offload, streaming
+from blockspin.pipeline.compress import compress
+from blockspin.tables import Column, Table, short
+
+GROUPS = Path("/sys/fs/cgroup")
+# Files of a run, and the stages that end when they appear.
+STAGES = (("energies.safetensors", "energies"), ("candidates.json", "choice"), ("checkpoint/config.json", "checkpoint"))
+
+
+def make_model(folder: Path, layers: int, width: int) -> None:
+    """A Llama of random weights, a shard for each layer, with the tokenizer of the embedded model."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(MODEL)
+    config = tf.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        dtype="float32",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = tf.AutoModelForCausalLM.from_config(config).state_dict()
+
+    shards: dict[str, dict[str, torch.Tensor]] = {}  # name of a file -> tensors without content
+    for name, tensor in shapes.items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(f"model-{part}.safetensors", {})[name] = tensor
+
+    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    for file, tensors in shards.items():
+        drawn = {}
+        for name, tensor in tensors.items():
+            spread = 1 / math.sqrt(tensor.shape[-1])
+            one = torch.ones(tensor.shape)
+            drawn[name] = one if tensor.ndim == 1 else torch.randn(tensor.shape, generator=generator) * spread
+            weight_map[name] = file
+        save_file(drawn, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(folder: Path, stream: bool, samples: int, length: int) -> None:
+    """Compress the model into `in-memory` or `streamed` beside it, and write what it took to a file there."""
+    sweeps = 0
+    counted = offload.resident_in_turn
+
+    def counting(modules: Any) -> Any:
+        nonlocal sweeps
+        sweeps += 1
+        return counted(modules)
+
+    out = folder.with_name("streamed" if stream else "in-memory")
+    config = CompressConfig(
+        str(folder),
+        str(CALIBRATION),
+        remove=6,
+        energy="secant",
+        energy_samples=samples,
+        selection_samples=samples,
+        evaluation_samples=samples,
+        max_length=length,
+        batch_size=samples,
+        budget=6,
+        max_candidates=6,
+        repair=False,
+        stream=stream,
+        device_map=None if stream else "cpu",
+    )
+    started = time.time()
+    with patch.object(streaming, "resident_in_turn", counting):
+        compress(config, out)
+    taken = {
+        "seconds": time.time() - started,
+        "processor": time.process_time(),
+        "sweeps": sweeps,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+    # A stage ends when its file is written; the energies begin when the model is loaded and the settings are recorded.
+    before = (out / "run.yaml").stat().st_mtime
+    taken["loading"] = before - started
+    for name, stage in STAGES:
+        ended = (out / name).stat().st_mtime
+        taken[stage] = ended - before
+        before = ended
+    (out / "taken.json").write_text(json.dumps(taken))
+
+
+def reading(folder: Path) -> float:
+    """Seconds that one reading of the weights takes, block by block as a sweep does it."""
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, device_map=places(folder))
+    started = time.perf_counter()
+    for layer in model.model.layers:
+        offload.load_weights(layer)
+    return time.perf_counter() - started
+
+
+def places(folder: Path) -> dict[str, str]:
+    """A device map with the layers on disk."""
+    layers = tf.AutoConfig.from_pretrained(folder).num_hidden_layers
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return rest | {f"model.layers.{i}": "disk" for i in range(layers)}
+
+
+def child(mode: str, folder: Path, samples: int, length: int, limit: int | None) -> None:
+    """Run a mode of this script in a fresh process, within a limit in bytes.
+
+    Raises:
+        RuntimeError: it failed, or was killed for its memory.
+    """
+    group = make_group(limit) if limit else None
+
+    def join() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    command = [sys.executable, __file__, "--mode", mode, "--folder", str(folder.parent)]
+    command += ["--samples", str(samples), "--length", str(length)]
+    done = subprocess.run(command, preexec_fn=join)
+    if group is not None:
+        group.rmdir()
+    if done.returncode:
+        raise RuntimeError(f"the run {mode} ended with {done.returncode}")
+
+
+def make_group(limit: int) -> Path:
+    """A control group whose processes have so many bytes of memory, without swap."""
+    version_1 = (GROUPS / "memory").is_dir()
+    group = (GROUPS / "memory" if version_1 else GROUPS) / f"blockspin-benchmark-{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(limit))
+    return group
+
+
+def equal_files(folder: Path) -> bool:
+    """Whether both runs made the same energies, choice, checkpoint and losses."""
+    found = []
+    for name in ("in-memory", "streamed"):
+        out = folder.with_name(name)
+        selection = json.loads((out / "candidates.json").read_text())
+        selection.pop("seconds")
+        losses = [row["sample_losses"] for row in json.loads((out / "evaluation.json").read_text())]
+        weights = [path.read_bytes() for path in sorted((out / "checkpoint").glob("*.safetensors"))]
+        found.append((selection, losses, (out / "energies.safetensors").read_bytes(), weights))
+    return found[0] == found[1]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--layers", type=int, default=24)
+    arguments.add_argument("--width", type=int, default=2048)
+    arguments.add_argument("--samples", type=int, default=4)
+    arguments.add_argument("--length", type=int, default=32)
+    arguments.add_argument("--limit-gib", type=float, default=2)
+    arguments.add_argument("--folder", type=Path, default=Path("streaming-benchmark"))
+    arguments.add_argument("--tiny", action="store_true", help="a model of a few kB, without a limit")
+    arguments.add_argument("--mode", choices=("in-memory", "streamed", "reading"))
+    given = arguments.parse_args()
+
+    model = given.folder / "model"
+    if given.mode == "reading":
+        (given.folder / "reading.json").write_text(json.dumps(reading(model)))
+        return
+    if given.mode:
+        run(model, given.mode == "streamed", given.samples, given.length)
+        return
+
+    if not model.is_dir():
+        model.mkdir(parents=True)
+        make_model(model, 8 if given.tiny else given.layers, 64 if given.tiny else given.width)
+    for name in ("in-memory", "streamed"):
+        shutil.rmtree(given.folder / name, ignore_errors=True)
+    limit = None if given.tiny else int(given.limit_gib * 2**30)
+    child("reading", model, given.samples, given.length, limit)
+    child("in-memory", model, given.samples, given.length, None)
+    child("streamed", model, given.samples, given.length, limit)
+
+    taken = {}
+    for name in ("in-memory", "streamed"):
+        taken[name] = json.loads((given.folder / name / "taken.json").read_text())
+    rows = []
+    for measure in ("loading", *[stage for _, stage in STAGES], "seconds", "processor"):
+        seconds = [taken[name][measure] for name in taken]
+        rows.append([measure, *[f"{value:.1f}" for value in seconds], f"{seconds[1] / seconds[0]:.2f}"])
+    rows.append(["peak memory", *[short(taken[name]["peak"], "B") for name in taken], ""])
+    columns = [Column("stage", words=True), Column("in memory"), Column("streamed"), Column("ratio")]
+    print(Table(columns, rows).text())
+
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    once = json.loads((given.folder / "reading.json").read_text())
+    print(f"{short(size, 'B')} of weights; a reading takes {once:.1f} s; {taken['streamed']['sweeps']} sweeps.")
+    print("The files are equal." if equal_files(model) else "The files DIFFER.")
+    print(", ".join(describe_machine().values()))
+
+
+if __name__ == "__main__":
+    main()
