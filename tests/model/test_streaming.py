@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,14 @@ import transformers as tf
 from conftest import random_samples, tiny_model
 from torch import Tensor
 
+from blockspin.baselines.merging import sliding_window_merging
+from blockspin.baselines.scores import measure_activations
 from blockspin.energies import estimate_energies
 from blockspin.energies.removals import gauss_newton
+from blockspin.evaluation.cost import measure_costs
+from blockspin.evaluation.perplexity import evaluate_models, perplexity, results_table
 from blockspin.model.blocks import find_blocks, find_stack
+from blockspin.model.fingerprint import of_results
 from blockspin.model.loading import load_model
 from blockspin.model.offload import OffloadedTensor, offloaded_tensors
 from blockspin.model.passes import removal_passes
@@ -31,6 +37,7 @@ from blockspin.problem import RemovalProblem
 from blockspin.selection.select import run_selection
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import states_as_candidates
+from blockspin.surgery.memory import remove_blocks
 
 REMOVALS = [(), (0,), (1,), (1, 2), (0, 3), (2,), (1, 2), (0, 1, 2), (3,)]
 
@@ -251,3 +258,46 @@ def mixture_of_experts() -> tf.PreTrainedModel:
     config = tf.MixtralConfig(**shape, num_key_value_heads=2, intermediate_size=24, num_local_experts=4)
     model: tf.PreTrainedModel = tf.AutoModelForCausalLM.from_config(config).eval()
     return model
+
+
+def test_fingerprint_is_that_of_the_model_in_memory(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    streamed = on_disk(model, tmp_path / "same")
+    expected = of_results(load_model(tmp_path / "same"), random_samples())
+    assert of_results(streamed, random_samples()) == expected
+
+    # One number of a block that is never in memory.
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] += 1
+    assert of_results(on_disk(model, tmp_path / "other"), random_samples()) != expected
+
+
+def test_what_needs_the_weights_is_refused(tmp_path: Path) -> None:
+    model, samples = on_disk(tiny_model("llama"), tmp_path), random_samples()
+    problem = RemovalProblem(np.eye(4), remove=1, blocks=find_blocks(model))
+    with pytest.raises(ValueError, match=r"a shortened model .*blockspin prune.* needs all weights .*--device-map cpu"):
+        remove_blocks(model, [1])
+    with pytest.raises(ValueError, match=r"sliding-window merging needs all weights .*--device-map cpu"):
+        sliding_window_merging(model, samples, problem)
+    with pytest.raises(ValueError, match=r"a measurement of speed needs all weights .*--device-map cpu"):
+        measure_costs({"model": model}, [1])
+
+
+def test_perplexity_is_that_of_the_model_in_memory_and_nothing_is_timed(tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), random_samples()
+    streamed = on_disk(model, tmp_path)
+    assert perplexity(streamed, samples, batch_size=2) == perplexity(model, samples, batch_size=2)
+
+    (in_memory,) = evaluate_models({"model": model}, [1], samples, batch_size=2, progress=False)
+    (row,) = evaluate_models({"model": streamed}, [1], samples, batch_size=2, progress=False)
+    assert row == replace(in_memory, tokens_per_second=None)
+    assert "not timed" in results_table([row]).text(80)
+
+
+def test_scores_from_hidden_states_are_those_of_the_model_in_memory(tmp_path: Path) -> None:
+    model, samples = tiny_model("llama"), random_samples()
+    expected = measure_activations(model, samples, removed=[2], batch_size=2)
+    found = measure_activations(on_disk(model, tmp_path), samples, removed=[2], batch_size=2)
+    assert np.array_equal(found.cosine, expected.cosine)
+    assert np.array_equal(found.ratio, expected.ratio)
+    assert np.array_equal(found.angle, expected.angle)

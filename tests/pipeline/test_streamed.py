@@ -48,3 +48,12 @@ def test_model_that_does_not_fit_is_streamed_and_that_is_said(
 def test_stream_and_a_device_map_exclude_each_other(tiny_folder: Path, text_file: Path) -> None:
     with pytest.raises(ValueError, match=r"--stream .*leave out --device-map"):
         settings(tiny_folder, text_file, stream=True, device_map="cpu")
+
+
+@pytest.mark.parametrize("changes", [{"energy": "empirical-fisher"}, {"tasks": ("gsm8k",)}])
+def test_gradients_and_tasks_are_refused_before_anything_is_read(
+    changes: dict[str, Any], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"--stream\).*(--energy fitted|leave out --tasks)"):
+        compress(settings(tiny_folder, text_file, stream=True, **changes), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model.batches import Batch, frozen, make_batches
 from ..model.blocks import find_stack
+from ..model.offload import check_in_memory
 from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import RemovalProblem
 from ..progress import track
@@ -46,10 +47,11 @@ def sliding_window_merging(
     window. The removed blocks reported are all of a window but its lowest.
 
     Raises:
-        ValueError: the goal is not a number of blocks in all, or so many cannot be merged.
+        ValueError: the goal is not a number of blocks in all, so many cannot be merged, or weights are offloaded.
     """
     if not isinstance(problem.remove, int):
         raise ValueError("sliding-window merging takes a number of blocks in all, no kinds and no share of parameters")
+    check_in_memory(model, "sliding-window merging")
     goal = problem.remove
     traced = trace_model(model)
     batches = make_batches(samples, batch_size)

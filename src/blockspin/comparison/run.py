@@ -23,6 +23,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.offload import check_in_memory
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
 from ..pipeline.origin import describe_samples
@@ -82,6 +83,7 @@ def complete(
     samples = load_samples(replace(config, energy=PAPER), tokenizer, model_config)
     score = scorer(config, tokenizer, out / "scores")
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    check_in_memory(model, "a comparison")
     removable = Removable(model_config, trust_remote_code=remote)
     file = out / "comparison.json"
     comparison.about = {**describe_machine(), **describe_samples(samples)}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
 from ..model.loading import context_length
+from ..model.offload import check_in_memory
 from ..progress import track
 from ..tables import Column, Table, short
 
@@ -100,9 +101,11 @@ def measure_costs(
     num_bytes: size of each model's weights on disk.
 
     Raises:
-        ValueError: a number is not positive, or prompt and answer exceed a model's context.
+        ValueError: a number is not positive, prompt and answer exceed a model's context, or weights are offloaded.
     """
     workload = workload or Workload()
+    for model in models.values():
+        check_in_memory(model, "a measurement of speed")
     _check(models, workload, rounds)
     batch_size, length, new_tokens = workload.batch_size, workload.length, workload.new_tokens
     prompts = {}

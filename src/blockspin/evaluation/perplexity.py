@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..model.batches import frozen, make_batches, predicted_tokens, standard_error
+from ..model.batches import check_finite, frozen, make_batches, predicted_tokens, standard_error
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import context_length
-from ..model.losses import losses_of
+from ..model.losses import losses_of, sample_losses
 from ..model.offload import is_offloaded
-from ..model.quality import loss, measured
-from ..model.tracing import trace_model
+from ..model.passes import removal_passes
+from ..model.tracing import TracedModel, trace_model
+from ..problem import Removal
 from ..progress import track
 from ..tables import Column, Table, ranges, short
 from .scores import Score
@@ -183,8 +184,24 @@ def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: in
     """
     if not is_offloaded(model):
         return losses_of(model, samples, batch_size)
-    values = measured(trace_model(model), [()], samples, loss, batch_size=batch_size)  # (1, number of samples, 1)
-    return torch.from_numpy(values[0, :, 0])
+    return losses_without(trace_model(model), [()], samples, batch_size)[0]
+
+
+def losses_without(
+    traced: TracedModel, removals: Sequence[Removal], samples: Sequence[Tensor], batch_size: int = 8
+) -> Tensor:
+    """(number of removals, number of samples) float64: `losses_of` the model without the units of each removal.
+
+    Raises:
+        ValueError: unusable samples or removals, or a loss that is NaN or infinite.
+    """
+    found = torch.zeros(len(removals), len(samples), dtype=torch.float64)
+    for batch, outputs in removal_passes(traced, removals, samples, batch_size=batch_size):
+        for k, hidden in outputs:
+            losses = sample_losses(traced.halves, hidden, batch).double().cpu()  # (batch,)
+            check_finite(losses, batch)
+            found[k, list(batch.indices)] = losses
+    return found
 
 
 def _token_mean(losses: Tensor, samples: Sequence[Tensor]) -> float:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .gguf import ordinary_source
 from .loading import load_config
+from .offload import offloaded_by_name, remembered
 
 _LENGTH = 20  # hexadecimal digits of a fingerprint
 _CHUNK = 1024  # 64-bit words of a weight that are hashed by their sum
@@ -81,16 +82,26 @@ def _of_file(path: Path) -> str:
 
 
 def _of_weights(model: nn.Module) -> str:
-    """The fingerprint of a model in memory: its configuration, weights and buffers; the shapes where there are none."""
+    """The fingerprint of a model: its configuration, weights and buffers; the shapes where there are none.
+
+    Offloaded weights are read for it, so that it is that of the same model in memory.
+    """
+    return remembered(model, "fingerprint", lambda: _computed(model))
+
+
+def _computed(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
     for name in _ORIGIN:
         settings.pop(name, None)
 
     found = hashlib.sha256(digest(settings).encode())
+    elsewhere = offloaded_by_name(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
+        if name in elsewhere:
+            tensor = elsewhere[name].load()
 
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":

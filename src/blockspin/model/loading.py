@@ -25,9 +25,17 @@ from ..errors import first_line
 from ..hub import can_be_hub_id, use_hub
 from ..progress import console
 from ..tables import short
-from .blocks import count_parameters
 from .gguf import ordinary_source
-from .placement import Placement, blocks_apart, fits, resaved_bytes, resaving_folder
+from .offload import is_offloaded
+from .placement import (
+    Placement,
+    blocks_apart,
+    default_device,
+    place_of_blocks,
+    resaved_bytes,
+    resaving_folder,
+    weights_bytes,
+)
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
@@ -162,7 +170,8 @@ def load_model(
         arguments["quantization_config"] = quantization
         device_map = device_map or (None if on_cpu else "cuda:0")
 
-    placement = Placement(device_map)
+    # Where transformers finds the place, it may choose the disk.
+    placement = Placement(device_map, resaving_folder(0) if device_map in _SPREADING else None)
     if device_map in (None, STREAM):
         placement = _placement(source, config, arguments["dtype"], device_map == STREAM, trust_remote_code)
     arguments |= {"device_map": placement.device_map, "offload_folder": placement.folder}
@@ -189,6 +198,13 @@ def load_model(
         raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
     check_complete(reported(loading_info), model, source)
     placement.delete_with(model)
+    if device_map in _SPREADING and is_offloaded(model):
+        console.print(
+            f"{source} does not fit on the GPUs: some weights stay in the host's memory or on disk, and are read from "
+            "there again and again. Nothing is timed.",
+            highlight=False,
+            soft_wrap=True,
+        )
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -197,30 +213,37 @@ def _placement(
     source: str | Path, config: PretrainedConfig, dtype: str, stream: bool, trust_remote_code: bool
 ) -> Placement:
     """Where the weights go: to the first GPU, else the CPU; the blocks apart if wanted, or if all do not fit there."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model = model_without_weights(config, trust_remote_code=trust_remote_code)
-    stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-    wanted = stored if dtype == "auto" else dtype
-    wanted = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
-
-    # What a quantised checkpoint takes, its configuration does not say.
-    num_bytes = count_parameters(model) * wanted.itemsize
-    quantised = getattr(config, "quantization_config", None) is not None
-    if not stream and (quantised or fits(num_bytes, device)):
+    apart = place_of_blocks(model, dtype, device, stream)
+    if apart is None:
         return Placement(None if device == "cpu" else device)
     if not stream:
         console.print(
-            f"{source} takes {short(num_bytes, 'B')}, which is more than fits: its blocks stay on disk and are read "
-            f"one by one, as with --stream. To load it all the same, give --device-map {device}.",
+            f"{source} takes {short(weights_bytes(model, dtype), 'B')}, which is more than fits: its blocks stay on "
+            f"disk and are read one by one, as with --stream. To load it all the same, give --device-map {device}.",
             highlight=False,
             soft_wrap=True,
         )
 
-    # Beside a GPU, the host's memory is the better place.
-    if device != "cpu" and fits(num_bytes, "cpu"):
-        return Placement(blocks_apart(model, device, "cpu"))
-    needed = resaved_bytes(model, wanted, weight_paths(local_folder(source)))
-    return Placement(blocks_apart(model, device, "disk"), resaving_folder(needed))
+    needed = resaved_bytes(model, dtype, weight_paths(local_folder(source))) if apart == "disk" else 0
+    return Placement(blocks_apart(model, device, apart), resaving_folder(needed))
+
+
+def is_streamed(source: str | Path, place: str | None, *, dtype: str = "auto", trust_remote_code: bool = False) -> bool:
+    """Whether `load_model` would leave the blocks on disk, or in the host's memory beside a GPU.
+
+    place: its `device_map`.
+
+    Raises:
+        ValueError: the model cannot be opened.
+    """
+    if place is not None:
+        return place == STREAM
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    model = model_without_weights(config, trust_remote_code=trust_remote_code)
+    wanted = "float32" if dtype == "auto" and default_device() == "cpu" else dtype
+    return place_of_blocks(model, wanted, default_device(), stream=False) is not None
 
 
 def check_device(device_map: str | None) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
+
+T = TypeVar("T")
+_MEMORY = "_blockspin_memory"  # the attribute of a model with what `remembered` keeps
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,44 @@ def offloaded_tensors(module: nn.Module) -> list[OffloadedTensor]:
             path, _, name = key.rpartition(".")
             found.append(OffloadedTensor(part.get_submodule(path), name, key, hook))
     return found
+
+
+def check_in_memory(model: nn.Module, purpose: str) -> None:
+    """Refuse an offloaded model for what needs the weights themselves.
+
+    purpose: what does, as the subject of a sentence: "a repair".
+
+    Raises:
+        ValueError: weights of the model are offloaded.
+    """
+    if is_offloaded(model):
+        raise ValueError(
+            f"{purpose} needs all weights where they run, and some of {type(model).__name__} are on disk or in another "
+            "memory; load the model whole (--device-map cpu, or a GPU that holds it)"
+        )
+
+
+def offloaded_by_name(model: nn.Module) -> dict[str, OffloadedTensor]:
+    """What the hooks in a model load, by the names in its state."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for tensor in offloaded_tensors(model):
+        owner = names[id(tensor.owner)]
+        found[f"{owner}.{tensor.name}" if owner else tensor.name] = tensor
+    return found
+
+
+def remembered(model: nn.Module, what: Hashable, compute: Callable[[], T]) -> T:
+    """What was computed of an offloaded model before, by name, else computed now; of other models always computed.
+
+    It takes a reading of all weights, which do not change where they lie. The model keeps it, so that it goes with it.
+    """
+    if not is_offloaded(model):
+        return compute()
+    memory: dict[Hashable, T] = vars(model).setdefault(_MEMORY, {})
+    if what not in memory:
+        memory[what] = compute()
+    return memory[what]
 
 
 def running_device(module: nn.Module) -> torch.device:

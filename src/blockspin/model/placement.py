@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..memory import available_memory
 from ..tables import short
-from .blocks import find_stack
+from .blocks import count_parameters, find_stack
 from .weights import read_headers, tensor_shapes
 
 FITS = 0.8  # of the free memory at most, for the weights; the rest is for what passes need
@@ -38,6 +39,38 @@ class Placement:
         """Delete the folder when the model is gone, at the latest when the process ends."""
         if self.folder is not None:
             weakref.finalize(model, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def default_device() -> str:
+    """Where a model runs that nobody has placed."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def place_of_blocks(model: PreTrainedModel, dtype: str, device: str, stream: bool) -> str | None:
+    """Where the blocks of a model go apart from the rest: "cpu", "disk"; None where all goes to the device.
+
+    model: of the configuration, without weights. dtype: "auto" is that of the checkpoint.
+    stream: they go apart though all may fit.
+    """
+    # What a quantised checkpoint takes, its configuration does not say.
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    num_bytes = weights_bytes(model, dtype)
+    if not stream and (quantised or fits(num_bytes, device)):
+        return None
+
+    # Beside a GPU, the host's memory is the better place.
+    return "cpu" if device != "cpu" and fits(num_bytes, "cpu") else "disk"
+
+
+def weights_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """What the weights of a model take in memory. dtype: "auto" is that of the checkpoint."""
+    return count_parameters(model) * _dtype(model, dtype).itemsize
+
+
+def _dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    stored = getattr(model.config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    found = stored if name == "auto" else name
+    return found if isinstance(found, torch.dtype) else getattr(torch, found)
 
 
 def fits(num_bytes: float, device: str) -> bool:
@@ -69,7 +102,7 @@ def blocks_apart(model: nn.Module, device: str, blocks: str) -> dict[str, str]:
     return places
 
 
-def resaved_bytes(model: nn.Module, dtype: torch.dtype, paths: Iterable[Path]) -> int:
+def resaved_bytes(model: PreTrainedModel, dtype: str, paths: Iterable[Path]) -> int:
     """Bytes of the blocks' weights that cannot be read as they lie in the checkpoint.
 
     Those of .bin files, and those that transformers puts together from others, such as experts: they are written anew.
@@ -82,7 +115,7 @@ def resaved_bytes(model: nn.Module, dtype: torch.dtype, paths: Iterable[Path]) -
     layers = find_stack(model).layers
     for name, parameter in layers.named_parameters():
         if name not in ends:
-            needed += parameter.numel() * dtype.itemsize
+            needed += parameter.numel() * _dtype(model, dtype).itemsize
     return needed
 
 

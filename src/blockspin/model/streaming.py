@@ -7,10 +7,12 @@ batches, and not once for every pass. What the blocks compute, and on which tens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory import available_memory
 from ..problem import Removal
@@ -19,8 +21,9 @@ from .batches import Batch, frozen, make_batches
 from .blocks import check_removal
 from .calls import BlockCall
 from .offload import resident_in_turn, running_device
+from .residual import with_entering
 from .spill import SpilledStates, check_spill_room, spilled_states
-from .tracing import TracedModel, at_the_end, block_calls, branches_bypassed
+from .tracing import TracedModel, block_calls, branches_bypassed, bypassed
 
 STATES_SHARE = 0.5  # of the memory that is free, for the hidden states of a sweep
 
@@ -197,6 +200,20 @@ def _one_sweep(
         for batch in batches:
             batch.go_through(i, device)
     return batches
+
+
+@contextmanager
+def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
+    """Inside, no block runs in a pass: the rest of the model goes on with the hidden states that leave the last one."""
+
+    def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return with_entering(args, kwargs, stream)
+
+    with ExitStack() as undo:
+        undo.enter_context(bypassed(traced, range(traced.num_units)))
+        handle = traced.layers[0].register_forward_pre_hook(entering, with_kwargs=True)
+        undo.callback(handle.remove)
+        yield
 
 
 def _blocks_that_run(traced: TracedModel, jobs: Sequence[Job]) -> list[int]:

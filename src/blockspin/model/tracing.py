@@ -18,7 +18,7 @@ from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 from .branches import ROUNDING, Part, find_parts, proven_branches, same, without_branches
 from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
-from .offload import is_offloaded, resident
+from .offload import is_offloaded, remembered, resident
 from .residual import argument_that_is, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
 from .units import sublayers_of
 
@@ -52,7 +52,6 @@ class TracedModel:
     """A model, its stack of blocks, and how they run. Made by `trace_model`; valid as long as the model is unchanged.
 
     layers: the modules of the blocks. blocks: what they are. traces: what each did when it ran.
-    halves: the decoder and the head apart, so that logits are made only where they are used.
     units: what the numbers of a removal stand for: the blocks, or their sub-layers.
     tried: the removals that were tried (`can_bypass`), and whether the model runs without them.
     """
@@ -61,7 +60,6 @@ class TracedModel:
     layers: nn.ModuleList
     blocks: tuple[Block, ...]
     traces: tuple[BlockTrace, ...]
-    halves: SplitModel
     units: tuple[Block, ...]
     tried: dict[Removal, bool] = field(default_factory=dict, repr=False)
 
@@ -95,6 +93,15 @@ class TracedModel:
                 first = numbers[0]
                 partial[block] = {number - first for number in gone}
         return whole, partial
+
+    @cached_property
+    def halves(self) -> SplitModel:
+        """The decoder and the head apart, so that logits are made only where they are used.
+
+        That they give what the whole model gives shows without blocks too, where these would have to be read for it.
+        """
+        with bypassed(self, range(self.num_units) if self.is_offloaded else ()):
+            return split_model(self.model)
 
     @cached_property
     def is_offloaded(self) -> bool:
@@ -198,6 +205,10 @@ def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
         ValueError: one of these does not hold, a block did not run exactly once (those that attend to images may rest),
             or the model is not causal.
     """
+    return remembered(model, ("trace", units), lambda: _trace(model, units))
+
+
+def _trace(model: nn.Module, units: Units) -> TracedModel:
     layers, blocks = find_stack(model).layers, find_blocks(model)
     ran: list[int] = []  # the blocks in the order in which they ran; then what entered and what left each:
     streams: list[tuple[Tensor, Tensor]] = []
@@ -255,7 +266,9 @@ def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
     found = blocks
     if units == "sublayers":
         found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
-    return TracedModel(model, layers, tuple(blocks), tuple(in_order), split_model(model), tuple(found))
+    traced = TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found))
+    _ = traced.halves  # found now, as later something may watch the blocks
+    return traced
 
 
 def find_units(model: nn.Module, units: Units = "blocks") -> list[Block]:
@@ -285,13 +298,13 @@ def skipped(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
     Where other units need them, they run all the same and leave the stream as it was.
     """
     removed = check_removal(removed, traced.num_units)
-    leaving_out = _bypassed if traced.can_bypass(removed) else closed
+    leaving_out = bypassed if traced.can_bypass(removed) else closed
     with leaving_out(traced, removed):
         yield
 
 
 @contextmanager
-def _bypassed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
+def bypassed(traced: TracedModel, removed: Collection[int]) -> Iterator[None]:
     """Inside, these units do not run."""
     whole, partial = traced.whole_and_partial(removed)
 
@@ -367,23 +380,9 @@ def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: T
         yield
 
 
-@contextmanager
-def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
-    """Inside, no block runs in a pass: the rest of the model goes on with the hidden states that leave the last one."""
-
-    def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return with_entering(args, kwargs, stream)
-
-    with ExitStack() as undo:
-        undo.enter_context(_bypassed(traced, range(traced.num_units)))
-        handle = traced.layers[0].register_forward_pre_hook(entering, with_kwargs=True)
-        undo.callback(handle.remove)
-        yield
-
-
 def block_calls(traced: TracedModel, batch: Batch) -> list[BlockCall]:
     """What each block is given in a pass over a batch in which no block runs."""
-    with _bypassed(traced, range(traced.num_units)), noted_calls(list(traced.layers)) as calls:
+    with bypassed(traced, range(traced.num_units)), noted_calls(list(traced.layers)) as calls:
         traced.halves.hidden_of(batch)
     return calls
 
@@ -392,7 +391,7 @@ def _runs_without(traced: TracedModel, removed: Collection[int]) -> bool:
     """Whether the model runs on a few tokens while these units do not; sub-layers must leave the others as they are."""
     with frozen(traced.model), torch.no_grad():
         try:
-            with _bypassed(traced, removed):
+            with bypassed(traced, removed):
                 logits = _TRIAL.forward(traced.model)  # (1, 4, vocabulary)
         except _NOT_COMPUTED:
             return False

@@ -21,7 +21,8 @@ from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
-from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
+from ..model.offload import is_offloaded
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
 from ..solvers.candidates import random_candidate, states_as_candidates
@@ -29,7 +30,7 @@ from ..surgery.card import add_results
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable, protect_what_must_stay
 from .origin import describe_samples, public_name
-from .preflight import check_before, open_run
+from .preflight import check_before, check_streaming, open_run
 from .report import write_run_report
 from .stages import (
     checkpoint_stage,
@@ -69,6 +70,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     with locked(out):
         open_run(config, out)
+        repairs = _repairs(config)
         if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
             rows = list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
         else:
@@ -76,7 +78,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
 
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         names = [row.name for row in rows]
-        if config.repair and "repaired" not in names:
+        if repairs and "repaired" not in names:
             rows.append(repair_stage(config, out, chosen.removed))
             write_rows(rows, out)
             write_run_report(out)
@@ -102,6 +104,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     # The settings are recorded once nothing is left that could refuse them but the model itself.
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    if is_offloaded(model):
+        check_streaming(config)
     config.save(out / "run.yaml")
 
     energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin(config))
@@ -146,6 +150,20 @@ def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:
     return f"Measured on {size} of {name} that nothing was chosen on; ± one standard error."
 
 
+def _repairs(config: CompressConfig) -> bool:
+    """Whether the smaller model is to be repaired; where there is no room for that, it is said."""
+    remote = config.trust_remote_code
+    if not config.repair or not is_streamed(config.model, config.place, dtype=config.dtype, trust_remote_code=remote):
+        return config.repair
+    console.print(
+        "The smaller model will not be repaired: that takes both models in memory. `blockspin repair` does it on a "
+        "larger machine.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return False
+
+
 def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
     """What `compress` returns, as evaluation.json."""
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
@@ -155,7 +173,7 @@ def result_folder(config: CompressConfig, out: Path) -> Path:
     """Where the last stage of a run leaves the model."""
     if config.distill is not None:
         return out / "distilled"
-    return out / ("repaired" if config.repair else "checkpoint")
+    return out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
 
 
 def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
@@ -222,7 +240,7 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     held_out = settings.data == config.calibration and config.evaluation is None
     leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
     if not (out / "distilled").is_dir():
-        student = out / ("repaired" if config.repair else "checkpoint")
+        student = out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
         distill_checkpoint(student, out / "distilled", settings, leave_out=leave_out)
         config.save(out / "run.yaml")
 

@@ -99,8 +99,28 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
+    if config.stream:
+        check_streaming(config)
     if config.distill is not None:
         check_distillation(config, model_config, blocks)
+
+
+def check_streaming(config: CompressConfig) -> None:
+    """Refuse what a model whose blocks are on disk is not made for.
+
+    Raises:
+        ValueError: the energy is one of gradients, or there are tasks.
+    """
+    if config.energy in GRADIENT_ENERGIES:
+        raise ValueError(
+            "gradients need all weights at once, and here blocks are read one by one (--stream); choose --energy "
+            "fitted, secant or pairwise"
+        )
+    if config.tasks:
+        raise ValueError(
+            "where blocks are read one by one (--stream), a token of an answer takes a reading of all weights; leave "
+            "out --tasks, and score the smaller model later (blockspin evaluate)"
+        )
 
 
 def check_distillation(config: CompressConfig, model_config: PretrainedConfig, blocks: Sequence[Block]) -> None:

@@ -8,20 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
 from ..data.calibration import load_calibration
 from ..energies import Energies, estimate_energies, load_energies
-from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of
+from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, losses_without
 from ..evaluation.scores import Score
 from ..files import write_json
 from ..model.batches import NotFiniteError
 from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
 from ..model.offload import is_offloaded
-from ..model.quality import loss, measured
 from ..model.tracing import trace_model
 from ..problem import Goal, Removal, RemovalProblem
 from ..progress import console
@@ -269,12 +267,12 @@ def _in_one_sweep(
     samples: Sequence[Tensor],
 ) -> list[Evaluation]:
     """The rows of an offloaded model without some of its blocks, which need not be built for that; nothing is timed."""
-    values = measured(trace_model(model), list(names), samples, loss, batch_size=config.batch_size)[..., 0]
+    measured = losses_without(trace_model(model), list(names), samples, config.batch_size)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     structure = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
 
     rows = []
-    for (removed, name), losses, size in zip(names.items(), values, sizes, strict=True):
+    for (removed, name), losses, size in zip(names.items(), measured, sizes, strict=True):
         shortened = remove_blocks(structure, removed, copy=False) if removed else structure
-        rows.append(evaluation_of(name, shortened, torch.from_numpy(losses), samples, num_bytes=size))
+        rows.append(evaluation_of(name, shortened, losses, samples, num_bytes=size))
     return rows

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..model.batches import frozen, input_device
 from ..model.blocks import check_removal, find_stack
+from ..model.offload import check_in_memory
 from ..model.tracing import TracedModel, closed, trace_model
 from ..problem import Removal, Units
 from .absent import absent_modules, leave_out
@@ -45,10 +46,12 @@ def remove_blocks(
         the one (training, `.to(...)`) changes the other.
 
     Raises:
-        ValueError: unusable indices, or a removal that the model or its configuration does not allow.
+        ValueError: unusable indices, a removal that the model or its configuration does not allow, or weights that are
+            offloaded: `prune_checkpoint` shortens such a model on disk.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
+    check_in_memory(model, "a shortened model that is not written to disk (blockspin prune)")
     if units == "blocks":
         removed, kept = split_blocks(model, removed)
         smaller = _cut(model, kept)
