@@ -6,12 +6,12 @@
 Each part appends a row of JSON to OUT/PART.jsonl for each training and, run again, continues after the last one. Parts
 can run side by side. `--list` prints them, the most important first:
 
-    8-blockspin-repaired, ...  a removal of 8 or 4 blocks, repaired or plain, with 0, 50 k, 200 k and 1 M tokens, the
-                               last with two seeds; the learning rate is chosen on validation windows, after 200 k
+    8-blockspin-repaired, ...  a removal of 8 or 4 blocks, repaired or plain, with 0, 50 k, 200 k and 1 M tokens (with
+                               two seeds where it matters); the learning rate is chosen on validation windows
     predict-0, predict-1       20 removals: does KL before training, repaired or not, or after 50 short steps, order
-                               them as the KL after 300 k tokens does?
+                               them as the KL after 200 k tokens does?
     loss, trained, order, answers, on-policy
-                               changes of the recipe, one at a time, from the first start, with 500 k tokens
+                               changes of the recipe, one at a time, from the first start, with 300 k tokens
     throughput                 tokens/s of the training beside those of a plain Trainer; run it alone
 
 Rows hold loss and KL of every held-out window, so that differences have paired standard errors;
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from plain_trainer import plain_speed
-from retraining_bench import BATCH, CHOOSING, FIRST, Bench, OutOfTimeError, Run, Start, part_of
+from retraining_bench import BATCH, CHOOSING, FIRST, RATES, Bench, OutOfTimeError, Run, Start
 
 from blockspin.data.packing import pack
 from blockspin.distillation.generation import generate_answers
@@ -39,10 +39,10 @@ from blockspin.surgery.memory import remove_blocks
 
 STARTS = ("blockspin", "block influence", "SLEB", "random")
 MOST, LEAST = 1_000_000, 50_000  # tokens
-PREDICTED_TOKENS, CHANGE_TOKENS = 300_000, 500_000
+PREDICTED_TOKENS, CHANGE_TOKENS = 200_000, 300_000
 SHORT_STEPS = 50  # of one window
 TIMED_STEPS = 60
-GENERATED, ANSWER_TOKENS, ANSWERED_AT_ONCE = 2048, 256, 512
+GENERATED, ANSWER_TOKENS, ANSWERED_AT_ONCE = 1536, 256, 512
 
 
 def from_start(bench: Bench, start: Start, repaired: bool) -> None:
@@ -52,9 +52,11 @@ def from_start(bench: Bench, start: Start, repaired: bool) -> None:
         return
     run = Run(start, CHOOSING, repaired=repaired)
     bench.row(replace(run, tokens=0))
-    rate = bench.best_rate(run)
-    for tokens, seed in ((MOST, 0), (LEAST, 0), (MOST, 1)):
-        bench.row(replace(run, tokens=tokens, rate=rate, seed=seed))
+    run = replace(run, rate=bench.best_rate(run))
+    bench.row(replace(run, tokens=MOST))
+    bench.row(replace(run, tokens=LEAST))
+    if start[1] in STARTS[:2]:
+        bench.row(replace(run, tokens=MOST, seed=1))
 
 
 def predict(bench: Bench, remainder: int) -> None:
@@ -69,10 +71,10 @@ def predict(bench: Bench, remainder: int) -> None:
         bench.row(run)
 
 
-# A change of the recipe: its name, the settings, and the learning rates, relative to the one that was chosen.
+# A change of the recipe: its name, the settings, and the learning rates, relative to the middle one.
 Change = tuple[str, dict[str, Any], tuple[float, ...]]
 LOSSES: list[Change] = [
-    ("as it is", {}, (1.0,)),
+    ("as it is", {}, (1.0, 0.5, 2.0)),
     ("cross-entropy 0.5", {"cross_entropy": 0.5}, (1.0,)),
     ("hidden states 1", {"hidden_states": 1.0}, (1.0,)),
     ("temperature 2", {"temperature": 2.0}, (1.0, 0.5)),
@@ -95,12 +97,11 @@ TRAINED: list[Change] = [
 
 def change(bench: Bench, changes: Sequence[Change], seeds: Sequence[int] = ()) -> None:
     """Changes of the recipe, and the recipe as it is with other seeds, which shows what chance does."""
-    rate = bench.known_rate()
     for name, settings, factors in changes:
         for factor in factors:
-            bench.row(Run(FIRST, CHANGE_TOKENS, rate * factor, name=name, changes=tuple(settings.items())))
+            bench.row(Run(FIRST, CHANGE_TOKENS, RATES[1] * factor, name=name, changes=tuple(settings.items())))
     for seed in seeds:
-        bench.row(Run(FIRST, CHANGE_TOKENS, rate, seed=seed, name="as it is"))
+        bench.row(Run(FIRST, CHANGE_TOKENS, seed=seed, name="as it is"))
 
 
 def self_generated(bench: Bench) -> None:
@@ -120,14 +121,14 @@ def self_generated(bench: Bench) -> None:
     print(f"{len(answers)} answers, {len(own)} windows", flush=True)
     for seed in (0, 1):
         for text, name in (("own", "the original's own answers"), ("half own", "half of the answers its own")):
-            bench.row(Run(FIRST, len(own) * length, bench.known_rate(), seed=seed, name=name, text=text))
+            bench.row(Run(FIRST, len(own) * length, seed=seed, name=name, text=text))
 
 
 def in_steps(bench: Bench) -> None:
     """Instead of all at once: remove, repair and train in steps, with as many tokens in all."""
-    removed, rate = bench.removals[FIRST], bench.known_rate()
+    removed = bench.removals[FIRST]
     for steps in (2, 4):
-        run = Run(FIRST, CHANGE_TOKENS // steps, rate, name=f"in {steps} steps")
+        run = Run(FIRST, CHANGE_TOKENS // steps, name=f"in {steps} steps")
         if bench.find(run) is not None:
             continue
 
@@ -176,6 +177,11 @@ def parts() -> dict[str, Callable[[Bench], None]]:
     found["order"] = in_steps
     found["throughput"] = throughput
     return found
+
+
+def part_of(start: Start, repaired: bool) -> str:
+    """The part that trains from a start."""
+    return "-".join([*start, "repaired" if repaired else "plain"]).replace(" ", "-")
 
 
 def main() -> None:

@@ -144,7 +144,6 @@ class Bench:
             log_steps=max(1, steps // 2),
             eval_steps=NEVER,
             save_steps=NEVER,
-            chunk_tokens=BATCH * length,
         )
         config = replace(config, **dict(run.changes))
         if config.dtype == "bfloat16":
@@ -190,20 +189,6 @@ class Bench:
         if best in outside:
             found[outside[best]] = self.row(replace(run, rate=outside[best]))["validation"]
         return min(found, key=lambda rate: found[rate])
-
-    def known_rate(self) -> float:
-        """The learning rate of the start where changes are tried, from the rows of its part; without them, a guess."""
-        best: dict[str, Any] = {"validation": float("inf"), "run": {"rate": RATES[1]}}
-        for row in read_rows(self.out / f"{part_of(FIRST, repaired=True)}.jsonl"):
-            if row["run"]["tokens"] == CHOOSING and row["validation"] < best["validation"]:
-                best = row
-        rate: float = best["run"]["rate"]
-        return rate
-
-
-def part_of(start: Start, repaired: bool) -> str:
-    """The part that trains from a start."""
-    return "-".join([*start, "repaired" if repaired else "plain"]).replace(" ", "-")
 
 
 def tiny_model() -> PreTrainedModel:
