@@ -113,7 +113,13 @@ class BatchSettings(Settings):
 
     panel: ClassVar[str] = "Model"
 
-    batch_size: int = setting("Samples in one pass.", 8, least=1)
+    batch_size: int | Literal["auto"] = setting(
+        "Samples of the longest length in one pass, more of shorter ones; auto: what keeps the device busy. Where "
+        "memory does not suffice, fewer are taken.",
+        "auto",
+        parse=parse_batch_size,
+        least=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.batches import make_batches
+from ..model.batches import BatchSize, make_batches
 from ..model.residual import stream_in, with_stream
 from ..model.tracing import trace_model
 from ..repairs.least_squares import NormalEquations
@@ -46,7 +46,12 @@ class Cut:
 
 
 def replaceme(
-    shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, cosine: bool = False, batch_size: int = 8
+    shortened: nn.Module,
+    original: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    cosine: bool = False,
+    batch_size: BatchSize = "auto",
 ) -> None:
     """ReplaceMe (arXiv 2505.02819): a linear map T of the MLP's output, folded into the down projection.
 
@@ -68,7 +73,7 @@ def replaceme(
 
 
 def ghosted_layers(
-    shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8
+    shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize = "auto"
 ) -> None:
     """Ghosted Layers (arXiv 2605.15491): a linear module in the place of the removed blocks, by least squares."""
 
@@ -78,7 +83,9 @@ def ghosted_layers(
     _mend_cuts(shortened, original, samples, batch_size, mend)
 
 
-def linear_patch(shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8) -> None:
+def linear_patch(
+    shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize = "auto"
+) -> None:
     """LinearPatch (arXiv 2505.24680), without its training: a rotation, a scale for each channel, the rotation back.
 
     The scale of a rotated channel is the ratio of its mean absolute values after and before the cut. The rotation
@@ -98,7 +105,7 @@ def _mend_cuts(
     shortened: nn.Module,
     original: nn.Module,
     samples: Sequence[Tensor],
-    batch_size: int,
+    batch_size: BatchSize,
     mend: Callable[[Cut], Tensor | None],
 ) -> None:
     """Walk through both models; at each cut change the shortened one.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.batches import Batch, frozen, make_batches
+from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.blocks import find_stack
 from ..model.offload import check_in_memory
 from ..model.tracing import TracedModel, skipped, trace_model
@@ -36,7 +36,12 @@ class Merged:
 
 
 def sliding_window_merging(
-    model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    problem: RemovalProblem,
+    *,
+    batch_size: BatchSize = "auto",
+    progress: bool = False,
 ) -> Merged:
     """From the last block but one downwards a window grows as long as the model with the window merged into one block
     stays similar: cosine between its last hidden states and the original's (flattened per sample, mean over samples)
@@ -54,8 +59,9 @@ def sliding_window_merging(
     check_in_memory(model, "sliding-window merging")
     goal = problem.remove
     traced = trace_model(model)
-    batches = make_batches(samples, batch_size)
-    originals = [_last_hidden_states(traced, batch) for batch in batches]
+    originals = list(  # of each batch, in parts that fit into memory
+        traced.room.results(make_batches(samples, batch_size), lambda batch: _last_hidden_states(traced, batch))
+    )
     known: dict[Windows, float] = {}
 
     def similarity(windows: Windows) -> float:
@@ -63,7 +69,7 @@ def sliding_window_merging(
             return known[windows]
         total = 0.0
         with merged(traced, windows):
-            for batch, original in zip(batches, originals, strict=True):
+            for batch, original in originals:
                 total += _cosines(_last_hidden_states(traced, batch), original, batch)
         known[windows] = total / len(samples)
         return known[windows]

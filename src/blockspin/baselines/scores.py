@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ..model.batches import Batch, frozen, make_batches
+from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.branches import followed
 from ..model.residual import patched_forward, stream_in, stream_of
 from ..model.streaming import walked
@@ -42,7 +42,7 @@ def measure_activations(
     *,
     units: Units = "blocks",
     removed: Sequence[int] = (),
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = False,
 ) -> Activations:
     """One streaming pass: hidden states are reduced to sums as they come; only last-token states are kept for a batch.
@@ -57,27 +57,29 @@ def measure_activations(
 
 
 def _activations(
-    traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: int, progress: bool
+    traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: BatchSize, progress: bool
 ) -> Activations:
-    batches = make_batches(samples, batch_size)
-    sums = _Sums(traced, batches)
-    with ExitStack() as patches, torch.no_grad():
-        patches.enter_context(skipped(traced, removed))
-        patches.enter_context(frozen(traced.model))
-        for block, layer in enumerate(traced.layers):
-            patches.enter_context(patched_forward(layer, sums.watching(block, layer.forward)))
+    def run(batch: Batch) -> _Sums:
+        sums = _Sums(traced, [batch])
+        with sums.watched():
+            traced.halves.hidden_of(batch)
+        sums.finish(0)
+        return sums
 
+    batches = make_batches(samples, batch_size)
+    total = _Sums(traced, [])
+    with frozen(traced.model), skipped(traced, removed), torch.no_grad():
         if traced.is_offloaded and traced.shares_passes:
-            for place in walked(traced, batches):
-                sums.place = place
+            total = _Sums(traced, batches)
+            with total.watched():
+                for place in walked(traced, batches):
+                    total.place = place
             for place in range(len(batches)):
-                sums.finish(place)
+                total.finish(place)
         else:
-            for place, batch in enumerate(track(batches, "Activations", len(batches), show=progress)):
-                sums.place = place
-                traced.halves.hidden_of(batch)
-                sums.finish(place)
-    return sums.means()
+            for _, sums in traced.room.results(batches, run, "Activations", show=progress):
+                total.add(sums)
+    return total.means()
 
 
 class _Sums:
@@ -98,7 +100,15 @@ class _Sums:
         # Of each batch what enters unit i at the last token of each sample, (batch, width).
         self._last: list[dict[int, Tensor]] = [{} for _ in batches]
 
-    def watching(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, what the units do is added to the sums."""
+        with ExitStack() as patches:
+            for block, layer in enumerate(self.traced.layers):
+                patches.enter_context(patched_forward(layer, self._watching(block, layer.forward)))
+            yield
+
+    def _watching(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward pass of a block that also adds what its units do to the sums. run: its own."""
         units, batch_dim = self.traced.units_in[block], self.traced.traces[block].batch_dim
 
@@ -146,6 +156,13 @@ class _Sums:
         self._angle += angles.sum(dim=0)
         last.clear()
 
+    def add(self, other: _Sums) -> None:
+        """Add the sums of other batches, which are finished."""
+        self.batches = [*self.batches, *other.batches]
+        self._cosine += other._cosine
+        self._ratio += other._ratio
+        self._angle += other._angle
+
     def means(self) -> Activations:
         """Of all batches, which are finished: over the tokens, and of the angles over the samples."""
         tokens = sum(int(batch.lengths.sum()) for batch in self.batches)
@@ -175,7 +192,12 @@ def block_influence(problem: RemovalProblem, activations: Activations) -> Candid
 
 
 def iterative_block_influence(
-    model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    problem: RemovalProblem,
+    *,
+    batch_size: BatchSize = "auto",
+    progress: bool = False,
 ) -> Candidate:
     """Block influence, measured again after each removal: the lowest goes, M times.
 

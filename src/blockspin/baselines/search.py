@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
+from ..model.batches import BatchSize
 from ..model.passes import num_passes
 from ..model.quality import kl, measured, shared_losses, token_mean
 from ..model.tracing import trace_model
@@ -19,7 +20,12 @@ IDLE = 20  # after so many generations of nothing but the parent there are no ot
 
 
 def sleb(
-    model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    problem: RemovalProblem,
+    *,
+    batch_size: BatchSize = "auto",
+    progress: bool = False,
 ) -> Candidate:
     """SLEB (arXiv 2402.09025): M times, remove the block without which the measured loss is lowest.
 
@@ -54,7 +60,7 @@ def evopress(
     offspring: int = 16,
     survivors: int = 4,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = False,
 ) -> Candidate:
     """EvoPress (arXiv 2410.14649): (1 + lambda) evolution over removals, fitness KL(original || shortened model).

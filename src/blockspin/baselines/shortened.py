@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..model.batches import check_finite, frozen, make_batches
+from ..memory import OutOfMemory, available_memory, free_memory
+from ..model.batches import Batch, BatchSize, Room, check_finite, frozen, make_batches
 from ..model.blocks import find_stack
-from ..model.head import split_model
+from ..model.gates import checkpointed
+from ..model.head import split_model, wide_dtype
 from ..model.losses import sample_losses
+from ..model.offload import is_offloaded
 from ..model.quality import shared_losses
 from ..model.tracing import trace_model
 from ..problem import RemovalProblem, Units
@@ -21,6 +25,7 @@ from ..solvers.candidates import Candidate
 from .scores import from_scores
 
 FIRST, LAST = 4, 2  # blocks at the ends that the "+" variant keeps
+BESIDE = 1 / 2  # of the free memory of a device that sums of gradients may take there
 
 
 def losses_without_each(
@@ -28,7 +33,7 @@ def losses_without_each(
     samples: Sequence[Tensor],
     *,
     units: Units = "blocks",
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = False,
 ) -> NDArray[np.float64]:
     """(N,) loss of the model without unit i, in nats; its order is that of the perplexity.
@@ -42,47 +47,89 @@ def losses_without_each(
 
 
 def weight_importance(
-    model: nn.Module, samples: Sequence[Tensor], *, batch_size: int = 8, progress: bool = False
+    model: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize = "auto", progress: bool = False
 ) -> NDArray[np.float64]:
     """(N,) Taylor importance: sum over the weights w of block i of |w * dL/dw|, L the mean over samples of their loss.
 
     The gradient is that of the whole set, taken before the absolute value. All parameters of a block count, norms
-    too. No other method here needs gradients of the weights; they take the memory of one more copy of the blocks.
+    too. No other method here needs gradients of the weights. The gradient of a weight is added to its sum as soon as a
+    backward pass has it, and is gone then; the sums, in float32, lie beside the weights where there is room, else on
+    the host. Only the inputs of the blocks are kept for the backward pass.
 
     Raises:
-        ValueError: unusable samples, or a loss that is NaN or infinite.
+        ValueError: unusable samples, a loss that is NaN or infinite, no room for the sums, or weights that are not in
+            memory.
     """
-    layers = find_stack(model).layers
-    weights = list(layers.parameters())
-    sums = []
-    for w in weights:
-        sums.append(torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)))
-
+    if is_offloaded(model):
+        raise ValueError("the gradients of weights need these in memory; the model's are read when they are needed")
+    layers, halves = find_stack(model).layers, split_model(model)
     batches = make_batches(samples, batch_size)
-    halves = split_model(model)
-    with frozen(model), torch.enable_grad():
-        for w in weights:
-            w.requires_grad_(True)
-        try:
-            for batch in track(batches, "Weight gradients", len(batches), show=progress):
-                losses = sample_losses(halves, halves.hidden_of(batch), batch)  # (batch,)
-                check_finite(losses.detach(), batch)
-                gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total += gradient
-        finally:
-            for w in weights:
-                w.requires_grad_(False)  # `frozen` turns on again what was on before
+    sums = _sums_beside(list(layers.parameters()))
+
+    def backward(batch: Batch) -> None:
+        losses = sample_losses(halves, halves.hidden_of(batch), batch)  # (batch,)
+        check_finite(losses.detach(), batch)
+        torch.autograd.backward(losses.sum())
+
+    def first_backward(batch: Batch) -> None:
+        """What ran out of memory has left gradients in some of the sums."""
+        for total in sums.values():
+            total.zero_()
+        backward(batch)
+
+    # The first batch is the largest: if its first part fits, so do all the others.
+    room = Room()
+    with frozen(model), checkpointed(layers), _gradients_added(sums), torch.enable_grad():
+        next(room.results(batches[:1], first_backward))
+        rest = room.cut(batches)[1:]
+        for batch in track(rest, "Weight gradients", len(rest), show=progress):
+            backward(batch)
 
     # Blocks that share a weight have it counted in each.
-    importance = {}
-    for w, total in zip(weights, sums, strict=True):
-        importance[w] = float((w.detach() * total).abs().sum()) / len(samples)
     scores = np.zeros(len(layers))
     for i, layer in enumerate(layers):
         for w in layer.parameters():
-            scores[i] += importance[w]
+            scores[i] += float((w.detach().to(sums[w]) * sums[w]).abs().sum()) / len(samples)
     return scores
+
+
+def _sums_beside(weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Zeros for the gradient of each weight, in float32 or wider.
+
+    Raises:
+        OutOfMemory: there is no room for them, neither where the weights are nor on the host.
+    """
+    needed = sum(w.numel() * wide_dtype(w).itemsize for w in weights)  # bytes
+    devices = {w.device for w in weights}
+    beside = needed < BESIDE * min(map(free_memory, devices))
+    if not beside and needed > available_memory():
+        raise OutOfMemory(
+            f"the gradients of the weights take {needed / 2**30:.0f} GiB, and the host has "
+            f"{available_memory() / 2**30:.0f} GiB free"
+        )
+    return {w: torch.zeros_like(w, dtype=wide_dtype(w), device=w.device if beside else "cpu") for w in weights}
+
+
+@contextmanager
+def _gradients_added(sums: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside, a backward pass adds the gradient of each weight to its sum as soon as it has it, and keeps none."""
+
+    def add(w: nn.Parameter) -> None:
+        assert w.grad is not None
+        sums[w].add_(w.grad.to(sums[w]))
+        w.grad = None
+
+    handles = []
+    for w in sums:
+        w.requires_grad_(True)
+        handles.append(w.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for w, handle in zip(sums, handles, strict=True):
+            handle.remove()
+            w.grad = None
+            w.requires_grad_(False)  # `frozen` turns on again what was on before
 
 
 def shortened_llama(problem: RemovalProblem, scores: NDArray[np.float64], source: str, plus: bool = False) -> Candidate:

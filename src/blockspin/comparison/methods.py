@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import baselines
 from ..config import CompressConfig
 from ..energies import Energies
+from ..model.batches import BatchSize
 from ..model.quality import shared_losses
 from ..model.tracing import TracedModel
 from ..pipeline.stages import Samples
@@ -40,14 +41,22 @@ Chosen = Candidate | Sequence[Candidate] | baselines.Merged  # one removal, seve
 class Measure(Protocol[T_co]):
     """What measures a statistic of the whole model."""
 
-    def __call__(self, model: nn.Module, samples: Sequence[Tensor], *, batch_size: int, progress: bool) -> T_co: ...
+    def __call__(
+        self, model: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize, progress: bool
+    ) -> T_co: ...
 
 
 class Search(Protocol):
     """A baseline that searches by measuring shortened models."""
 
     def __call__(
-        self, model: nn.Module, samples: Sequence[Tensor], problem: RemovalProblem, *, batch_size: int, progress: bool
+        self,
+        model: nn.Module,
+        samples: Sequence[Tensor],
+        problem: RemovalProblem,
+        *,
+        batch_size: BatchSize,
+        progress: bool,
     ) -> Chosen: ...
 
 
@@ -242,11 +251,11 @@ def random_draws(case: Case) -> list[Candidate]:
 
 
 def iterative_block_influence(case: Case) -> Candidate:
-    """The one search that only reads activations: on the calibration samples."""
+    """The one search that only reads activations: on some calibration samples, as it runs them for every removal."""
     setup = case.setup
     return baselines.iterative_block_influence(
         setup.traced.model,
-        setup.samples.calibration,
+        setup.samples.calibration[:ACTIVATION_SAMPLES],
         case.problem,
         batch_size=setup.config.batch_size,
         progress=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..config import GRADIENT_ENERGIES
+from ..model.batches import BatchSize
 from ..problem import Units
 from .energies import Energies
 from .fitted import fit_removals
@@ -33,7 +34,7 @@ def estimate_energies(
     model: nn.Module,
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     units: Units = "blocks",
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,

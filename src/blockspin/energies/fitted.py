@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
+from ..model.batches import BatchSize
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Floats, Goal, Units, check_goal
 from ..progress import bar
@@ -97,7 +98,7 @@ def fit_removals(
     protect: Iterable[int] = (),
     passes: float | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
-from ..model.batches import Batch, check_finite, frozen, make_batches
+from ..model.batches import Batch, BatchSize, Room, check_finite, frozen, make_batches
 from ..model.gates import gated
 from ..model.losses import drawn_labels, sample_losses
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Units
-from ..progress import track
 from .energies import Energies, finished_rows, keep_rows
 
 Labels = Literal["text", "model"]
@@ -67,7 +66,7 @@ def estimate_gradients(
     *,
     labels: Labels = "text",
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     units: Units = "blocks",
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
@@ -87,7 +86,8 @@ def estimate_gradients(
             "model" draws them from the model's predictions, so that H estimates the Fisher matrix itself, the
             Gauss-Newton curvature of the KL divergence from the whole model.
         seed: of the drawn labels.
-        batch_size: samples in one pass; lower it when memory runs out.
+        batch_size: of `make_batches`. A batch that does not fit into memory is halved; where a single sample does not
+            fit, gradient checkpointing is turned on.
         units: what has a gate: each block, or each of their residual branches.
         gradient_checkpointing: keep only each block's input for the backward pass: less memory, a third more time.
         partial: a file to which each finished batch is added. If a run was cut off, the same call with the same file
@@ -110,12 +110,16 @@ def estimate_gradients(
     for index, row in finished_rows(journal):
         losses[index], matrix[index] = row[0], row[1:]
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
-    done = len(batches) - len(remaining)
+    done = len(samples) - sum(len(batch.indices) for batch in remaining)
+    room = Room(fallback=None if gradient_checkpointing else "gradient checkpointing")
+
+    def run(batch: Batch) -> NDArray[np.float32]:
+        """(batch, 1 + num_blocks)."""
+        checkpointing = gradient_checkpointing or room.fallen_back
+        return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))
 
     with frozen(model), traced.halves.resident_head():
-        for batch in track(remaining, "Gradients", len(batches), done, progress):
-            found = gate_gradients(traced, batch, gradient_checkpointing, label_seed)
-            rows = np.column_stack(found)  # (batch, 1 + num_blocks)
+        for batch, rows in room.results(remaining, run, "Gradients", done, progress):
             keep_rows(journal, batch.indices, rows)
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
 
@@ -134,22 +138,15 @@ def gate_gradients(
     label_seed: draw the labels from the model with this seed; None takes the tokens of the text.
 
     Raises:
-        ValueError: a loss is NaN or infinite, or memory runs out.
+        ValueError: a loss is NaN or infinite.
     """
     alphas = torch.ones(len(batch.indices), traced.num_units, dtype=torch.float32)
     alphas = alphas.to(next(traced.model.parameters()).device).requires_grad_(True)
-    try:
-        with torch.enable_grad(), gated(traced, alphas, gradient_checkpointing):
-            hidden = traced.halves.hidden_of(batch)  # (batch, length, width)
-            labels = None if label_seed is None else drawn_labels(traced.halves, hidden, batch, label_seed)
-            losses = sample_losses(traced.halves, hidden, batch, labels)
-            check_finite(losses.detach(), batch)
-            torch.autograd.backward(losses.sum())
-    except torch.OutOfMemoryError as error:
-        rows, length = batch.token_ids.shape
-        raise ValueError(
-            f"out of memory with {rows} samples of {length} tokens; use a smaller --batch-size or "
-            "--gradient-checkpointing"
-        ) from error
+    with torch.enable_grad(), gated(traced, alphas, gradient_checkpointing):
+        hidden = traced.halves.hidden_of(batch)  # (batch, length, width)
+        labels = None if label_seed is None else drawn_labels(traced.halves, hidden, batch, label_seed)
+        losses = sample_losses(traced.halves, hidden, batch, labels)
+        check_finite(losses.detach(), batch)
+        torch.autograd.backward(losses.sum())
     assert alphas.grad is not None
     return losses.detach().float().cpu().numpy(), alphas.grad.cpu().numpy()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..journal import Journal
+from ..model.batches import BatchSize
 from ..model.passes import num_passes
 from ..model.quality import kl, measured
 from ..model.tracing import TracedModel
@@ -32,7 +33,7 @@ class Measurements:
         ValueError: unusable samples, or a divergence that is NaN or infinite.
     """
 
-    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal, batch_size: int) -> None:
+    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], journal: Journal, batch_size: BatchSize) -> None:
         self.removals: list[Removal] = []
         self.samples: list[int] = []
         self.divergences: list[float] = []

@@ -6,7 +6,7 @@ The gradients describe the loss near the whole model; a removal is far from it. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -19,18 +19,16 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
-from ..model.batches import Batch, check_finite, frozen, make_batches
+from ..model.batches import Batch, BatchSize, check_finite, frozen, make_batches
 from ..model.gates import gated
 from ..model.head import SplitModel, widened
-from ..model.passes import num_passes, removal_passes
+from ..model.passes import num_passes, over_removals
 from ..model.quality import kl, loss, measured
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Floats, Removal, RemovalProblem, Units
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
-
-Passes = Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def measure_pairs(
     samples: Sequence[Tensor],
     *,
     objective: Literal["kl", "loss"] = "kl",
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
@@ -132,10 +130,10 @@ def measure_pairs(
         # The samples of the first quarter tell which pairs are worth measuring on the rest.
         known = Interactions(matrices[:first], tokens[:first], blocks)
         pairs = every if chosen.start == 0 else pairs_in_low_states(known)
-        for start in track(range(0, len(todo), batch_size), "Pairs", -(-len(todo) // batch_size), show=progress):
-            part = todo[start : start + batch_size]
-            batch = [samples[i] for i in part]
-            matrices[part] = _pair_forms(traced, batch, pairs, objective)
+        batches = make_batches([samples[i] for i in todo], batch_size)
+        for indices in track([batch.indices for batch in batches], "Pairs", len(batches), show=progress):
+            part = [todo[i] for i in indices]
+            matrices[part] = _pair_forms(traced, [samples[i] for i in part], pairs, objective)
             keep_rows(journal, part, matrices[part])
 
     return Interactions(matrices, tokens, blocks, metadata or {})
@@ -180,7 +178,7 @@ def gauss_newton(
     *,
     step: float = 1.0,
     positions: int = 64,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     units: Units = "blocks",
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
@@ -207,15 +205,25 @@ def gauss_newton(
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions, units))
     matrices = _finished_forms(journal, len(samples), n)
 
+    def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> NDArray[np.float32]:
+        """(batch, N, N)."""
+        return _covariances(traced.halves, batch, outputs, step, positions)
+
     # What a journal has no form of is measured, batch by batch.
     todo = _unmeasured(matrices, range(len(samples)))
-    passes = _single_removals if step == 1 else _gates_moved
-    batches = passes(traced, [samples[i] for i in todo], step, batch_size) if todo else ()
-    number = -(-len(samples) // batch_size)  # of batches in all
-    left = -(-len(todo) // batch_size)
-    for batch, outputs in track(batches, "Blocks", number, number - left, progress):
+    missing, done = [samples[i] for i in todo], len(samples) - len(todo)
+    found: Iterable[tuple[Batch, NDArray[np.float32]]] = ()
+    if missing and step == 1:
+        removals = _at_most_one(n)
+        found = over_removals(
+            traced, removals, missing, run, batch_size=batch_size, title="Blocks", done=done, progress=progress
+        )
+    elif missing:
+        found = _with_gates_moved(traced, missing, run, step, batch_size, done, progress)
+
+    for batch, forms in found:
         part = [todo[i] for i in batch.indices]
-        matrices[part] = _covariances(traced.halves, batch, outputs, step, positions)
+        matrices[part] = forms
         keep_rows(journal, part, matrices[part])
 
     lengths = np.array(list(map(len, samples)), dtype=np.int64)  # (num_samples,)
@@ -244,25 +252,28 @@ def _at_most_one(n: int) -> list[Removal]:
     return removals
 
 
-def _single_removals(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    """Every batch with what leaves the decoder of the whole model (0), and of the one without unit i (i + 1)."""
-    return removal_passes(traced, _at_most_one(traced.num_units), samples, batch_size=batch_size)
-
-
-def _gates_moved(traced: TracedModel, samples: Sequence[Tensor], step: float, batch_size: int) -> Passes:
-    """Every batch with what leaves the decoder of the whole model (0), and with one gate at 1 - step (i + 1)."""
-    model = traced.model
+def _with_gates_moved(
+    traced: TracedModel,
+    samples: Sequence[Tensor],
+    run: Callable[[Batch, Iterator[tuple[int, Tensor]]], NDArray[np.float32]],
+    step: float,
+    batch_size: BatchSize,
+    done: int,
+    progress: bool,
+) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+    """As `over_removals`, of the whole model (0) and of the one with gate i at 1 - step (i + 1)."""
+    device = next(traced.model.parameters()).device
 
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
         for k in range(traced.num_units + 1):
-            alphas = torch.ones(len(batch.indices), traced.num_units, device=next(model.parameters()).device)
+            alphas = torch.ones(len(batch.indices), traced.num_units, device=device)
             alphas[:, k - 1 : k] = 1 - step  # none for k = 0
             with gated(traced, alphas):
                 yield k, traced.halves.hidden_of(batch)
 
-    with frozen(model), traced.halves.resident_head(), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            yield batch, outputs(batch)
+    with frozen(traced.model), traced.halves.resident_head(), torch.no_grad():
+        batches = make_batches(samples, batch_size)
+        yield from traced.room.results(batches, lambda batch: run(batch, outputs(batch)), "Blocks", done, progress)
 
 
 def _covariances(

@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import first_line
-from ..model.batches import check_finite, frozen, make_batches, predicted_tokens, standard_error
+from ..model.batches import (
+    Batch,
+    BatchSize,
+    Room,
+    check_finite,
+    frozen,
+    make_batches,
+    predicted_tokens,
+    standard_error,
+)
 from ..model.blocks import count_parameters, find_blocks
+from ..model.head import split_model
 from ..model.loading import context_length
 from ..model.losses import losses_of, sample_losses
 from ..model.offload import is_offloaded
@@ -125,7 +135,7 @@ def text_perplexity(
     text: str | Path = WIKITEXT2,
     *,
     window: int = 2048,
-    batch_size: int = 1,
+    batch_size: BatchSize = "auto",
 ) -> TextPerplexity:
     """Perplexity of a whole text: tokenized in one piece, cut into windows, stride = length.
 
@@ -165,7 +175,7 @@ def _read_text(text: str | Path) -> str:
         raise ValueError(f"cannot read the text {text} ({reason}); give a text file or {WIKITEXT2} (--text)") from error
 
 
-def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> float:
+def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> float:
     """exp of the token-mean cross-entropy over all predicted tokens of the samples.
 
     Raises:
@@ -174,7 +184,7 @@ def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8)
     return math.exp(_token_mean(sample_losses_of(model, samples, batch_size), samples))
 
 
-def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Tensor:
+def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> Tensor:
     """(number of samples,) float64: the token-mean cross-entropy of each sample, in nats.
 
     As `losses_of`; all batches share a sweep over the weights where these are offloaded.
@@ -214,28 +224,34 @@ def tokens_per_second(
     models: Sequence[nn.Module],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     rounds: int = 5,
     progress: bool = True,
 ) -> list[float]:
-    """Prefill throughput of each model on the same batch, the longest: the median of several rounds.
+    """Throughput of passes with the loss of all tokens, of each model on the same batch: the median of several rounds.
 
     The models take turns within each round, so that a machine that slows down or speeds up does so for all of them.
     """
-    batch = max(make_batches(samples, batch_size), key=lambda batch: int(batch.lengths.sum()))
-    seconds: list[list[float]] = [[] for _ in models]
+    halves = list(map(split_model, models))
+
+    def run_in_turn(batch: Batch) -> list[float]:
+        """Seconds of each model, until the device is done."""
+        times = []
+        for own in halves:
+            with frozen(own.model):
+                started = time.perf_counter()
+                sample_losses(own, own.hidden_of(batch), batch).tolist()
+                times.append(time.perf_counter() - started)
+        return times
 
     with torch.no_grad():
-        for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
-            for model, times in zip(models, seconds, strict=True):
-                with frozen(model):
-                    started = time.perf_counter()
-                    batch.forward(model)[0, 0, 0].item()  # waits for the device
-                    times.append(time.perf_counter() - started)
+        # The first round warms up and is not counted.
+        longest = max(make_batches(samples, batch_size), key=lambda batch: int(batch.lengths.sum()))
+        batch, _ = next(Room().results([longest], run_in_turn))
+        seconds = [run_in_turn(batch) for _ in track(range(rounds), "Timing", rounds, show=progress)]
 
-    # The first round warms up and is not counted.
     num_tokens = int(batch.lengths.sum())
-    return [num_tokens / statistics.median(times[1:]) for times in seconds]
+    return [num_tokens / statistics.median(times) for times in zip(*seconds, strict=True)]
 
 
 def evaluate_models(
@@ -243,7 +259,7 @@ def evaluate_models(
     num_bytes: Sequence[int],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> list[Evaluation]:
     """A row for each named model: loss on the samples, parameters, size, and speed measured in turns where the weights

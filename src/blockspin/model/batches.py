@@ -1,16 +1,23 @@
-"""Token samples as padded batches, and what is common to all passes over them."""
+"""Token samples as padded batches that fit into memory, and what is common to all passes over them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..memory import OutOfMemory, is_out_of_memory, release_memory
+from ..progress import bar, console
 from .offload import running_device
+
+T = TypeVar("T")
+BatchSize = int | Literal["auto"]  # samples of the longest length in a batch
+BUSY_GPU, BUSY_CPU = 16_384, 2_048  # tokens of a batch beyond which passes get no faster
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,15 @@ class Batch:
     def predicting(self) -> Tensor:
         """(batch, length) bool: the tokens that predict another one, all of a sample but its last."""
         return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None] - 1
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first rows and the others, without the padding that they do not need."""
+        middle = (len(self.indices) + 1) // 2
+        return self._part(slice(0, middle)), self._part(slice(middle, None))
+
+    def _part(self, rows: slice) -> Batch:
+        lengths = self.lengths[rows]
+        return Batch(self.indices[rows], self.token_ids[rows, : int(lengths.max())], lengths)
 
     def used(self, states: Tensor) -> Tensor:
         """(batch, length, ...) -> (tokens, ...): what is at the tokens that predict another one, sample by sample."""
@@ -77,15 +93,17 @@ def check_tokens(model: nn.Module, token_ids: Tensor) -> None:
         )
 
 
-def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
+def make_batches(samples: Sequence[Tensor], batch_size: BatchSize) -> list[Batch]:
     """Group samples of similar length, so that little is padding; the longest first, so that memory runs out early.
 
     samples: 1-D int64 tensors of token ids.
+    batch_size: how many of the longest samples make a batch. One of shorter samples has more of them, as many as have
+        no more tokens, padding included. "auto": as many as keep the device busy (`BUSY_GPU`, `BUSY_CPU`).
 
     Raises:
         ValueError: there is no sample, one is shorter than two tokens, or batch_size is not positive.
     """
-    if batch_size < 1:
+    if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if len(samples) == 0:
         raise ValueError("there are no samples; give at least one")
@@ -94,13 +112,91 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
             raise ValueError(f"sample {i} has shape {tuple(sample.shape)}; a sample is 1-D with at least two tokens")
 
     order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
-    batches = []
-    for start in range(0, len(order), batch_size):
-        indices = tuple(order[start : start + batch_size])
-        rows = [samples[i] for i in indices]
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (batch, length)
-        batches.append(Batch(indices, token_ids, torch.tensor(list(map(len, rows)))))
+    busy = BUSY_GPU if torch.cuda.is_available() else BUSY_CPU
+    tokens = busy if batch_size == "auto" else batch_size * len(samples[order[0]])  # of a batch, padding included
+
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, tokens // len(samples[order[start]]))
+        batches.append(_batch_of(samples, order[start : start + rows]))
+        start += rows
     return batches
+
+
+def _batch_of(samples: Sequence[Tensor], indices: Sequence[int]) -> Batch:
+    """These samples side by side."""
+    rows = [samples[i] for i in indices]
+    token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)  # (batch, length)
+    return Batch(tuple(indices), token_ids, torch.tensor(list(map(len, rows))))
+
+
+class Room:
+    """Runs something on batches, and learns how large they may be: one that does not fit into memory is halved.
+
+    Results belong to samples, so that they are the same up to rounding, however a batch is cut.
+
+    fallback: what is tried where a single sample does not fit. fallen_back: whether it is; then `run` does it.
+    """
+
+    def __init__(self, fallback: str | None = None) -> None:
+        self.fallback, self.fallen_back = fallback, False
+        self._tokens = math.inf  # of a batch, padding included, as far as is known
+
+    def results(
+        self, batches: Sequence[Batch], run: Callable[[Batch], T], title: str = "", done: int = 0, show: bool = False
+    ) -> Iterator[tuple[Batch, T]]:
+        """Yield every batch, or its parts, with what `run` gives for it.
+
+        title, show: of a progress bar over the samples, of which an earlier run has done some.
+
+        Raises:
+            OutOfMemory: not even one sample fits.
+        """
+        waiting = self.cut(batches)[::-1]
+        with bar(show) as display:
+            task = display.add_task(title, total=done + sum(len(batch.indices) for batch in batches), completed=done)
+            while waiting:
+                batch = waiting.pop()
+                try:
+                    result = run(batch)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                else:
+                    yield batch, result
+                    display.advance(task, len(batch.indices))
+                    continue
+
+                # Here what the error held is free.
+                release_memory()
+                self._lower(batch)
+                waiting = self.cut([*waiting, batch][::-1])[::-1]
+
+    def cut(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches, halved until each is as small as is known to be needed."""
+        fitting: list[Batch] = []
+        for batch in batches:
+            if len(batch.indices) > 1 and batch.token_ids.numel() > self._tokens:
+                fitting += self.cut(batch.halves())
+            else:
+                fitting.append(batch)
+        return fitting
+
+    def _lower(self, batch: Batch) -> None:
+        """Batches as large as this one do not fit."""
+        rows, length = batch.token_ids.shape
+        if rows > 1:
+            self._tokens = rows * length // 2
+            said = f"{rows // 2} at a time from here on"
+        elif self.fallback is not None and not self.fallen_back:
+            self._tokens, self.fallen_back = math.inf, True
+            said = f"{self.fallback} from here on"
+        else:
+            raise OutOfMemory(
+                f"out of memory with one sample of {length:,} tokens; shorten the samples (--max-length), load the "
+                "model in a narrower dtype (--dtype bfloat16), or spread it (--device-map auto, --stream)"
+            )
+        console.print(f"Out of memory with {rows} x {length:,} tokens: {said}.", style="yellow", highlight=False)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_stream
@@ -79,12 +79,24 @@ def gated(traced: TracedModel, alphas: Tensor, gradient_checkpointing: bool = Fa
             change = (_gate_branch(delta, alphas[:, units[0]], open_) - delta).movedim(0, trace.batch_dim)
             return with_stream(output, left + change)  # in this order it is exactly the block's output at alpha = 1
 
-        forward = by_branch if trace.branches else by_block
-        if not gradient_checkpointing:
-            return forward
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return by_branch if trace.branches else by_block
 
     with ExitStack() as patches:
         for i, layer in enumerate(traced.layers):
             patches.enter_context(patched_forward(layer, gating(i, layer.forward)))
+        if gradient_checkpointing:
+            patches.enter_context(checkpointed(traced.layers))
+        yield
+
+
+@contextmanager
+def checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Inside, only the input of each block is kept for the backward pass, which runs the block again."""
+
+    def checkpointing(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    with ExitStack() as patches:
+        for layer in layers:
+            patches.enter_context(patched_forward(layer, checkpointing(layer.forward)))
         yield

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, check_finite, frozen, make_batches, predicted_tokens
+from .batches import Batch, BatchSize, Room, check_finite, frozen, make_batches, predicted_tokens
 from .head import SplitModel, split_model
 
 _SEED_STRIDE = 1_000_003  # apart by a prime, so that the seeds of samples and of runs do not meet
@@ -81,7 +81,7 @@ def drawn_labels(halves: SplitModel, hidden: Tensor, batch: Batch, seed: int) ->
     return drawn
 
 
-def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> float:
+def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> float:
     """Cross-entropy of `model`, the mean over all predicted tokens of all samples, in nats.
 
     Raises:
@@ -92,17 +92,21 @@ def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) 
     return float(losses @ tokens / tokens.sum())
 
 
-def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Tensor:
+def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> Tensor:
     """(number of samples,) float64: the token-mean cross-entropy of each sample, in nats.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
     halves = split_model(model)
+
+    def run(batch: Batch) -> Tensor:
+        """(batch,)."""
+        return sample_losses(halves, halves.hidden_of(batch), batch).double().cpu()
+
     found = torch.zeros(len(samples), dtype=torch.float64)
     with frozen(model), halves.resident_head(), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            losses = sample_losses(halves, halves.hidden_of(batch), batch).double().cpu()  # (batch,)
+        for batch, losses in Room().results(make_batches(samples, batch_size), run):
             check_finite(losses, batch)
             found[list(batch.indices)] = losses
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from ..memory import states_limit
 from ..problem import Removal, block_of
 from ..progress import track
-from .batches import Batch, frozen, input_device, make_batches
+from .batches import Batch, BatchSize, frozen, input_device, make_batches
 from .residual import drop_shallowest, kept_streams
 from .stacking import is_worth_stacking, stacked_passes
 from .streaming import streamed_passes
 from .tracing import TracedModel, resumed, skipped
+
+T = TypeVar("T")
 
 
 def removal_passes(
@@ -23,7 +26,7 @@ def removal_passes(
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     memory_limit: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
@@ -46,12 +49,52 @@ def removal_passes(
     with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
         batches = make_batches(samples, batch_size)
         for batch in track(batches, "Evaluating", len(batches), show=progress):
-            if is_worth_stacking(traced, batch):
-                yield batch, stacked_passes(traced, batch, removals)
-            elif traced.shares_passes:
-                yield batch, shared_passes(traced, batch, removals, memory_limit)
-            else:
-                yield batch, plain_passes(traced, batch, removals)
+            yield batch, _passes(traced, batch, removals, memory_limit)
+
+
+def over_removals(
+    traced: TracedModel,
+    removals: Sequence[Removal],
+    samples: Sequence[Tensor],
+    run: Callable[[Batch, Iterator[tuple[int, Tensor]]], T],
+    *,
+    batch_size: BatchSize = "auto",
+    memory_limit: int | None = None,
+    title: str = "Evaluating",
+    done: int = 0,
+    progress: bool = False,
+) -> Iterator[tuple[Batch, T]]:
+    """Yield every batch with what `run` makes of it and its hidden states (`removal_passes`).
+
+    Batches that do not fit into memory are halved, but for those whose passes share the loading of weights.
+
+    title, done: of the progress bar, and the samples that an earlier run has done.
+
+    Raises:
+        ValueError: unusable samples or removals, or a single sample that does not fit into memory.
+    """
+    if traced.is_offloaded and traced.shares_passes:
+        for batch, outputs in removal_passes(traced, removals, samples, batch_size=batch_size, progress=progress):
+            yield batch, run(batch, outputs)
+        return
+
+    def run_batch(batch: Batch) -> T:
+        return run(batch, _passes(traced, batch, removals, memory_limit))
+
+    with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
+        batches = make_batches(samples, batch_size)
+        yield from traced.room.results(batches, run_batch, title, done, progress)
+
+
+def _passes(
+    traced: TracedModel, batch: Batch, removals: Sequence[Removal], memory_limit: int | None
+) -> Iterator[tuple[int, Tensor]]:
+    """The outputs of a batch, with shared passes where the model allows it."""
+    if is_worth_stacking(traced, batch) and not traced.room.fallen_back:
+        return stacked_passes(traced, batch, removals)
+    if traced.shares_passes:
+        return shared_passes(traced, batch, removals, memory_limit)
+    return plain_passes(traced, batch, removals)
 
 
 def plain_passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal]) -> Iterator[tuple[int, Tensor]]:

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from ..memory import states_limit
 from ..problem import Removal
-from .batches import Batch, check_finite, frozen, input_device, make_batches, predicted_tokens, standard_error
+from .batches import (
+    Batch,
+    BatchSize,
+    Room,
+    check_finite,
+    frozen,
+    input_device,
+    make_batches,
+    predicted_tokens,
+    standard_error,
+)
 from .head import SplitModel, split_model
-from .passes import removal_passes
+from .passes import over_removals
 from .tracing import TracedModel
 
 Floats = NDArray[np.float64]
@@ -76,7 +86,7 @@ def measured(
     samples: Sequence[Tensor],
     measure: Measure,
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     memory_limit: int | None = None,
     progress: bool = False,
 ) -> Floats:
@@ -87,19 +97,27 @@ def measured(
     """
     with_whole = [(), *removals]
     limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
-    passes = removal_passes(traced, with_whole, samples, batch_size=batch_size, memory_limit=limit, progress=progress)
-    result: Floats | None = None
-    for batch, outputs in passes:
+
+    def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> Tensor:
+        """(removals, batch, measures)."""
         _, whole = next(outputs)  # nothing removed comes first
         whole = batch.used(whole)  # (tokens, width)
+        values: dict[int, Tensor] = {}
         for group in _groups(batch, outputs, limit):
             hidden = [states for _, states in group]
-            values = compared(traced.halves, hidden, traced.halves, whole, batch, measure)  # (group, batch, measures)
-            if result is None:
-                result = np.zeros((len(removals), len(samples), values.shape[2]))
-            for (k, _), rows in zip(group, values.numpy(), strict=True):
-                result[k - 1, list(batch.indices)] = rows
-    return np.zeros((0, len(samples), 0)) if result is None else result
+            found = compared(traced.halves, hidden, traced.halves, whole, batch, measure)  # (group, batch, measures)
+            for (k, _), rows in zip(group, found, strict=True):
+                values[k] = rows
+        return torch.stack([values[k] for k in range(1, len(with_whole))])
+
+    parts = over_removals(
+        traced, with_whole, samples, run, batch_size=batch_size, memory_limit=limit, progress=progress
+    )
+    found: list[Floats] = [np.zeros(0)] * len(samples)  # of each sample (removals, measures)
+    for batch, values in parts:
+        for place, sample in enumerate(batch.indices):
+            found[sample] = values[:, place].numpy()
+    return np.stack(found, axis=1)
 
 
 def _groups(batch: Batch, outputs: Iterator[tuple[int, Tensor]], limit: int) -> Iterator[list[tuple[int, Tensor]]]:
@@ -157,7 +175,7 @@ def shared_losses(
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     memory_limit: int | None = None,
     progress: bool = False,
 ) -> list[float]:
@@ -178,7 +196,7 @@ def shared_qualities(
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = False,
 ) -> list[Quality]:
     """The quality of the model without the blocks of each removal, compared with the whole model.
@@ -193,19 +211,26 @@ def shared_qualities(
     return [_summary(values[k], whole, samples) for k in range(len(removals))]
 
 
-def quality_of(model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: int = 8) -> Quality:
+def quality_of(
+    model: nn.Module, original: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto"
+) -> Quality:
     """The quality of any model with the vocabulary of `original`.
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    values = values_of(model, original, samples, quality, batch_size)
-    whole = values_of(original, original, samples, quality, batch_size)
-    return _summary(values, whole, samples)
+
+    def with_own_loss(log_probabilities: Tensor, reference: Reference) -> Tensor:
+        """(tokens, 4): the loss of the original besides."""
+        own = loss(reference.log_probabilities, reference)
+        return torch.cat([quality(log_probabilities, reference), own.to(log_probabilities.device)], dim=1)
+
+    values = values_of(model, original, samples, with_own_loss, batch_size)
+    return _summary(values[:, :3], values[:, 3:], samples)
 
 
 def values_of(
-    model: nn.Module, original: nn.Module, samples: Sequence[Tensor], measure: Measure, batch_size: int = 8
+    model: nn.Module, original: nn.Module, samples: Sequence[Tensor], measure: Measure, batch_size: BatchSize = "auto"
 ) -> Floats:
     """(number of samples, number of measures): token means of any model with the vocabulary of `original`.
 
@@ -213,18 +238,23 @@ def values_of(
         ValueError: unusable samples, or a value that is NaN or infinite.
     """
     ours, theirs = split_model(model), split_model(original)
+
+    def run(batch: Batch) -> list[list[float]]:
+        hidden = batch.used(ours.hidden_of(batch))  # (tokens, width)
+        whole = batch.used(theirs.hidden_of(batch))
+        found: list[list[float]] = compared(ours, [hidden], theirs, whole, batch, measure)[0].tolist()
+        return found
+
     values: dict[int, list[float]] = {}
     with frozen(model), frozen(original), ours.resident_head(), theirs.resident_head(), torch.no_grad():
-        for batch in make_batches(samples, batch_size):
-            hidden = batch.used(ours.hidden_of(batch))  # (tokens, width)
-            whole = hidden if model is original else batch.used(theirs.hidden_of(batch))
-            found = compared(ours, [hidden], theirs, whole, batch, measure)[0]  # (batch, measures)
-            values |= zip(batch.indices, found.tolist(), strict=True)
+        for batch, found in Room().results(make_batches(samples, batch_size), run):
+            values |= zip(batch.indices, found, strict=True)
     return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
 
 
 def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Quality:
-    """Means and standard errors. values, whole: (number of samples, 3) of a model and of the original."""
+    """Means and standard errors. values: (number of samples, 3) of a model. whole: the same of the original, of which
+    only the loss is read."""
     weights = predicted_tokens(samples)
     above, divergence = torch.from_numpy(values[:, 0] - whole[:, 0]), torch.from_numpy(values[:, 1])
     loss, kl, agreement = token_mean(values.T, samples).tolist()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..memory import available_memory
 from ..problem import Removal
 from ..progress import track
-from .batches import Batch, frozen, make_batches
+from .batches import Batch, BatchSize, frozen, make_batches
 from .blocks import check_removal
 from .calls import BlockCall
 from .offload import resident_in_turn, running_device
@@ -109,7 +109,7 @@ def streamed_passes(
     removals: Sequence[Removal],
     samples: Sequence[Tensor],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     memory_limit: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..problem import Block, Removal, Units, block_of
-from .batches import Batch, frozen, input_device
+from .batches import Batch, Room, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 from .branches import ROUNDING, Part, find_parts, proven_branches, same, without_branches
 from .calls import BlockCall, noted_calls
@@ -53,6 +53,7 @@ class TracedModel:
 
     layers: the modules of the blocks. blocks: what they are. traces: what each did when it ran.
     units: what the numbers of a removal stand for: the blocks, or their sub-layers.
+    room: how large the batches of passes without gradients may be.
     tried: the removals that were tried (`can_bypass`), and whether the model runs without them.
     """
 
@@ -61,6 +62,7 @@ class TracedModel:
     blocks: tuple[Block, ...]
     traces: tuple[BlockTrace, ...]
     units: tuple[Block, ...]
+    room: Room = field(repr=False)
     tried: dict[Removal, bool] = field(default_factory=dict, repr=False)
 
     @property
@@ -266,7 +268,10 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
     found = blocks
     if units == "sublayers":
         found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
-    traced = TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found))
+
+    # What stacks removals on a GPU runs out of memory however few samples there are.
+    room = Room(fallback="one removal at a time" if token_ids.device.type == "cuda" else None)
+    traced = TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found), room)
     _ = traced.halves  # found now, as later something may watch the blocks
     return traced
 

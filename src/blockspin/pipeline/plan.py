@@ -17,7 +17,7 @@ from ..energies.fitted import PASSES_PER_BLOCK
 from ..energies.gradients import Gradients
 from ..evaluation.tasks import count_questions
 from ..memory import states_limit
-from ..model.batches import frozen, input_device, make_batches
+from ..model.batches import BatchSize, frozen, input_device, make_batches
 from ..model.blocks import count_parameters
 from ..model.head import CHUNK_BYTES
 from ..model.loading import load_config, load_model, load_tokenizer
@@ -156,15 +156,15 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     return Plan(tuple(steps), speed, _memory(config, traced, samples), disk)
 
 
-def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: int) -> float:
-    """Forward passes on the first samples; tokens that are padding are not counted."""
+def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
+    """Forward passes with their losses on the longest samples; tokens that are padding are not counted."""
     seconds, tokens = 0.0, 0
-    trial = list(samples[: (TRIALS + 1) * batch_size])
+    trial = make_batches(samples, batch_size)[: TRIALS + 1]
     with frozen(traced.model), torch.no_grad():
-        for place, batch in enumerate(make_batches(trial, batch_size)):
+        for place, batch in enumerate(trial):
             started = time.perf_counter()
             sample_losses(traced.halves, traced.halves.hidden_of(batch), batch).tolist()  # waits for the device
-            if place or len(trial) <= batch_size:
+            if place or len(trial) == 1:
                 seconds += time.perf_counter() - started
                 tokens += int(batch.lengths.sum())
     return tokens / seconds
@@ -179,7 +179,8 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
 
     # The whole model and shortened ones: losses, and a batch again and again for the speed.
     models = 1 + (COMPARED + config.repair) * left
-    timed = min(1.0, TIMING_ROUNDS * config.batch_size / len(samples.evaluation))
+    in_a_batch = len(make_batches(samples.evaluation, config.batch_size)[0].indices)
+    timed = min(1.0, TIMING_ROUNDS * in_a_batch / len(samples.evaluation))
     steps = [
         running(
             f"energies ({config.energy})",
@@ -258,11 +259,12 @@ def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> in
     """Bytes of weights, of the logits of a chunk of tokens, and of the hidden states that are kept."""
     model: Any = traced.model  # a module, which is not typed as a language model
     weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
-    longest = max(map(len, [*samples.calibration, *samples.selection, *samples.evaluation]))
+    batch = make_batches([*samples.calibration, *samples.selection, *samples.evaluation], config.batch_size)[0]
+    tokens = batch.token_ids.numel()
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    logits = LOGIT_COPIES * min(CHUNK_BYTES, FLOAT * config.batch_size * longest * vocabulary)
+    logits = LOGIT_COPIES * min(CHUNK_BYTES, FLOAT * tokens * vocabulary)
 
     # The states where passes branch are kept, and those that leave the decoder.
     width: int = model.get_input_embeddings().weight.shape[-1]
-    states = 2 * min(states_limit(input_device(model)), FLOAT * traced.depth * config.batch_size * longest * width)
+    states = 2 * min(states_limit(input_device(model)), FLOAT * traced.depth * tokens * width)
     return int(weights + logits + states)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..files import replacing, write_json
 from ..lock import locked
-from ..model.batches import frozen, input_device
+from ..model.batches import BatchSize, frozen, input_device
 from ..model.blocks import find_stack
 from ..model.loading import load_model, local_folder
 from ..surgery.card import add_repair
@@ -37,7 +37,7 @@ def repair_checkpoint(
     *,
     dtype: str = "auto",
     device_map: str | None = None,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: bool = True,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.batches import Batch, frozen, make_batches
+from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.tracing import TracedModel
 from .aims import Aim
 from .least_squares import Fit, NormalEquations, solve
@@ -31,7 +31,7 @@ class Text:
         ValueError: unusable samples, or a single one.
     """
 
-    def __init__(self, samples: Sequence[Tensor], batch_size: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Tensor], batch_size: BatchSize, seed: int) -> None:
         if len(samples) < 2:
             raise ValueError("a repair needs two samples or more: one is held out (--num-samples)")
         number = max(1, round(HELD_OUT * len(samples)))

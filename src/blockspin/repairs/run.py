@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..model import fingerprint
+from ..model.batches import BatchSize
 from ..model.quality import quality_of
 from ..model.tracing import trace_model
 from ..progress import track
@@ -29,7 +30,7 @@ def repair(
     removed: Sequence[int] | None = None,
     ridge: float = RIDGE,
     reading_ridge: float | None = READING_RIDGE,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     seed: int = 0,
     partial: str | Path | None = None,
     progress: bool = False,

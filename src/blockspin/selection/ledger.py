@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
+from ..model.batches import BatchSize
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
 from ..model.tracing import skipped, trace_model
@@ -52,7 +53,7 @@ class Ledger:
         model: nn.Module,
         samples: Sequence[Tensor],
         objective: Objective = "kl",
-        batch_size: int = 8,
+        batch_size: BatchSize = "auto",
         partial: Path | None = None,
         units: Units = "blocks",
     ) -> None:

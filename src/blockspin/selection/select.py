@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import baselines
 from ..energies import Energies
 from ..energies.robustness import Robustness, robustness
+from ..model.batches import BatchSize
 from ..problem import Removal, RemovalProblem, Units
 from ..progress import bar
 from ..solvers import Spectrum
@@ -44,7 +45,7 @@ def select_with_energies(
     max_candidates: int = 20,
     objective: Objective = "kl",
     budget: float = BUDGET,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     partial: Path | None = None,
     progress: bool = True,
 ) -> tuple[Selection, Robustness]:
@@ -102,7 +103,7 @@ def select(
     objective: Objective = "kl",
     budget: float = BUDGET,
     max_candidates: int = 20,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> Candidate:
     """The best removal on `samples`, which should not be those that the energies were computed from.
@@ -140,7 +141,7 @@ def run_selection(
     units: Units = "blocks",
     objective: Objective = "kl",
     budget: float = BUDGET,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     partial: Path | None = None,
     progress: bool = True,
 ) -> Selection:
