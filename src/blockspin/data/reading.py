@@ -50,7 +50,9 @@ def open_rows(source: str | Path, split: str) -> Sequence[dict[str, Any]]:
             else:
                 rows = datasets.load_dataset(str(source), split=split)
     except Exception as error:  # datasets raises errors of many kinds, some of its own, for data that cannot be read
-        raise unreadable(source, first_line(error.__cause__ or error)) from error
+        cause = error.__cause__ or error
+        reason = "it holds no rows" if isinstance(cause, StopIteration) else first_line(cause)
+        raise unreadable(source, reason) from error
     found: Sequence[dict[str, Any]] = rows
     return found
 
