@@ -397,6 +397,12 @@ the configuration cannot express are refused with the reason and the single bloc
 the reason for the first of them. "gate" says whether alpha acts on each residual branch or on the block as a whole
 (where branches cannot be told apart, or are scaled after the addition).
 
+Some refusals are right though a configuration would express the removal. Reformer's blocks have two residual streams,
+and gates act on one: what they measure is not what a removal does. MiniMax's cache counts tokens in its first layer. A
+hybrid keeps one attention layer, because the cache counts there. Qwen4-Exp hashes n-grams by the rank of a layer among
+those that do, which a configuration cannot say. RWKV is opened without its rescaling (`rescale_every`), which changes
+the weights in memory and not what is computed.
+
 Then the same with ten layers, where what the configuration lists for each layer (kinds of attention, windows, ...) is
 shuffled, without three of them: {deeper} of {decoders} work, {built} could be built.
 
