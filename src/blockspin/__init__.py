@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .evaluation.tasks import evaluate
     from .model.blocks import find_blocks
     from .model.tracing import find_units
-    from .problem import Block, RemovalProblem, Sublayer
+    from .problem import Block, Budget, RemovalProblem, Sublayer
     from .repairs.checkpoint import repair_checkpoint
     from .repairs.run import repair
     from .selection.select import select
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 # Where each public name lives; imported on first use, so that `import blockspin` does not wait for torch.
 _HOME = {
     "Block": "problem",
+    "Budget": "problem",
     "Sublayer": "problem",
     "find_blocks": "model.blocks",
     "find_units": "model.tracing",
@@ -60,6 +61,7 @@ _HOME = {
 
 __all__ = [
     "Block",
+    "Budget",
     "Candidate",
     "DistillConfig",
     "Gradients",

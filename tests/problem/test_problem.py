@@ -20,6 +20,8 @@ BLOCKS = [Block(i, "moe" if i % 3 == 0 else "attention", 10 + 7 * (i % 4)) for i
 RNG = np.random.default_rng(5)
 H = (lambda a: a + a.T)(RNG.normal(size=(7, 7)))
 G = RNG.normal(size=7)
+SIZES = bs.Budget("sizes", tuple(block.num_parameters for block in BLOCKS), 60, 143)
+CACHE = bs.Budget("cache", tuple(0 if block.kind == "moe" else 5 for block in BLOCKS), 11, 20)
 PROBLEMS = {
     "count": bs.RemovalProblem(H, remove=3),
     "protected": bs.RemovalProblem(H, remove=3, protect=[0, 5]),
@@ -29,7 +31,15 @@ PROBLEMS = {
     "first order": bs.RemovalProblem(H, remove=2, beta=0.7, gradient=G),
     "first order of the expansion": bs.RemovalProblem(H, remove=2, beta=-1.0, gradient=G),
     "budget": bs.RemovalProblem(H, remove_parameters=0.45, blocks=BLOCKS, beta=0.7, gradient=G),
+    "budgets": bs.RemovalProblem(H, budgets=[SIZES, CACHE]),
+    "budgets, protected": bs.RemovalProblem(H, budgets=[SIZES, CACHE], protect=[0, 2]),
+    "share and budget": bs.RemovalProblem(H, remove_parameters=0.45, blocks=BLOCKS, budgets=[CACHE]),
+    "count and budgets": bs.RemovalProblem(H, remove=4, budgets=[SIZES, CACHE]),
+    "kinds and budget": bs.RemovalProblem(H, remove={"moe": 2, "attention": 1}, blocks=BLOCKS, budgets=[SIZES]),
 }
+
+
+COUNTED = [name for name in PROBLEMS if "budget" not in name]
 
 
 def subsets(n: int) -> list[tuple[int, ...]]:
@@ -47,7 +57,9 @@ def naive_energy(problem: bs.RemovalProblem, removed: tuple[int, ...]) -> float:
 
 def wanted(name: str, removed: tuple[int, ...]) -> bool:
     moe = sum(BLOCKS[i].kind == "moe" for i in removed)
-    size = sum(BLOCKS[i].num_parameters for i in removed) / sum(b.num_parameters for b in BLOCKS)
+    parameters = sum(BLOCKS[i].num_parameters for i in removed)
+    size = parameters / sum(b.num_parameters for b in BLOCKS)
+    both = parameters >= 60 and 5 * (len(removed) - moe) >= 11 and len(removed) < 7
     return {
         "count": len(removed) == 3,
         "protected": len(removed) == 3 and not {0, 5} & set(removed),
@@ -57,6 +69,11 @@ def wanted(name: str, removed: tuple[int, ...]) -> bool:
         "first order": len(removed) == 2,
         "first order of the expansion": len(removed) == 2,
         "budget": size >= 0.45 and len(removed) < 7,
+        "budgets": both,
+        "budgets, protected": both and not {0, 2} & set(removed),
+        "share and budget": size >= 0.45 and 5 * (len(removed) - moe) >= 11 and len(removed) < 7,
+        "count and budgets": both and len(removed) == 4,
+        "kinds and budget": moe == 2 and len(removed) == 3 and parameters >= 60,
     }[name]
 
 
@@ -66,7 +83,7 @@ def test_energies_and_constraints_are_those_of_the_definition(name: str) -> None
     for removed in subsets(7):
         assert problem.allows(removed) == wanted(name, removed)
         assert problem.energy(removed) == pytest.approx(naive_energy(problem, removed), abs=1e-12)
-    if name != "budget":
+    if name in COUNTED:
         assert problem.num_candidates == sum(wanted(name, removed) for removed in subsets(7))
     rows = np.array([[i in removed for i in range(7)] for removed in subsets(7)])
     assert problem.energies(rows) == pytest.approx([problem.energy(removed) for removed in subsets(7)], abs=0)
@@ -145,9 +162,6 @@ def test_asymmetry_of_rounding_is_accepted_and_removed() -> None:
     assert np.array_equal(problem.hessian, problem.hessian.T)
 
 
-COUNTED = [name for name in PROBLEMS if name != "budget"]
-
-
 def states_of(problem: bs.RemovalProblem) -> list[tuple[np.ndarray, tuple[int, ...]]]:
     """Every 0/1 vector over the reduced variables, with the removal it stands for."""
     rows = np.array(list(itertools.product([False, True], repeat=len(problem.reduced.block))))
@@ -197,9 +211,10 @@ def test_cqm_view_has_our_energies_and_constraints(name: str) -> None:
         assert cqm.objective.energy(sample) == pytest.approx(problem.energy(removed), abs=1e-9)
 
 
-def test_budgets_have_no_qubo_view() -> None:
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if "budget" in name])
+def test_budgets_have_no_qubo_view(name: str) -> None:
     with pytest.raises(ValueError, match="to_cqm"):
-        PROBLEMS["budget"].qubo()
+        PROBLEMS[name].qubo()
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,6 +251,62 @@ def test_a_goal_is_refused_exactly_where_no_removal_meets_it(goal: Goal, protect
         return
     with pytest.raises(ValueError, match=r"remove|share"):
         check_goal(BLOCKS, goal, protect)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from([None, 1, 3, {"moe": 2, "attention": 1}]))
+def test_budgets_are_refused_exactly_where_no_removal_meets_them(seed: int, goal: int | dict[str, int] | None) -> None:
+    """Against all subsets that leave a block; the message names what at most can go."""
+    rng = np.random.default_rng(seed)
+    protect = [int(i) for i in rng.choice(7, size=int(rng.integers(0, 3)), replace=False)]
+    budgets = []
+    for k in range(int(rng.integers(1, 4))):
+        weight = rng.integers(0, 9, size=7).tolist()
+        budgets.append(bs.Budget(f"goal {k}", tuple(weight), int(rng.integers(1, max(2, sum(weight)))), sum(weight)))
+
+    def possible(kept: list[bs.Budget]) -> list[tuple[int, ...]]:
+        found = []
+        for removed in subsets(7)[:-1]:
+            kinds = Counter(BLOCKS[i].kind for i in removed)
+            counted = goal is None or (kinds == goal if isinstance(goal, dict) else len(removed) == goal)
+            enough = all(sum(budget.weight[i] for i in removed) >= budget.least for budget in kept)
+            if counted and enough and not {*removed} & {*protect}:
+                found.append(removed)
+        return found
+
+    if possible(budgets):
+        check_goal(BLOCKS, goal, protect, budgets)
+        return
+
+    # The first that is out of reach, with those before it met; where the numbers are, it says that.
+    number = next(k for k in range(4) if not possible(budgets[:k])) - 1
+    if number < 0:
+        with pytest.raises(ValueError, match="remove"):
+            check_goal(BLOCKS, goal, protect, budgets)
+        return
+    weight = budgets[number].weight
+    most = max(sum(weight[i] for i in removed) for removed in possible(budgets[:number]))
+    with pytest.raises(ValueError, match=rf"goal {number}: out of reach.* at most {most} of {sum(weight)} can go"):
+        check_goal(BLOCKS, goal, protect, budgets)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ([bs.Budget("size", (1,) * 6, 2, 6)], "6 weights for 7 blocks"),
+        ([bs.Budget("size", (1,) * 7, 0, 7)], "size: the model meets that already"),
+        ([], "exactly one"),
+    ],
+)
+def test_budgets_that_say_nothing_are_refused(budgets: list[bs.Budget], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bs.RemovalProblem(H, budgets=budgets)
+
+
+@pytest.mark.parametrize("weight", [(-1, 2), (1.5, 2), (True, 2)])
+def test_budgets_count_in_whole_numbers(weight: Any) -> None:
+    with pytest.raises(ValueError, match=r"size.*(not negative|whole number)"):
+        bs.Budget("size", weight, 1, 2)
 
 
 def test_protected_blocks_of_a_goal_must_exist() -> None:

@@ -36,7 +36,7 @@ blocks = [Block(i, "block", i % 3 + 1) for i in range(16)]
 compile_kernels(sys.argv[1], False)
 before = compiled()
 share = RemovalProblem((columns.T @ columns)[:16, :16], remove_parameters=0.25, blocks=blocks)
-assert not share.reduced.equality
+assert not share.reduced.exactly
 SOLVERS[sys.argv[1]](share, 20, None, 0)
 assert compiled() == before
 """

@@ -205,7 +205,7 @@ def iterative_block_influence(
     """
     traced = trace_model(model, problem.units)
     removed = problem.reduced.always
-    steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
+    steps = int(problem.reduced.quota.sum()) if problem.reduced.exactly else problem.num_blocks
     for _ in track(range(steps), "Iterative block influence", steps, show=progress):
         free = open_blocks(problem, removed)
         if free:

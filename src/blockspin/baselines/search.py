@@ -38,7 +38,7 @@ def sleb(
     removed, loss = problem.reduced.always, None
 
     # A goal counted in blocks takes as many steps; one in parameters ends when nothing more needs to go.
-    steps = int(problem.reduced.need.sum()) if problem.reduced.equality else problem.num_blocks
+    steps = int(problem.reduced.quota.sum()) if problem.reduced.exactly else problem.num_blocks
     for _ in track(range(steps), "SLEB", steps, show=progress):
         free = open_blocks(problem, removed)
         if free:

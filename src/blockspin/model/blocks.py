@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..problem import Block, Removal
-from ..problem.goals import whole
+from ..problem.constraints import whole
 
 # Settings that hold the number of layers.
 DEPTH = re.compile(r"^(num|n)_(hidden_|decoder_)?(layers?|blocks)$|^decoder_layers$")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from .goals import Floats, Goal, Ints, Removal, check_goal
+from .constraints import Budget, Floats, Ints, Removal, completion
+from .goals import Goal, check_goal
 from .problem import RemovalProblem
 from .units import Block, Sublayer, Units, block_of, units_of
 from .views import Reduced
 
 __all__ = [
     "Block",
+    "Budget",
     "Floats",
     "Goal",
     "Ints",
@@ -19,5 +21,6 @@ __all__ = [
     "Units",
     "block_of",
     "check_goal",
+    "completion",
     "units_of",
 ]

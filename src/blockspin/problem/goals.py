@@ -1,54 +1,36 @@
-"""What may go and how much must: goals, and the constraints that a goal puts on a removal."""
+"""What may go and how much must: goals, and the constraints that they put on a removal."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .constraints import Budget, Constraints, Removal, completion, fullest, whole
 from .units import Block
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-Removal = tuple[int, ...]  # the sorted indices of the blocks that go
 Goal = int | dict[str, int] | float  # what must go: so many blocks, so many of each kind, a share of the parameters
 
 
-class Constraints(NamedTuple):
-    """Which removals meet a goal, for the n blocks whose fate is open; those of one group are next to each other.
+def check_goal(
+    blocks: Sequence[Block], goal: Goal | None, protect: Iterable[int] = (), budgets: Sequence[Budget] = ()
+) -> None:
+    """Refuse goals that no removal meets.
 
-    A removal y (n,) is allowed when, for every group, the sum of weight * y equals need (equality) or reaches it (a
-    parameter budget: one group), and at most max_removed entries are 1.
-    """
-
-    block: Ints  # (n,) the block each variable stands for
-    always: Removal  # blocks that every allowed removal contains
-    group: Ints  # (n,) ascending from 0
-    weight: Floats  # (n,) ones, or numbers of parameters; whole numbers
-    need: Floats  # (number of groups,) whole numbers
-    equality: bool
-    max_removed: int
-
-
-def check_goal(blocks: Sequence[Block], goal: Goal, protect: Iterable[int] = ()) -> None:
-    """Refuse a goal that no removal meets.
-
-    goal: a number of blocks, a number for each kind, or (a float) a share of the parameters.
+    goal: a number of blocks, a number for each kind, (a float) a share of the parameters, or None: budgets only.
     protect: indices of blocks that must stay.
 
     Raises:
         ValueError: what is wrong, and what is allowed.
     """
-    protected = checked_protect(protect, len(blocks))
+    remove: int | dict[str, int] | None
     if isinstance(goal, float):
-        constraints_on_parameters(goal, blocks, protected)
+        remove, budgets = None, [share_of_parameters(goal, blocks), *budgets]
     else:
-        constraints_on_counts(goal, len(blocks), blocks, protected)
+        remove = goal
+    constraints_of(remove, budgets, len(blocks), blocks, checked_protect(protect, len(blocks)))
 
 
 def checked_protect(protect: Iterable[int], num_blocks: int) -> Removal:
@@ -59,15 +41,67 @@ def checked_protect(protect: Iterable[int], num_blocks: int) -> Removal:
     return tuple(indices)
 
 
-def constraints_on_counts(
-    remove: int | Mapping[str, int], num_blocks: int, blocks: Sequence[Block] | None, protect: Removal
-) -> Constraints:
-    """The constraints of a number of blocks, or of one for each kind, which needs blocks.
+def share_of_parameters(share: float, blocks: Sequence[Block] | None) -> Budget:
+    """At least this share of the parameters that all the blocks hold together, as a budget.
 
     Raises:
         ValueError: what is wrong, and what is allowed.
     """
+    if blocks is None:
+        raise ValueError("remove_parameters needs blocks=, which says the number of parameters of every block")
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"remove_parameters={share}: must be a share between 0 and 1")
+    sizes = tuple([whole(block.num_parameters, "num_parameters") for block in blocks])
+    total = sum(sizes)
+    return Budget(f"remove_parameters={share}", sizes, math.ceil(share * total), total)
+
+
+def constraints_of(
+    remove: int | Mapping[str, int] | None,
+    budgets: Sequence[Budget],
+    num_blocks: int,
+    blocks: Sequence[Block] | None,
+    protect: Removal,
+) -> Constraints:
+    """The constraints of a number of blocks, or of one for each kind (which needs blocks), and of budgets.
+
+    Raises:
+        ValueError: what is wrong, and what is allowed.
+    """
+    for budget in budgets:
+        if len(budget.weight) != num_blocks:
+            raise ValueError(f"{budget.goal}: has {len(budget.weight)} weights for {num_blocks} blocks")
     open_to = [i for i in range(num_blocks) if i not in protect]
+    wanted = [budget for budget in budgets if budget.least > 0]
+    if remove is not None:
+        constraints = _counted(remove, num_blocks, blocks, open_to)
+    elif wanted:
+        constraints = _constraints(open_to, [], [0] * len(open_to), [_most(open_to, num_blocks)], exactly=False)
+    else:
+        met = ", ".join(budget.goal for budget in budgets)
+        raise ValueError(f"{met}: the model meets that already, with nothing removed")
+
+    # One budget after the other, so that the first that is out of reach can be named.
+    gone = list(constraints.always)
+    for number, budget in enumerate(wanted):
+        weight = np.array(budget.weight, dtype=np.float64)  # (num_blocks,)
+        given = int(weight[gone].sum())
+        own = weight[constraints.block]  # (n,)
+        longer = constraints._replace(
+            weight=np.vstack([constraints.weight, own]), least=np.append(constraints.least, budget.least - given)
+        )
+        if completion(longer, np.zeros(len(own), dtype=bool)) is None:
+            nearest = fullest(constraints, own, np.zeros(len(own), dtype=bool))
+            most = given + (0 if nearest is None else int(own[nearest].sum()))
+            raise ValueError(budget.out_of_reach(most, wanted[:number]))
+        constraints = longer
+    return constraints if constraints.exactly else _without_forced(constraints, num_blocks)
+
+
+def _counted(
+    remove: int | Mapping[str, int], num_blocks: int, blocks: Sequence[Block] | None, open_to: list[int]
+) -> Constraints:
+    """The constraints of a number of blocks, or of one for each kind. open_to: blocks that are not protected."""
     if not isinstance(remove, Mapping):
         wanted, kind_of = {"": _checked_count(remove, num_blocks, len(open_to))}, [""] * num_blocks
     elif blocks is None:
@@ -78,7 +112,7 @@ def constraints_on_counts(
 
     index: list[int] = []
     group: list[int] = []
-    need: list[int] = []
+    counts: list[int] = []
     always: list[int] = []
     for kind, count in wanted.items():
         members = [i for i in open_to if kind_of[i] == kind]
@@ -86,49 +120,9 @@ def constraints_on_counts(
             always += members
             continue
         index += members
-        group += [len(need)] * len(members)
-        need.append(count)
-
-    weight = np.ones(len(index))
-    return _constraints(num_blocks, index, always, group, weight, need, equality=True)
-
-
-def constraints_on_parameters(share: float, blocks: Sequence[Block] | None, protect: Removal) -> Constraints:
-    """The constraints of a share of the parameters that all the blocks hold together.
-
-    Raises:
-        ValueError: what is wrong, and what is allowed.
-    """
-    if blocks is None:
-        raise ValueError("remove_parameters needs blocks=, which says the number of parameters of every block")
-    if not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"remove_parameters={share}: must be a share between 0 and 1")
-    sizes = [whole(block.num_parameters, "num_parameters") for block in blocks]
-    if min(sizes) < 1:
-        raise ValueError("remove_parameters needs blocks that each hold at least one parameter")
-
-    # At least one block stays: the smallest, where none is protected.
-    index = [i for i in range(len(blocks)) if i not in protect]
-    open_parameters = 0
-    for i in index:
-        open_parameters += sizes[i]
-    most = open_parameters - (0 if protect else min(sizes))
-    need = math.ceil(share * sum(sizes))
-    if need > most:
-        at_most = f"at most {most / sum(sizes):.6g} can go"
-        raise ValueError(f"remove_parameters={share}: {at_most}: protected blocks, or the smallest one, stay")
-
-    if need == open_parameters:
-        return _constraints(len(blocks), [], index, [], np.zeros(0), [], equality=True)
-    weight = np.array(sizes, dtype=np.float64)[index]
-    return _constraints(len(blocks), index, [], [0] * len(index), weight, [need], equality=False)
-
-
-def whole(value: object, name: str) -> int:
-    """A whole number, of whatever type. Raises ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}={value!r}: must be a whole number")
-    return int(value)
+        group += [len(counts)] * len(members)
+        counts.append(count)
+    return _constraints(index, always, group, counts, exactly=True)
 
 
 def _checked_count(remove: int, num_blocks: int, num_open: int) -> int:
@@ -162,22 +156,37 @@ def _checked_counts(remove: Mapping[str, int], kind_of: list[str], open_to: list
     return wanted
 
 
+def _without_forced(constraints: Constraints, num_blocks: int) -> Constraints:
+    """The constraints of budgets alone, less the blocks without which one cannot be reached: they always go."""
+    c = constraints
+    spare = c.weight.sum(axis=1) - c.least  # (budgets,)
+    forced = np.any(c.weight > spare[:, None], axis=0)  # (n,)
+    always = c.block[forced].tolist()
+    most = _most(c.block[~forced].tolist(), num_blocks - len(always))
+    least = c.least - c.weight[:, forced].sum(axis=1)
+
+    # Where nothing more may go, nothing is open.
+    index = c.block[~forced].tolist() if most else []
+    shorter = _constraints(index, always, [0] * len(index), [most], exactly=False)
+    weight = c.weight[:, ~forced][:, : len(index)]
+    return shorter._replace(weight=weight[least > 0], least=least[least > 0])
+
+
+def _most(open_to: list[int], num_blocks: int) -> int:
+    """How many of these blocks may go, of so many that are there: one stays."""
+    return min(len(open_to), num_blocks - 1)
+
+
 def _constraints(
-    num_blocks: int,
-    index: list[int],
-    always: list[int],
-    group: list[int],
-    weight: Floats,
-    need: list[int],
-    equality: bool,
+    index: list[int], always: list[int], group: list[int], count: list[int], *, exactly: bool
 ) -> Constraints:
-    """The constraints as arrays. index, group, weight: of each open block. One block of the model always stays."""
+    """Constraints without budgets, as arrays. index, group: of each open block."""
     return Constraints(
         block=np.array(index, dtype=np.int64),
         always=tuple(sorted(always)),
         group=np.array(group, dtype=np.int64),
-        weight=weight,
-        need=np.array(need, dtype=np.float64),
-        equality=equality,
-        max_removed=min(len(index), num_blocks - 1 - len(always)),
+        quota=np.array(count, dtype=np.float64),
+        exactly=exactly,
+        weight=np.zeros((0, len(index))),
+        least=np.zeros(0),
     )

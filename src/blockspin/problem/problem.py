@@ -15,19 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .goals import (
-    Floats,
-    Removal,
-    checked_protect,
-    constraints_on_counts,
-    constraints_on_parameters,
-)
+from .constraints import Budget, Floats, Removal, met
+from .goals import checked_protect, constraints_of, share_of_parameters
 from .units import Block, Units, units_of
 from .views import Reduced, Views
 
 
 class RemovalProblem(Views):
-    """Minimise E(x) over the removals of an exact number of blocks, or of a share of the parameters.
+    """Minimise E(x) over the removals of an exact number of blocks, of a share of the parameters, or under budgets.
 
     hessian: (N, N), symmetric to rounding, finite, in any scale; indefinite is allowed.
     remove: how many blocks to remove in all, or of each kind: {"moe": 2} removes two blocks of that kind and none of
@@ -37,6 +32,7 @@ class RemovalProblem(Views):
     beta: weight of the first-order term; needs gradient, (N,).
     remove_parameters: instead of remove: remove at least this share (between 0 and 1) of the parameters that all the
         blocks hold together (needs blocks). At least one block always stays.
+    budgets: linear goals that all hold, besides remove or remove_parameters or without them.
 
     Raises ValueError saying what is wrong and what is allowed.
     """
@@ -51,6 +47,7 @@ class RemovalProblem(Views):
         beta: float = 0.0,
         gradient: ArrayLike | None = None,
         remove_parameters: float | None = None,
+        budgets: Sequence[Budget] = (),
     ) -> None:
         self.hessian = _checked_hessian(hessian)
         self.num_blocks = len(self.hessian)
@@ -61,13 +58,17 @@ class RemovalProblem(Views):
         if self.blocks is not None and len(self.blocks) != self.num_blocks:
             raise ValueError(f"blocks has {len(self.blocks)} entries but the Hessian is for {self.num_blocks} blocks")
 
-        if (remove is None) == (remove_parameters is None):
+        given = (remove is not None) + (remove_parameters is not None)
+        if given > 1 or (given == 0 and not budgets):
             raise ValueError("give exactly one of remove (a number of blocks) and remove_parameters (a share)")
-        self.remove, self.remove_parameters = remove, remove_parameters
+        self.remove, self.remove_parameters, self.budgets = remove, remove_parameters, tuple(budgets)
         self.reduced = self._reduced()
 
     def __repr__(self) -> str:
-        goal = f"remove={self.remove}" if self.remove is not None else f"remove_parameters={self.remove_parameters}"
+        goals = [f"remove={self.remove}"] if self.remove is not None else []
+        if self.remove_parameters is not None:
+            goals.append(f"remove_parameters={self.remove_parameters}")
+        goal = ", ".join([*goals, *(budget.goal for budget in self.budgets)])
         protect = f", protect={self.protect}" if self.protect else ""
         beta = f", beta={self.beta}" if self.beta else ""
         return f"RemovalProblem({self.num_blocks} blocks, {goal}{protect}{beta})"
@@ -95,10 +96,7 @@ class RemovalProblem(Views):
         picked = np.isin(r.block, list(chosen))  # (n,)
         if len(chosen) != picked.sum() + len(r.always) or not chosen.issuperset(r.always):
             return False
-
-        total = np.bincount(r.group[picked], r.weight[picked], minlength=len(r.need))  # (groups,)
-        met = np.array_equal(total, r.need) if r.equality else bool(np.all(total >= r.need))
-        return met and picked.sum() <= r.max_removed
+        return met(r.constraints, picked)
 
     def with_energy(self, hessian: ArrayLike, gradient: ArrayLike | None = None) -> RemovalProblem:
         """The same removals with another energy; the gradient stays where none is given."""
@@ -117,6 +115,7 @@ class RemovalProblem(Views):
             beta=self.beta,
             gradient=gradient,
             remove_parameters=self.remove_parameters,
+            budgets=self.budgets,
         )
 
     @property
@@ -126,13 +125,13 @@ class RemovalProblem(Views):
 
     @property
     def num_candidates(self) -> int:
-        """How many subsets an enumeration looks at: the allowed ones, or every subset if there is a budget."""
+        """How many subsets an enumeration looks at: those of the right numbers of blocks, or every subset."""
         r = self.reduced
-        if not r.equality:
+        if not r.exactly:
             return 1 << len(r.block)
         number = 1
-        sizes = np.bincount(r.group, minlength=len(r.need))  # (groups,)
-        for n, m in zip(sizes.tolist(), r.need.tolist(), strict=True):
+        sizes = np.bincount(r.group, minlength=len(r.quota))  # (groups,)
+        for n, m in zip(sizes.tolist(), r.quota.tolist(), strict=True):
             number *= math.comb(n, int(m))
         return number
 
@@ -155,11 +154,10 @@ class RemovalProblem(Views):
 
     def _reduced(self) -> Reduced:
         """The problem over the blocks whose fate is open; what always goes is in the linear term and the constant."""
-        if self.remove is not None:
-            constraints = constraints_on_counts(self.remove, self.num_blocks, self.blocks, self.protect)
-        else:
-            assert self.remove_parameters is not None
-            constraints = constraints_on_parameters(self.remove_parameters, self.blocks, self.protect)
+        budgets = list(self.budgets)
+        if self.remove_parameters is not None:
+            budgets.insert(0, share_of_parameters(self.remove_parameters, self.blocks))
+        constraints = constraints_of(self.remove, budgets, self.num_blocks, self.blocks, self.protect)
 
         open_, gone = constraints.block, np.array(constraints.always, dtype=np.int64)  # (n,), (N - n - kept,)
         coupling = self.hessian[np.ix_(open_, gone)].sum(axis=1)  # (n,) with the blocks that always go

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .goals import Floats, Ints, Removal
+from .constraints import Constraints, Floats, Ints, Removal
 
 
 class Reduced(NamedTuple):
@@ -23,17 +23,22 @@ class Reduced(NamedTuple):
     linear: Floats  # (n,)
     constant: float
     group: Ints  # (n,) ascending from 0
-    weight: Floats  # (n,) ones, or numbers of parameters; whole numbers
-    need: Floats  # (number of groups,) whole numbers
-    equality: bool
-    max_removed: int
+    quota: Floats  # (groups,) whole numbers: so many of each group go
+    exactly: bool  # or (one group) at most so many
+    weight: Floats  # (budgets, n) whole numbers
+    least: Floats  # (budgets,) whole numbers: weight @ y reaches it
+
+    @property
+    def constraints(self) -> Constraints:
+        """Which y are allowed."""
+        return Constraints(self.block, self.always, self.group, self.quota, self.exactly, self.weight, self.least)
 
 
 class Views:
     """The methods of a problem that state it for other solvers, over binary x (n,) for the blocks in reduced.block.
 
-    All but `to_cqm` turn the counts into a penalty, and raise ValueError for a parameter budget, which has no such
-    view: it needs an inequality.
+    All but `to_cqm` turn the counts into a penalty, and raise ValueError for budgets, which have no such view: they are
+    inequalities.
     """
 
     reduced: Reduced
@@ -64,11 +69,11 @@ class Views:
         _refuse_budget(r)
         weight = self.penalty() if penalty is None else penalty
 
-        # weight * (sum_g x - need_g)^2 for every group g, with x_i^2 = x_i.
+        # weight * (sum_g x - count_g)^2 for every group g, with x_i^2 = x_i.
         same_group = (r.group[:, None] == r.group[None, :]).astype(np.float64)  # (n, n)
         q = r.quadratic + weight * same_group
-        q[np.diag_indices(len(q))] += r.linear - 2.0 * weight * r.need[r.group]
-        return q, r.constant + weight * float(r.need @ r.need)
+        q[np.diag_indices(len(q))] += r.linear - 2.0 * weight * r.quota[r.group]
+        return q, r.constant + weight * float(r.quota @ r.quota)
 
     def ising(self, penalty: float | None = None) -> tuple[Floats, Floats, float]:
         """h (n,), J (n, n) upper triangular and an offset: the QUBO view in spins s = 2x - 1.
@@ -85,16 +90,17 @@ class Views:
         return _binary_model(self.reduced.block, q, np.diag(q), offset)
 
     def to_cqm(self) -> Any:
-        """A dimod.ConstrainedQuadraticModel with the counts, or the budget, as constraints; needs dimod."""
+        """A dimod.ConstrainedQuadraticModel with counts and budgets as constraints; needs dimod."""
         import dimod
 
         r, names = self.reduced, self.reduced.block.tolist()
         model = dimod.ConstrainedQuadraticModel()
         model.set_objective(_binary_model(r.block, r.quadratic, np.diag(r.quadratic) + r.linear, r.constant))
-        for g, need in enumerate(r.need):
-            terms = [(names[i], r.weight[i]) for i in np.flatnonzero(r.group == g)]
-            model.add_constraint(terms, "==" if r.equality else ">=", need)
-        model.add_constraint([(name, 1.0) for name in names], "<=", r.max_removed)
+        for g, count in enumerate(r.quota):
+            members = [(names[i], 1.0) for i in np.flatnonzero(r.group == g)]
+            model.add_constraint(members, "==" if r.exactly else "<=", count)
+        for weight, least in zip(r.weight, r.least, strict=True):
+            model.add_constraint(list(zip(names, weight.tolist(), strict=True)), ">=", least)
         return model
 
     def write_coo(self, path: str | Path, penalty: float | None = None) -> None:
@@ -112,8 +118,8 @@ class Views:
 
 
 def _refuse_budget(reduced: Reduced) -> None:
-    if not reduced.equality:
-        raise ValueError("a parameter budget has no QUBO view; use to_cqm(), or a count of removals")
+    if not reduced.exactly or len(reduced.least):
+        raise ValueError("a budget has no QUBO view; use to_cqm(), or a count of removals")
 
 
 def _binary_model(block: Ints, quadratic: Floats, diagonal: Floats, offset: float) -> Any:

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from ..problem import Block, RemovalProblem
+from ..problem import Budget, RemovalProblem
 from ..progress import console
 from .anneal import anneal
 from .enumerate import enumerate_all
@@ -55,7 +55,7 @@ def solve(
         name = "enumerate" if problem.num_candidates <= FEW else "exact"
 
     if name != "gurobi":
-        compile_kernels(name, problem.reduced.equality)
+        compile_kernels(name, problem.reduced.exactly)
     started = time.perf_counter()
     if len(problem.reduced.block):
         result = SOLVERS[name](problem, min(int(states), problem.num_candidates), time_limit, seed)
@@ -68,21 +68,18 @@ def solve(
 
 
 @cache
-def compile_kernels(solver: str, equality: bool) -> None:
+def compile_kernels(solver: str, exactly: bool) -> None:
     """Solve a small problem, so that no solver's time counts how long its kernels take to compile, or to load again.
 
     Of random columns the bounds are loose, so that branch and bound reaches all of its kernels.
 
-    equality: whether an exact number of blocks goes, rather than a share of the parameters.
+    exactly: whether an exact number of blocks goes, rather than what meets a budget.
     """
     started = time.perf_counter()
     columns = np.random.default_rng(0).normal(size=(_SMALL, _SMALL))
     hessian = columns.T @ columns
-    if equality:
-        problem = RemovalProblem(hessian, remove=_SMALL // 2)
-    else:
-        blocks = [Block(i, "block", i + 1) for i in range(_SMALL)]
-        problem = RemovalProblem(hessian, remove_parameters=0.5, blocks=blocks)
+    budget = Budget("as heavy as numbered", tuple(range(_SMALL)), _SMALL, _SMALL**2)
+    problem = RemovalProblem(hessian, remove=_SMALL // 2 if exactly else None, budgets=[budget])
     SOLVERS[solver](problem, 2, None, 0)
 
     seconds = time.perf_counter() - started

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..problem import RemovalProblem
 from .compiled import compiled
 from .moves import (
+    Chosen,
     Pool,
     Terms,
     empty_pool,
@@ -19,6 +19,7 @@ from .moves import (
     move_energy,
     pool_rows,
     terms_of,
+    totals_of,
     worst,
 )
 from .spectrum import SearchResult, Statistics
@@ -47,14 +48,14 @@ def anneal(problem: RemovalProblem, states: int, time_limit: float | None, seed:
 
 
 @compiled
-def cool(terms: Terms, chosen: NDArray[np.uint8], proposals: int, seed: int, pool: Pool) -> None:
+def cool(terms: Terms, chosen: Chosen, proposals: int, seed: int, pool: Pool) -> None:
     """One run at geometrically falling temperature from a removal (n,), which it changes."""
     np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
 
     field, bits = np.empty(len(chosen)), np.empty(pool.bits.shape[1], np.uint64)
     energy = energy_and_field(terms, chosen, field, bits)
     keep_neighbour(pool, energy, bits, -1, -1, terms.resolution)
-    total, count = np.sum(terms.weight * chosen), int(np.sum(chosen))
+    totals, number = totals_of(terms, chosen), int(np.sum(chosen))
 
     # From the spread of what single variables add, down to a share of it.
     temperature = np.max(field) - np.min(field)
@@ -62,8 +63,8 @@ def cool(terms: Terms, chosen: NDArray[np.uint8], proposals: int, seed: int, poo
 
     for _ in range(proposals):
         temperature *= factor
-        out, into = propose(chosen, terms.equality)
-        if (out < 0 and into < 0) or not move_allowed(terms, total, count, out, into):
+        out, into = propose(chosen, terms.exactly)
+        if (out < 0 and into < 0) or not move_allowed(terms, totals, number, out, into):
             continue
 
         # Every proposal is looked at for the pool, whether it is accepted or not.
@@ -75,15 +76,16 @@ def cool(terms: Terms, chosen: NDArray[np.uint8], proposals: int, seed: int, poo
             continue
         make_move(terms, chosen, field, bits, out, into)
         energy += change
-        total += (terms.weight[into] if into >= 0 else 0.0) - (terms.weight[out] if out >= 0 else 0.0)
-        count += (1 if into >= 0 else 0) - (1 if out >= 0 else 0)
+        number += (1 if into >= 0 else 0) - (1 if out >= 0 else 0)
+        for k in range(len(totals)):
+            totals[k] += (terms.weight[k, into] if into >= 0 else 0.0) - (terms.weight[k, out] if out >= 0 else 0.0)
 
 
 @compiled
-def propose(chosen: NDArray[np.uint8], equality: bool) -> tuple[int, int]:
-    """A random move (out, into): a swap of two variables, or with a budget also a change of one."""
+def propose(chosen: Chosen, exactly: bool) -> tuple[int, int]:
+    """A random move (out, into): a swap of two variables, or without exact counts also a change of one."""
     one, other = np.random.randint(0, len(chosen)), np.random.randint(0, len(chosen))  # noqa: NPY002
-    if not equality and np.random.random() < 0.5:  # noqa: NPY002
+    if not exactly and np.random.random() < 0.5:  # noqa: NPY002
         return (one, -1) if chosen[one] else (-1, one)
     if chosen[one] == chosen[other]:
         return -1, -1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..problem import Removal, RemovalProblem
+from ..problem import Removal, RemovalProblem, completion
 from . import Spectrum
 
 
@@ -41,28 +41,39 @@ def open_blocks(problem: RemovalProblem, removed: Iterable[int]) -> list[int]:
 
     `removed` holds the blocks that every allowed removal contains (`problem.reduced.always`).
     """
-    r = problem.reduced
-    gone = np.isin(r.block, list(removed))  # (n,)
-    missing = r.need - np.bincount(r.group[gone], r.weight[gone], minlength=len(r.need))  # (groups,)
-    free = np.flatnonzero(~gone & (missing[r.group] > 0))
+    gone = set(removed)
+    return [block for block in sorted(problem.reduced.block.tolist()) if may_go(problem, gone, block)]
 
-    # One block stays. With a budget one that is small enough to stay must be left, besides the one that goes now.
-    if r.max_removed < len(r.block) and not r.equality:
-        spare = r.weight.sum() - r.need[0]
-        may_stay = ~gone & (r.weight <= spare)  # (n,)
-        free = free[may_stay.sum() - may_stay[free] > 0]
-    return sorted(r.block[free].tolist())
+
+def may_go(problem: RemovalProblem, removed: Iterable[int], block: int) -> bool:
+    """Whether a block is one of `open_blocks`."""
+    r = problem.reduced
+    gone, it = np.isin(r.block, list(removed)), r.block == block  # (n,)
+    if not it.any() or gone[it].any():
+        return False
+
+    missing = r.quota - np.bincount(r.group[gone], minlength=len(r.quota))  # (groups,)
+    if missing[r.group[it]] <= 0:
+        return False
+
+    # Without exact counts only what has something of a budget that is not met.
+    lacking = r.least - r.weight @ gone  # (budgets,)
+    if not r.exactly and not np.any(r.weight[lacking > 0][:, it] > 0):
+        return False
+
+    # The budgets must stay within reach.
+    return not len(r.least) or completion(r.constraints, gone | it) is not None
 
 
 def fill(problem: RemovalProblem, order: Iterable[int]) -> Removal:
     """The removal made by taking blocks in this order of preference, each where the problem still allows it.
 
     order: block indices, most dispensable first; every block of the problem once. With a number of blocks to remove
-    it is simply the first that are not protected; kinds fill up one by one; a parameter budget is filled until met.
+    it is simply the first that are not protected; kinds fill up one by one; budgets are filled until met.
     """
     removed = set(problem.reduced.always)
     for block in order:
-        if block in open_blocks(problem, removed):
+        if may_go(problem, removed, block):
             removed.add(block)
     return tuple(sorted(removed))
 

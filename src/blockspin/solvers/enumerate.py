@@ -60,8 +60,8 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
 
     Raises ValueError, naming the count and the time, where that would take longer than the time limit or ten minutes.
     """
-    count, budget = problem.num_candidates, not problem.reduced.equality
-    seconds = count / (PER_SECOND_OF_BUDGET if budget else PER_SECOND)
+    count, every = problem.num_candidates, not problem.reduced.exactly
+    seconds = count / (PER_SECOND if not every and not len(problem.reduced.least) else PER_SECOND_OF_BUDGET)
     if seconds > (MOST_SECONDS if time_limit is None else time_limit):
         raise ValueError(
             f"solver='enumerate' would look at {count:.3g} removals, for about {seconds:.3g} s; "
@@ -76,7 +76,7 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
         start, _ = search(problem, states, seed, 12 if count > SMALL else 1, stop)
         cut[0] = worst(start) + problem.resolution
 
-        if budget:
+        if every:
             in_threads(1, lambda task, own: every_subset(terms, own, stop.flag), pool, terms.resolution, stop)
         else:
             plan, spare = make_plan(terms), margin(terms)
@@ -101,19 +101,19 @@ def make_plan(terms: Terms) -> Plan:
     """Renumber the variables, choose t, and make the tables."""
     # The group with the most combinations comes last in the removal, where a step costs least.
     counts = np.bincount(terms.group)
-    combinations = list(map(math.comb, counts.tolist(), terms.need.astype(int).tolist()))
+    combinations = list(map(math.comb, counts.tolist(), terms.quota.astype(int).tolist()))
     last = combinations.index(max(combinations))
     groups = [last, *range(last), *range(last + 1, len(counts))]
     variable = np.concatenate([np.flatnonzero(terms.group == g) for g in groups])
     quadratic = (2.0 * terms.quadratic[np.ix_(variable, variable)]).astype(np.float32)
-    size, picks = int(counts[last]), int(terms.need[last])
+    size, picks = int(counts[last]), int(terms.quota[last])
     t = _subset_size(size, picks)
 
     # The levels of the prefix: first the other groups, then what the last one needs besides i and its t-subset.
     levels: list[tuple[int, int, bool]] = []
     offset = size
     for g in groups[1:]:
-        levels += _levels(offset, int(counts[g]), int(terms.need[g]), 0)
+        levels += _levels(offset, int(counts[g]), int(terms.quota[g]), 0)
         offset += int(counts[g])
     own = picks - t - 1
     levels += _levels(0, size, own, t + 1)
@@ -217,7 +217,7 @@ def first_picks(plan: Plan) -> list[Ints]:
 
 def margin(terms: Terms) -> float:
     """A bound on the error of an energy summed in float32."""
-    picks = float(terms.need.sum())
+    picks = float(terms.quota.sum())
     slopes = 2.0 * np.abs(terms.quadratic).sum(axis=1) + np.abs(terms.linear)
     return float(2.0**-23 * (picks + 4.0) * np.sort(slopes)[-int(picks) :].sum()) + terms.resolution
 
@@ -363,24 +363,28 @@ def offer(terms: Terms, plan: Plan, picks: Ints, i: int, s: int, pool: Pool) -> 
 
 @compiled
 def every_subset(terms: Terms, pool: Pool, flag: Ints) -> None:
-    """All subsets that reach a budget, depth first; the field of later variables follows those taken."""
-    n = len(terms.linear)
-    field, energy, missing = np.zeros((n + 1, n)), np.zeros(n + 1), np.zeros(n + 1)
+    """All subsets that reach the budgets, depth first; the field of later variables follows those taken."""
+    n, budgets = len(terms.linear), len(terms.least)
+    field, energy, missing = np.zeros((n + 1, n)), np.zeros(n + 1), np.zeros((n + 1, budgets))
     field[0] = terms.linear + np.diag(terms.quadratic)
-    missing[0] = terms.need[0]
-    left = np.append(np.cumsum(terms.weight[::-1])[::-1], 0.0)  # weight of the variables from i on
-    bits, count = np.zeros(pool.bits.shape[1], np.uint64), 0
-    tried = np.zeros(n + 1, np.int64)  # per depth: 0 nothing, 1 taken, 2 left out
+    missing[0] = terms.least
 
+    # What the variables from i on have of every budget.
+    left = np.zeros((n + 1, budgets))
+    for i in range(n - 1, -1, -1):
+        left[i] = left[i + 1] + terms.weight[:, i]
+
+    bits, number = np.zeros(pool.bits.shape[1], np.uint64), 0
+    tried = np.zeros(n + 1, np.int64)  # per depth: 0 nothing, 1 taken, 2 left out
     i = 0
     while i >= 0 and flag[0] == 0:
         if tried[i] == 1:
             toggle(bits, i)
-            count -= 1
+            number -= 1
 
-        # Back one variable: all are decided, both ways were tried, or the budget is out of reach.
-        if i == n or tried[i] == 2 or missing[i] > left[i]:
-            if i == n and missing[n] <= 0.0 and count <= terms.max_removed:
+        # Back one variable: all are decided, both ways were tried, or a budget is out of reach.
+        if i == n or tried[i] == 2 or np.any(missing[i] > left[i]):
+            if i == n and number <= terms.quota[0] and np.all(missing[n] <= 0.0):
                 insert(pool, energy[n], bits, terms.resolution)
             tried[i] = 0
             i -= 1
@@ -393,8 +397,8 @@ def every_subset(terms: Terms, pool: Pool, flag: Ints) -> None:
         field[i + 1, i + 1 :] = field[i, i + 1 :]
         if taken:
             toggle(bits, i)
-            count += 1
-            missing[i + 1] -= terms.weight[i]
+            number += 1
+            missing[i + 1] -= terms.weight[:, i]
             energy[i + 1] += field[i, i]
             field[i + 1, i + 1 :] += 2.0 * terms.quadratic[i, i + 1 :]
         i += 1

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..problem import Floats, RemovalProblem
-from .moves import Pool, Terms, copied, merge, pool_rows, terms_of
-from .node import FREE, Assignment, Node, Relaxed, propagate, refresh
-from .relaxation import convex_shift, even_shift
+from .corners import corners_of
+from .moves import Pool, Terms, copied, heavy_first, merge, pool_rows, terms_of, worst
+from .node import FREE, Assignment, Node, Relaxed, propagate, refresh, tighten
+from .relaxation import Shift, convex_shift, even_shift
 from .spectrum import SearchResult, Statistics
 from .stopping import Stop
 from .tabu import search
@@ -28,10 +29,16 @@ from .tree import explore, joined, keep_leaf
 NODES_PER_SUBTREE = 30000
 LONG_QUEUE = 2000
 START_RESTARTS = 12
+FIRST_STRIDE = 0.05  # of a price, before it is known better
 EPSILON = float(np.finfo(np.float64).eps)
 
 
-OpenNode = tuple[float, Assignment]  # a lower bound of everything below the node, and what is decided there (n,)
+class OpenNode(NamedTuple):
+    """A lower bound of everything below a node, what is decided there (n,), and what its budgets ask for (budgets,)."""
+
+    bound: float
+    assignment: Assignment
+    least: Floats
 
 
 class SubtreeResult(NamedTuple):
@@ -58,28 +65,30 @@ def exact(problem: RemovalProblem, states: int, time_limit: float | None, seed: 
 def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics]:
     """Work the queue until it is empty or the search must stop; completes pool, returns the least bound still open."""
     workers = num_workers()
-    cut = np.array([np.inf])  # (1,) the lowest energy to beat, shared between threads
+    cut = np.array([worst(pool)])  # (1,) the lowest energy to beat, shared between threads
+    terms, roots = open_roots(terms, cut[0])
 
-    # (lower bound, number, assignment): the number decides between equal bounds.
+    # (lower bound, number, node): the number decides between equal bounds.
     number = itertools.count()
-    queue = [(-np.inf, next(number), np.full(len(terms.linear), FREE, np.int8))]
+    queue = [(root.bound, next(number), root) for root in roots]
+    heapq.heapify(queue)
     running: set[Future[SubtreeResult]] = set()
     nodes, turns = 0, 0
 
     with ThreadPoolExecutor(workers) as threads:
         while queue or running:
             while queue and len(running) < workers and not stop.flag[0]:
-                bound, _, assignment = heapq.heappop(queue)
+                _, _, node = heapq.heappop(queue)
                 limit = NODES_PER_SUBTREE if len(queue) < LONG_QUEUE else 1 << 60
-                running.add(threads.submit(search_subtree, terms, assignment, bound, copied(pool), cut, stop, limit))
+                running.add(threads.submit(search_subtree, terms, node, copied(pool), cut, stop, limit))
             if not running:
                 break
 
             done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
             for future in done:
                 result = future.result()
-                for bound, assignment in result.left:
-                    heapq.heappush(queue, (bound, next(number), assignment))
+                for node in result.left:
+                    heapq.heappush(queue, (node.bound, next(number), node))
                 merge(pool, result.pool, terms.resolution)
                 nodes, turns = nodes + result.seen, turns + 1
             stop.expired()
@@ -88,12 +97,33 @@ def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics
     return least, {"nodes": nodes, "turns": turns}
 
 
-def search_subtree(
-    terms: Terms, assignment: Assignment, bound: float, pool: Pool, cut: Floats, stop: Stop, limit: int
-) -> SubtreeResult:
-    """Relax the open node of this assignment (n,) afresh, and walk so many nodes below it; completes pool."""
+def open_roots(terms: Terms, cut: float) -> tuple[Terms, list[OpenNode]]:
+    """Where the search begins: at every corner of the budgets that the convex form of the whole problem leaves open.
+
+    Also returns the terms in which the budgets are those of the corners. cut: the lowest energy to beat.
+    """
+    terms, corners = corners_of(terms)
+    nothing = np.full(len(terms.linear), FREE, np.int8)
+    roots = [OpenNode(-np.inf, nothing, least) for least in corners]
+    if len(roots) == 1:
+        return terms, roots
+
+    # One d is convex for all of them; only the prices differ.
+    shift = convex_shift(*terms._replace(least=corners[len(corners) // 2])[:7])
+    left = []
+    for root in roots:
+        relaxed, node = relaxed_below(terms._replace(least=root.least), nothing, shift)
+        bound, _ = tighten(relaxed, node, cut - 2.0 * relaxed.guard, -np.inf)
+        if bound < np.inf:
+            left.append(root._replace(bound=bound))
+    return terms, left
+
+
+def search_subtree(terms: Terms, root: OpenNode, pool: Pool, cut: Floats, stop: Stop, limit: int) -> SubtreeResult:
+    """Relax an open node afresh, and walk so many nodes below it; completes pool."""
+    terms, assignment = terms._replace(least=root.least), root.assignment.copy()
     free = decide(terms, assignment)
-    if free < 0 or bound >= cut[0] - terms.resolution:
+    if free < 0 or root.bound >= cut[0] - terms.resolution:
         return SubtreeResult([], pool, 1)
     if free == 0:
         keep_leaf(terms, assignment, pool)
@@ -102,31 +132,27 @@ def search_subtree(
     relaxed, start = relaxed_below(terms, assignment)
     rows = len(start.z) + 2  # a depth-first walk leaves at most one waiting node on each level
     stack = Node._make(np.tile(values, (rows, 1)) for values in start)
-    lower = np.full(rows, bound)
+    lower = np.full(rows, root.bound)
     height, seen = explore(terms, relaxed, assignment, start, stack, lower, pool, cut, stop.flag, limit)
 
     left: list[OpenNode] = []
     for row in range(height):
-        left.append((float(lower[row]), joined(relaxed, assignment, stack.assignment[row])))
+        below = joined(relaxed, assignment, stack.assignment[row])
+        left.append(OpenNode(float(lower[row]), below, root.least))
     return SubtreeResult(left, pool, seen)
 
 
 def decide(terms: Terms, assignment: Assignment) -> int:
     """Fix what the constraints force in assignment (n,); returns how many stay free, -1 if nothing is allowed."""
-    n = len(assignment)
-    if terms.equality:
-        return propagate(assignment, terms.weight, terms.need, terms.group, n)
-
-    # A budget is an equality with a slack variable that takes up what goes beyond it.
-    spare = terms.weight.sum() - terms.need[0]
-    with_slack, group = np.append(assignment, np.int8(FREE)), np.append(terms.group, 0)
-    free = propagate(with_slack, np.append(terms.weight, spare), np.array([terms.weight.sum()]), group, n)
-    assignment[:] = with_slack[:n]
-    return free
+    t = terms
+    return propagate(assignment, t.group, t.quota, t.exactly, t.weight, t.least, t.heavy, len(assignment))
 
 
-def relaxed_below(terms: Terms, assignment: Assignment) -> tuple[Relaxed, Node]:
-    """The convex form of what is open below a node, in its own semidefinite relaxation, and its relaxed solution."""
+def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = None) -> tuple[Relaxed, Node]:
+    """The convex form of what is open below a node, and its relaxed solution; by default in its own relaxation.
+
+    shift: of the whole problem, if nothing is decided.
+    """
     guard = 0.5 * terms.resolution
 
     # The energy of the free variables: those that are removed add to its linear term and its constant.
@@ -135,34 +161,48 @@ def relaxed_below(terms: Terms, assignment: Assignment) -> tuple[Relaxed, Node]:
     c = terms.linear[free] + 2.0 * terms.quadratic[np.ix_(free, ones)].sum(axis=1)
     constant = float(terms.quadratic[np.ix_(ones, ones)].sum() + terms.linear[ones].sum())
 
-    # What the groups that still have free variables need.
-    taken = np.bincount(terms.group[ones], terms.weight[ones], len(terms.need))
+    # How many of the groups that still have free variables go, and what the budgets still need.
+    taken = np.bincount(terms.group[ones], minlength=len(terms.quota))
     open_groups, group = np.unique(terms.group[free], return_inverse=True)
-    weight, need = terms.weight[free], (terms.need - taken)[open_groups]
+    quota = (terms.quota - taken)[open_groups]
+    weight, least = terms.weight[:, free], terms.least - terms.weight[:, ones].sum(axis=1)
+    lacking = least > 0.0
+    weight, least = weight[lacking], least[lacking]
 
     # d makes the energy convex and leaves it as it is on binaries. Where the best d has numbers so large that rounding
     # would spoil the bounds, the plainest one does.
-    d, x = convex_shift(q, c, group, weight, need, terms.equality)
+    if shift is None:
+        d, x, price = convex_shift(q, c, group, quota, terms.exactly, weight, least)
+    else:
+        d, x, price = shift.d, shift.x, shift.price[lacking]
     if safe_steps(q - np.diag(d), c + d, guard) < 10:
         d = even_shift(q)
     a, b = q - np.diag(d), c + d
 
-    if not terms.equality:
-        a, b, group, x = np.pad(a, (0, 1)), np.append(b, 0.0), np.append(group, 0), np.append(x, 0.0)
-        weight, need = np.append(weight, weight.sum() - need[0]), np.array([weight.sum()])
+    # No price may weigh more than all slopes together, (budgets,), so that what it adds is rounded no worse.
+    slopes = float(np.sum(np.abs(b) + 2.0 * np.abs(a).sum(axis=1)))
+    dearest = slopes / np.maximum(least, weight.max(axis=1))
+    heavy = heavy_first(group, weight)
 
-    # Scaled, so that moving z between two variables keeps the sum of their group.
-    top = weight / weight.max()
-    a, b = a / np.outer(top, top), b / top
+    # Without exact counts a slack takes up what is left of the one group.
+    top = np.ones(len(free))
+    if not terms.exactly:
+        a, b, group = np.pad(a, (0, 1)), np.append(b, 0.0), np.append(group, 0)
+        weight = np.pad(weight, ((0, 0), (0, 1)))
+        top, x = np.append(top, quota), np.append(x, max(0.0, quota[0] - x.sum()))
+
     relaxed = Relaxed(
         a=a,
         b=b,
         top=top,
-        need=need / weight.max(),
-        weight=weight,
-        whole_need=need,
         group=group,
-        first=np.searchsorted(group, np.arange(len(need) + 1)),
+        quota=quota,
+        exactly=terms.exactly,
+        weight=np.ascontiguousarray(weight),
+        least=least,
+        heavy=heavy,
+        dearest=dearest,
+        first=np.searchsorted(group, np.arange(len(quota) + 1)),
         diagonal=np.diag(a).copy(),
         num_binary=len(free),
         block=free,
@@ -172,11 +212,14 @@ def relaxed_below(terms: Terms, assignment: Assignment) -> tuple[Relaxed, Node]:
     )
 
     v = len(b)
+    price = np.minimum(price, dearest)
     node = Node(
         assignment=np.full(v, FREE, np.int8),
-        z=x * top,
+        z=x,
         gradient=np.zeros(v),
         order=np.argsort(group, kind="stable"),
+        price=price,
+        stride=np.maximum(FIRST_STRIDE * price, 1e-6 * dearest),
         steps=np.zeros(1, np.int64),
     )
     refresh(relaxed, node)

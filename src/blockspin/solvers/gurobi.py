@@ -39,10 +39,12 @@ def _optimised(gp: Any, problem: RemovalProblem, states: int, time_limit: float 
 
         x = model.addMVar(len(r.block), vtype="B")
         model.setObjective(x @ (r.quadratic / scale) @ x + (r.linear / scale) @ x)
-        for g, need in enumerate(r.need):
-            total = (r.weight * (r.group == g) / r.weight.max()) @ x
-            model.addConstr(total == need / r.weight.max() if r.equality else total >= need / r.weight.max())
-        model.addConstr(x.sum() <= r.max_removed)
+        for g, count in enumerate(r.quota):
+            number = (r.group == g).astype(float) @ x
+            model.addConstr(number == count if r.exactly else number <= count)
+        for weight, least in zip(r.weight, r.least, strict=True):
+            largest = max(float(weight.max()), 1.0)
+            model.addConstr((weight / largest) @ x >= least / largest)
 
         model.optimize()
         solutions = [_solution(model, x, k) for k in range(model.SolCount)]

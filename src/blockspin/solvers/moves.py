@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Floats, Ints, Reduced
+from ..problem import Floats, Ints, Reduced, completion
+from ..problem.constraints import met
 from .compiled import compiled
 
 Bits = NDArray[np.uint64]
+Chosen = NDArray[np.uint8]  # (n,) of a removal: 1 = removed
 
 
 class Terms(NamedTuple):
@@ -23,10 +25,11 @@ class Terms(NamedTuple):
     quadratic: Floats  # (n, n)
     linear: Floats  # (n,)
     group: Ints  # (n,)
-    weight: Floats  # (n,)
-    need: Floats  # (number of groups,)
-    equality: bool
-    max_removed: int
+    quota: Floats  # (groups,)
+    exactly: bool
+    weight: Floats  # (budgets, n)
+    least: Floats  # (budgets,)
+    heavy: Ints  # (budgets, n) the variables by group, in each the heaviest first
     resolution: float
 
 
@@ -41,7 +44,23 @@ class Pool(NamedTuple):
 def terms_of(reduced: Reduced, resolution: float) -> Terms:
     """The arrays of a reduced problem, for compiled code."""
     r = reduced
-    return Terms(r.quadratic, r.linear, r.group, r.weight, r.need, r.equality, r.max_removed, resolution)
+    return Terms(
+        quadratic=r.quadratic,
+        linear=r.linear,
+        group=r.group,
+        quota=r.quota,
+        exactly=r.exactly,
+        weight=np.ascontiguousarray(r.weight),
+        least=r.least,
+        heavy=heavy_first(r.group, r.weight),
+        resolution=resolution,
+    )
+
+
+def heavy_first(group: Ints, weight: Floats) -> Ints:
+    """The variables by group, in each the heaviest first, for every budget: (budgets, n)."""
+    order: Ints = np.lexsort((-weight, np.broadcast_to(group, weight.shape)))
+    return order
 
 
 def empty_pool(places: int, num_variables: int) -> Pool:
@@ -67,23 +86,35 @@ def pool_rows(pool: Pool, num_variables: int) -> NDArray[np.bool_]:
     return np.unique(rows.astype(bool), axis=0)
 
 
-def greedy_start(reduced: Reduced, score: Floats) -> NDArray[np.uint8]:
-    """An allowed removal (n,) of variables with high scores (n,)."""
-    chosen = _fill(reduced, np.argsort(-score, kind="stable"))
+def greedy_start(reduced: Reduced, score: Floats) -> Chosen:
+    """An allowed removal (n,) of variables with high scores (n,).
 
-    # Under a budget the wanted variables may be too light before the removal is full: the heaviest reach it.
-    if np.any(np.bincount(reduced.group, reduced.weight * chosen, len(reduced.need)) < reduced.need):
-        chosen = _fill(reduced, np.argsort(-reduced.weight, kind="stable"))
-    return chosen
+    Where those miss a budget, the scores are mixed with what the variables give to the budgets, more and more of it.
+    """
+    constraints, n = reduced.constraints, len(score)
+    shares = reduced.weight / np.maximum(reduced.weight.sum(axis=1, keepdims=True), 1.0)  # (budgets, n)
+    lift = n * np.ptp(score) * shares.sum(axis=0)  # (n,) about as large as the scores
+    for mixed in (0.0, 0.3, 1.0, 3.0, 10.0):
+        chosen = _fill(reduced, np.argsort(-score - mixed * lift, kind="stable"))
+        if met(constraints, chosen.astype(bool)):
+            return chosen
+
+    row = completion(constraints, np.zeros(n, dtype=bool))
+    assert row is not None, "a problem has an allowed removal"
+    return row.astype(np.uint8)
 
 
-def _fill(reduced: Reduced, order: Ints) -> NDArray[np.uint8]:
-    """Take variables in this order as long as their group lacks weight and the removal may grow."""
-    chosen, missing = np.zeros(len(order), np.uint8), reduced.need.copy()
+def _fill(reduced: Reduced, order: Ints) -> Chosen:
+    """Take variables in this order as long as their group has room; without exact counts, until all budgets are met."""
+    chosen, room = np.zeros(len(order), np.uint8), reduced.quota.copy()
+    missing = reduced.least.copy()
     for i in order:
-        if missing[reduced.group[i]] > 0 and chosen.sum() < reduced.max_removed:
+        if not reduced.exactly and np.all(missing <= 0):
+            break
+        if room[reduced.group[i]] > 0:
             chosen[i] = 1
-            missing[reduced.group[i]] -= reduced.weight[i]
+            room[reduced.group[i]] -= 1
+            missing -= reduced.weight[:, i]
     return chosen
 
 
@@ -122,7 +153,14 @@ def insert(pool: Pool, energy: float, bits: Bits, resolution: float) -> bool:
 
 @compiled
 def offer_removal(terms: Terms, removed: Ints, pool: Pool) -> None:
-    """Offer the removal of these variables to the pool, with its energy summed from scratch."""
+    """Offer the removal of these variables to the pool if it meets the budgets, with its energy summed from scratch."""
+    for k in range(len(terms.least)):
+        total = 0.0
+        for i in removed:
+            total += terms.weight[k, i]
+        if total < terms.least[k]:
+            return
+
     bits = np.zeros(pool.bits.shape[1], np.uint64)
     energy = 0.0
     for i in removed:
@@ -139,7 +177,7 @@ def toggle(bits: Bits, variable: int) -> None:
 
 
 @compiled
-def energy_and_field(terms: Terms, chosen: NDArray[np.uint8], field: Floats, bits: Bits) -> float:
+def energy_and_field(terms: Terms, chosen: Chosen, field: Floats, bits: Bits) -> float:
     """Energy of a removal from scratch; writes its field (n,) and its bits (words,)."""
     n = len(field)
     energy = 0.0
@@ -176,23 +214,36 @@ def move_energy(quadratic: Floats, field: Floats, out: int, into: int) -> float:
 
 
 @compiled
-def move_allowed(terms: Terms, total: float, count: int, out: int, into: int) -> bool:
-    """Whether a move leads from an allowed removal, of this weight and count, to another."""
-    if terms.equality:
-        return out >= 0 and into >= 0 and terms.group[out] == terms.group[into]
+def move_allowed(terms: Terms, totals: Floats, number: int, out: int, into: int) -> bool:
+    """Whether a move leads from an allowed removal, of these totals (budgets,) and this number, to another."""
+    if terms.exactly:
+        if out < 0 or into < 0 or terms.group[out] != terms.group[into]:
+            return False
+    elif number - (out >= 0) + (into >= 0) > terms.quota[0]:
+        return False
 
-    if out >= 0:
-        total -= terms.weight[out]
-        count -= 1
-    if into >= 0:
-        total += terms.weight[into]
-        count += 1
-
-    return total >= terms.need[0] and count <= terms.max_removed
+    for k in range(len(totals)):
+        total = totals[k]
+        if out >= 0:
+            total -= terms.weight[k, out]
+        if into >= 0:
+            total += terms.weight[k, into]
+        if total < terms.least[k]:
+            return False
+    return True
 
 
 @compiled
-def make_move(terms: Terms, chosen: NDArray[np.uint8], field: Floats, bits: Bits, out: int, into: int) -> None:
+def totals_of(terms: Terms, chosen: Chosen) -> Floats:
+    """What a removal (n,) has of every budget: (budgets,)."""
+    totals = np.zeros(len(terms.least))
+    for k in range(len(totals)):
+        totals[k] = np.sum(terms.weight[k] * chosen)
+    return totals
+
+
+@compiled
+def make_move(terms: Terms, chosen: Chosen, field: Floats, bits: Bits, out: int, into: int) -> None:
     if out >= 0:
         chosen[out] = 0
         toggle(bits, out)

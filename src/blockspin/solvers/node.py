@@ -1,9 +1,12 @@
 """The compiled part of branch and bound for one node: its lower bound, and what the bound fixes.
 
-On binary x the energy is q(x) = x^T A x + b^T x with A = Q - Diag(d) convex where the group sums are constant. In the
-scaled variables z = weight * x every group's constraint reads sum z = need, with 0 <= z <= top, so that moving z
-between two variables of a group keeps it. Because q is convex, q(z) + min over allowed y of grad q(z)^T (y - z) bounds
-the energy of everything below a node, from any z; the minimum is had by filling up the smallest gradients.
+On binary x the energy is q(x) = x^T A x + b^T x with A = Q - Diag(d) convex where the group sums are constant. Every
+budget w^T x >= least has a price p >= 0: the energy plus p (least - w^T x) is no higher where the budget is met, so a
+bound on it is a bound on the energy, whatever the price. The variables z of the relaxation have fixed sums in every
+group; without exact counts a slack variable takes up what is left.
+
+Because q is convex, q(z) + min over allowed y of grad q(z)^T (y - z) bounds the energy of everything below a node, from
+any z; the minimum is had by filling up the smallest gradients.
 """
 
 from __future__ import annotations
@@ -20,19 +23,23 @@ Assignment = NDArray[np.int8]  # per variable: 0 stays, 1 is removed, FREE
 FREE = -1
 ROUNDS = 12  # of descent and bounding, at most, per node
 STEPS = 6  # descent steps per group and round
+REPRICINGS = 3  # changes of a price that are tried, per budget and round
 PROMISING = 0.05  # share of the way to the level that another round must be able to make
 
 
 class Relaxed(NamedTuple):
-    """The convex form of a problem, in scaled variables; with a budget the last variable is its continuous slack."""
+    """The convex form of a problem; without exact counts the last variable is the slack of the one group."""
 
     a: Floats  # (v, v)
     b: Floats  # (v,)
-    top: Floats  # (v,) largest value of each variable
-    need: Floats  # (groups,)
-    weight: Floats  # (v,) top and need before scaling: whole numbers
-    whole_need: Floats  # (groups,)
+    top: Floats  # (v,) largest value of each variable: 1, of the slack the count
     group: Ints  # (v,) ascending
+    quota: Floats  # (groups,)
+    exactly: bool
+    weight: Floats  # (budgets, v) whole numbers
+    least: Floats  # (budgets,)
+    heavy: Ints  # (budgets, num_binary) the variables by group, in each the heaviest first
+    dearest: Floats  # (budgets,) prices stay below this, so that rounding stays below the guard
     first: Ints  # (groups + 1,) where each group starts
     diagonal: Floats  # (v,) of a
     num_binary: int  # v, or v - 1 with a slack
@@ -47,15 +54,19 @@ class Node(NamedTuple):
 
     assignment: Assignment  # (v,)
     z: Floats  # (v,)
-    gradient: Floats  # (v,)
+    gradient: Floats  # (v,) of the priced energy
     order: Ints  # (v,) variables by group, then about ascending in gradient
+    price: Floats  # (budgets,)
+    stride: Floats  # (budgets,) by how much a price changes next
     steps: Ints  # (1,) descent steps since the gradient was computed afresh
 
 
 @compiled
 def refresh(relaxed: Relaxed, node: Node) -> None:
-    """The gradient 2 A z + b, from scratch."""
+    """The gradient 2 A z + b - W^T price, from scratch."""
     node.gradient[:] = relaxed.b
+    for k in range(len(node.price)):
+        node.gradient[:] -= node.price[k] * relaxed.weight[k]
     node.steps[0] = 0
     for i in range(len(node.z)):
         if node.z[i] != 0.0:
@@ -79,39 +90,95 @@ def shift(relaxed: Relaxed, node: Node, variable: int, amount: float) -> None:
 
 
 @compiled
-def propagate(assignment: Assignment, weight: Floats, need: Floats, group: Ints, num_binary: int) -> int:
-    """Fix what the constraints sum weight * x = need force. Returns how many binaries stay free, -1 if none fits."""
+def propagate(
+    assignment: Assignment,
+    group: Ints,
+    quota: Floats,
+    exactly: bool,
+    weight: Floats,
+    least: Floats,
+    heavy: Ints,
+    num_binary: int,
+) -> int:
+    """Fix what counts and budgets force. Returns how many binaries stay free, -1 if nothing is allowed."""
     while True:
-        # By group: the weight that must still be removed, and the weight of what is free.
-        missing, room = need.copy(), np.zeros(len(need))
-        for i in range(len(assignment)):
+        # By group: how many must, or may, still go, and how many are free.
+        missing, free = quota.copy(), np.zeros(len(quota))
+        for i in range(num_binary):
             if assignment[i] == 1:
-                missing[group[i]] -= weight[i]
+                missing[group[i]] -= 1.0
             elif assignment[i] == FREE:
-                room[group[i]] += weight[i]
-        if np.any(missing < 0.0) or np.any(missing > room):
+                free[group[i]] += 1.0
+        if np.any(missing < 0.0) or (exactly and np.any(missing > free)):
             return -1
 
-        free, changed = 0, False
+        changed = False
         for i in range(num_binary):
-            if assignment[i] != FREE:
-                continue
             g = group[i]
-            if weight[i] > missing[g]:
-                assignment[i], changed = 0, True
-            elif weight[i] > room[g] - missing[g]:
-                assignment[i], changed = 1, True
-            else:
-                free += 1
+            if assignment[i] == FREE and (missing[g] == 0.0 or (exactly and missing[g] == free[g])):
+                assignment[i], changed = 0 if missing[g] == 0.0 else 1, True
+
+        # A budget counts on the heaviest that may go; the counts must be those of this assignment.
+        for k in range(len(least)):
+            if changed:
+                break
+            fixed = propagate_budget(assignment, group, missing, weight[k], least[k], heavy[k])
+            if fixed < 0:
+                return -1
+            changed = fixed > 0
 
         if not changed:
-            return free
+            return int(free.sum())
+
+
+@compiled
+def propagate_budget(
+    assignment: Assignment, group: Ints, missing: Floats, weight: Floats, least: float, heavy: Ints
+) -> int:
+    """Fix what one budget forces, where `missing` (groups,) more may go. Returns how many, -1 if it is out of reach."""
+    lacking = least
+    for i in range(len(heavy)):
+        if assignment[i] == 1:
+            lacking -= weight[i]
+    if lacking <= 0.0:
+        return 0
+
+    # The most that can be had: the heaviest of every group, `lightest` of them the last, `spare` the first left out.
+    room, taken = 0.0, np.zeros(len(missing))
+    lightest, spare = np.zeros(len(missing)), np.zeros(len(missing))
+    for i in heavy:
+        g = group[i]
+        if assignment[i] != FREE:
+            continue
+        if taken[g] < missing[g]:
+            room += weight[i]
+            lightest[g] = weight[i]
+        elif taken[g] == missing[g]:
+            spare[g] = weight[i]
+        taken[g] += 1.0
+    if room < lacking:
+        return -1
+
+    fixed, rank = 0, np.zeros(len(missing))
+    for i in heavy:
+        g = group[i]
+        if assignment[i] != FREE:
+            continue
+        if rank[g] < missing[g]:
+            if room - weight[i] + spare[g] < lacking:
+                assignment[i] = 1
+                fixed += 1
+        elif room - lightest[g] + weight[i] < lacking:
+            assignment[i] = 0
+            fixed += 1
+        rank[g] += 1.0
+    return fixed
 
 
 @compiled
 def repair(relaxed: Relaxed, node: Node) -> None:
     """Move z to the fixed values, and restore the group sums at the least first-order cost."""
-    lacking = relaxed.need.copy()
+    lacking = relaxed.quota.copy()
     for i in range(len(node.z)):
         if node.assignment[i] != FREE:
             wanted = relaxed.top[i] * node.assignment[i]
@@ -121,7 +188,7 @@ def repair(relaxed: Relaxed, node: Node) -> None:
 
     for g in range(len(lacking)):
         for _ in range(len(node.z)):
-            if abs(lacking[g]) <= 1e-15 * relaxed.need[g]:
+            if abs(lacking[g]) <= 1e-15 * relaxed.quota[g]:
                 break
 
             # The free variable with room in that direction that costs least: the lowest slope up, the highest down.
@@ -197,10 +264,12 @@ def set_limits(relaxed: Relaxed, node: Node, ceiling: Floats, floor: Floats) -> 
 
 @compiled
 def value(relaxed: Relaxed, node: Node) -> float:
-    """q(z), from the gradient."""
+    """q(z) with what the budgets cost, from the gradient."""
     total = 0.0
     for i in range(len(node.z)):
         total += node.z[i] * (node.gradient[i] + relaxed.b[i])
+    for k in range(len(node.price)):
+        total += node.price[k] * (2.0 * relaxed.least[k] - np.sum(relaxed.weight[k] * node.z))
     return relaxed.constant + 0.5 * total
 
 
@@ -225,13 +294,13 @@ def bound(relaxed: Relaxed, node: Node, low: Floats, high: Floats, filled: Float
     """
     sort_order(relaxed, node)
 
-    missing = relaxed.need.copy()
+    missing = relaxed.quota.copy()
     low[:] = -np.inf
     high[:] = np.inf
     change = 0.0
     for i in range(len(node.z)):
         if node.assignment[i] == 1:
-            missing[relaxed.group[i]] -= relaxed.top[i]
+            missing[relaxed.group[i]] -= 1.0
 
     # The vertex: in every group fill up the variables of the smallest gradients until its sum is reached.
     for i in node.order:
@@ -248,6 +317,44 @@ def bound(relaxed: Relaxed, node: Node, low: Floats, high: Floats, filled: Float
             high[g] = min(high[g], node.gradient[i])
 
     return value(relaxed, node) + change
+
+
+@compiled
+def reprice(relaxed: Relaxed, node: Node, at: float, low: Floats, high: Floats, filled: Floats) -> float:
+    """Change each price as long as that lifts the bound, now `at`; returns the bound, with its vertex in `filled`.
+
+    The bound is concave in the prices, and what its vertex lacks of a budget is its slope.
+    """
+    for k in range(len(node.price)):
+        for _ in range(REPRICINGS):
+            lacking = relaxed.least[k]
+            for i in range(relaxed.num_binary):
+                part = filled[i] if node.assignment[i] == FREE else float(node.assignment[i])
+                lacking -= relaxed.weight[k, i] * part
+            before = node.price[k]
+            wanted = before + (node.stride[k] if lacking > 0.0 else -node.stride[k])
+            change_price(relaxed, node, k, min(max(wanted, 0.0), relaxed.dearest[k]))
+            if lacking == 0.0 or node.price[k] == before:
+                break
+
+            higher = bound(relaxed, node, low, high, filled)
+            if higher > at:
+                at = higher
+                node.stride[k] *= 2.0
+                continue
+            change_price(relaxed, node, k, before)
+            node.stride[k] *= 0.3
+            at = bound(relaxed, node, low, high, filled)
+    return at
+
+
+@compiled
+def change_price(relaxed: Relaxed, node: Node, budget: int, price: float) -> None:
+    by = price - node.price[budget]
+    for i in range(len(node.gradient)):
+        node.gradient[i] -= by * relaxed.weight[budget, i]
+    node.price[budget] = price
+    node.steps[0] += 1
 
 
 @compiled
@@ -268,16 +375,23 @@ def fix_by_cost(
 
 
 @compiled
+def propagate_all(relaxed: Relaxed, node: Node) -> int:
+    """`propagate` for a node."""
+    r = relaxed
+    return propagate(node.assignment, r.group, r.quota, r.exactly, r.weight, r.least, r.heavy, r.num_binary)
+
+
+@compiled
 def tighten(relaxed: Relaxed, node: Node, level: float, lower: float) -> tuple[float, int]:
     """Bound a node and fix variables until it is cut off, decided, or not worth more work.
 
     Returns the bound (infinite when cut off) and the number of free binary variables.
     """
-    groups = len(relaxed.need)
+    groups = len(relaxed.quota)
     low, high, filled = np.empty(groups), np.empty(groups), np.zeros(len(node.z))
     ceiling, floor, gains = np.empty(len(node.z)), np.empty(len(node.z)), np.empty(len(node.z))
 
-    free = propagate(node.assignment, relaxed.weight, relaxed.whole_need, relaxed.group, relaxed.num_binary)
+    free = propagate_all(relaxed, node)
     if free <= 0:
         return (np.inf if free < 0 else lower), free
     repair(relaxed, node)
@@ -291,13 +405,16 @@ def tighten(relaxed: Relaxed, node: Node, level: float, lower: float) -> tuple[f
         if node.steps[0] > relaxed.refresh:
             refresh(relaxed, node)
 
-        at = bound(relaxed, node, low, high, filled) - relaxed.guard
+        at = bound(relaxed, node, low, high, filled)
+        if len(node.price) and at - relaxed.guard < level:
+            at = reprice(relaxed, node, at, low, high, filled)
+        at -= relaxed.guard
         lower = max(lower, at)
         if lower >= level:
             return np.inf, free
 
         if fix_by_cost(relaxed, node, level, at, low, high, filled):
-            free = propagate(node.assignment, relaxed.weight, relaxed.whole_need, relaxed.group, relaxed.num_binary)
+            free = propagate_all(relaxed, node)
             if free <= 0:
                 return (np.inf if free < 0 else lower), free
             repair(relaxed, node)

@@ -12,34 +12,49 @@ of two small matrices (Helmberg, Rendl, Vanderbei, Wolkowicz, SIAM J. Optim. 6, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..problem import Floats, Ints
 
 
+class Shift(NamedTuple):
+    """A diagonal d such that Q - Diag(d) is convex where counts hold; what the relaxation says besides."""
+
+    d: Floats  # (n,)
+    x: Floats  # (n,) the relaxed solution
+    price: Floats  # (budgets,) what a unit of each budget costs, none negative
+
+
 def convex_shift(
-    quadratic: Floats, linear: Floats, group: Ints, weight: Floats, need: Floats, equality: bool
-) -> tuple[Floats, Floats]:
+    quadratic: Floats, linear: Floats, group: Ints, quota: Floats, exactly: bool, weight: Floats, least: Floats
+) -> Shift:
     """d (n,) such that Q - Diag(d) is positive semidefinite where the group sums are constant, or everywhere.
 
-    Everywhere is for a budget. Any such d gives valid bounds; this one nearly maximises the bound. Also returns the
-    relaxed solution (n,).
+    Everywhere is for problems without exact counts. Any such d and prices give valid bounds; these nearly maximise the
+    bound.
     """
-    n = len(linear)
+    n, budgets = len(linear), len(least)
     scale = max(float(np.abs(quadratic).max()), float(np.abs(linear).max()) / n)
     if scale == 0.0:
-        return np.zeros(n), np.full(n, 0.5)
+        return Shift(np.zeros(n), np.full(n, 0.5), np.zeros(budgets))
 
+    # A budget is scaled to shares of what all variables have of it.
     q, c = quadratic / scale, linear / scale
-    w = _null_space(group, need) if equality else np.eye(n + 1)
-    budget = None if equality else (_weighing(weight / weight.sum()), float(need[0] / weight.sum()))
-    u, s = _interior_point(_homogenised(q, c), w, budget)
+    w = _null_space(group, quota) if exactly else np.eye(n + 1)
+    whole = np.maximum(weight.sum(axis=1), 1.0)  # (budgets,)
+    shares = np.zeros((budgets, n + 1, n + 1))
+    for k in range(budgets):
+        shares[k] = _weighing(weight[k] / whole[k])
+    u, s, price = _interior_point(_homogenised(q, c), w, shares, least / whole)
     x = np.clip((1.0 + s[0, 1:]) / 2.0, 0.0, 1.0)  # (n,)
 
     # C holds Q / 4, so Diag(u) in spins is d = 4 u in binaries. Of two safe shifts take that of the higher bound at x.
-    same = group if equality else None
+    same = group if exactly else None
     shifts = _made_safe(q, 4.0 * u[1:], same), _made_safe(q, np.zeros(n), same)
-    return max(shifts, key=lambda d: float(d @ (x - x * x))) * scale, x
+    best = max(shifts, key=lambda d: float(d @ (x - x * x)))
+    return Shift(best * scale, x, price * scale / whole)
 
 
 def even_shift(quadratic: Floats) -> Floats:
@@ -72,32 +87,41 @@ def _null_space(group: Ints, need: Floats) -> Floats:
 
 
 def _interior_point(
-    full: Floats, w: Floats, budget: tuple[Floats, float] | None, accuracy: float = 1e-4, rounds: int = 50
-) -> tuple[Floats, Floats]:
+    full: Floats, w: Floats, weighing: Floats, least: Floats, accuracy: float = 1e-4, rounds: int = 50
+) -> tuple[Floats, Floats, Floats]:
     """Solve the pair of programs above for C (n+1, n+1) and W (n+1, p): dual u (n+1,), always feasible, and primal S.
 
-    A budget (B, least) adds the constraint <B, S> - surplus = least, surplus >= 0, with multiplier price >= 0.
+    Each budget (B, least) adds the constraint <B, S> - surplus = least, surplus >= 0, with multiplier price >= 0:
+    weighing (budgets, n+1, n+1), least (budgets,). Also returns the prices (budgets,).
     """
-    cost, p = w.T @ full @ w, w.shape[1]  # (p, p)
-    heavy, least = (np.zeros((p, p)), 0.0) if budget is None else (w.T @ budget[0] @ w, budget[1])
+    cost, p, budgets = w.T @ full @ w, w.shape[1], len(least)
+    heavy = np.zeros((budgets, p, p))
+    for k in range(budgets):
+        heavy[k] = w.T @ weighing[k] @ w
 
-    # A start well inside both cones: Z the identity, u so low that the slack is positive definite.
-    price = surplus = 0.0 if budget is None else 1.0
-    u = np.full(len(w), np.linalg.eigvalsh(cost - price * heavy)[0] - 1.0)
-    z, slack = np.eye(p), cost - price * heavy - (w.T * u) @ w
+    # A start well inside all cones: Z the identity, u so low that the slack is positive definite.
+    price, surplus = np.ones(budgets), np.ones(budgets)
+    priced = cost - heavy.sum(axis=0)
+    u = np.full(len(w), np.linalg.eigvalsh(priced)[0] - 1.0)
+    z, slack = np.eye(p), priced - (w.T * u) @ w
     mu = float(np.sum(z * slack)) / p / 2.0
 
     for _ in range(rounds):
         # Newton's equations for Z slack = mu, reduced to the multipliers: (W Z W^T) o (W slack^-1 W^T), elementwise
-        # because every constraint has rank one; a budget adds a row and a column.
+        # because every constraint has rank one; every budget adds a row and a column.
         inverse = np.linalg.inv(slack)
         wz, wi = w @ z, w @ inverse
         system, right = (wz @ w.T) * (wi @ w.T), 1.0 - mu * np.einsum("ip,ip->i", wi, w)
-        if budget is not None:
-            mixed = np.einsum("ip,ip->i", wz @ heavy, wi)
-            own = float(np.sum((heavy @ z @ heavy) * inverse)) + surplus / price
-            system = np.block([[system, mixed[:, None]], [mixed[None, :], np.array([[own]])]])
-            right = np.append(right, least - mu * float(np.sum(heavy * inverse)) + mu / price)
+        if budgets:
+            mixed, own = np.zeros((len(w), budgets)), np.diag(surplus / price)
+            for k in range(budgets):
+                moved = z @ heavy[k] @ inverse  # (p, p)
+                mixed[:, k] = np.einsum("ip,ip->i", w @ moved, w)
+                for j in range(budgets):
+                    own[j, k] += float(np.sum(heavy[j] * moved))
+            given = np.einsum("kij,ij->k", heavy, inverse)  # (budgets,)
+            system = np.block([[system, mixed], [mixed.T, (own + own.T) / 2.0]])
+            right = np.append(right, least - mu * given + mu / price)
 
         try:
             solution = np.linalg.solve(system, right)
@@ -105,27 +129,34 @@ def _interior_point(
             break
 
         # The directions of all unknowns; that of Z is made symmetric.
-        du, dprice = solution[: len(u)], float(solution[len(u)]) if budget is not None else 0.0
-        ds = -(w.T * du) @ w - dprice * heavy
+        du, dprice = solution[: len(u)], solution[len(u) :]
+        ds = -(w.T * du) @ w - np.einsum("k,kij->ij", dprice, heavy)
         change = -z @ ds @ inverse
         dz = mu * inverse - z + (change + change.T) / 2.0
+        dsurplus = mu / price - surplus - surplus * dprice / price
 
         # As far as everything stays inside its cone.
-        step_z, step_s = _largest_step(z, dz), _largest_step(slack, ds)
-        if budget is not None:
-            dsurplus = mu / price - surplus - surplus * dprice / price
-            step_z = min(step_z, 0.95 * surplus / -dsurplus if dsurplus < 0.0 else 1.0)
-            step_s = min(step_s, 0.95 * price / -dprice if dprice < 0.0 else 1.0)
-            surplus, price = surplus + step_z * dsurplus, price + step_s * dprice
+        step_z = min(_largest_step(z, dz), _largest_ratio(surplus, dsurplus))
+        step_s = min(_largest_step(slack, ds), _largest_ratio(price, dprice))
         z, u, slack = z + step_z * dz, u + step_s * du, slack + step_s * ds
+        surplus, price = surplus + step_z * dsurplus, price + step_s * dprice
 
         # After long steps aim far down, after short ones stay near the centre.
-        gap = float(np.sum(z * slack)) + surplus * price
+        gap = float(np.sum(z * slack) + surplus @ price)
         mu = gap / p * (0.1 if step_z + step_s > 1.6 else 0.5)
-        if gap < accuracy * (1.0 + abs(float(u.sum()) + least * price)) and step_z > 0.9:
+        if gap < accuracy * (1.0 + abs(float(u.sum() + least @ price))) and step_z > 0.9:
             break
 
-    return u, w @ z @ w.T
+    return u, w @ z @ w.T, price
+
+
+def _largest_ratio(values: Floats, change: Floats) -> float:
+    """Nearly the longest step, at most 1, after which positive values (budgets,) still are."""
+    step = 1.0
+    for value, by in zip(values.tolist(), change.tolist(), strict=True):
+        if by < 0.0:
+            step = min(step, 0.95 * value / -by)
+    return step
 
 
 def _largest_step(matrix: Floats, change: Floats) -> float:

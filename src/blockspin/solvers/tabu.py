@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..problem import RemovalProblem
 from .compiled import compiled
 from .moves import (
+    Chosen,
     Pool,
     Terms,
     empty_pool,
@@ -25,6 +26,7 @@ from .moves import (
     move_energy,
     pool_rows,
     terms_of,
+    totals_of,
     worst,
 )
 from .relaxation import convex_shift
@@ -54,7 +56,7 @@ def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop:
     terms = terms_of(problem.reduced, problem.resolution)
     pool = empty_pool(states, n)
     rng = np.random.default_rng(seed)
-    _, relaxed = convex_shift(*terms[:6])  # (n,)
+    relaxed = convex_shift(*terms[:7]).x  # (n,)
 
     for done in range(restarts):
         if done and stop.expired():
@@ -80,7 +82,7 @@ def add_neighbours(terms: Terms, pool: Pool, num_variables: int, stop: Stop) -> 
 
 
 @compiled
-def walk(terms: Terms, chosen: NDArray[np.uint8], steps: int, seed: int, pool: Pool) -> None:
+def walk(terms: Terms, chosen: Chosen, steps: int, seed: int, pool: Pool) -> None:
     """One tabu search from a removal (n,), which it changes; offers every evaluated removal to the pool."""
     n = len(chosen)
     np.random.seed(seed)  # noqa: NPY002 (compiled code has only this generator)
@@ -111,7 +113,7 @@ def walk(terms: Terms, chosen: NDArray[np.uint8], steps: int, seed: int, pool: P
 @compiled
 def best_move(
     terms: Terms,
-    chosen: NDArray[np.uint8],
+    chosen: Chosen,
     field: NDArray[np.float64],
     bits: NDArray[np.uint64],
     energy: float,
@@ -121,9 +123,8 @@ def best_move(
     pool: Pool,
 ) -> tuple[float, int, int]:
     """The best allowed move that is not tabu, or leads below the lowest energy; offers all to the pool."""
-    ins, outs = members(chosen, 1, terms.equality), members(chosen, 0, terms.equality)
-    total = np.sum(terms.weight * chosen)
-    count = int(np.sum(chosen))
+    ins, outs = members(chosen, 1, terms.exactly), members(chosen, 0, terms.exactly)
+    totals, number = totals_of(terms, chosen), int(np.sum(chosen))
     best, best_out, best_into = np.inf, -1, -1
     cut = worst(pool)
 
@@ -132,7 +133,7 @@ def best_move(
             change = move_energy(terms.quadratic, field, out, into) if out >= 0 or into >= 0 else np.inf
             if change >= best and energy + change >= cut:
                 continue
-            if not move_allowed(terms, total, count, out, into):
+            if not move_allowed(terms, totals, number, out, into):
                 continue
 
             if energy + change < cut:
@@ -148,7 +149,7 @@ def best_move(
 
 
 @compiled
-def members(chosen: NDArray[np.uint8], value: int, equality: bool) -> NDArray[np.int64]:
-    """The variables of this value; with a budget, where a move may be one-sided, also -1."""
+def members(chosen: Chosen, value: int, exactly: bool) -> NDArray[np.int64]:
+    """The variables of this value; where a move may be one-sided, also -1."""
     listed = np.flatnonzero(chosen == value)
-    return listed if equality else np.append(listed, -1)
+    return listed if exactly else np.append(listed, -1)

@@ -16,8 +16,7 @@ def branching_variable(relaxed: Relaxed, node: Node) -> int:
     best, most = -1, -1.0
     for i in range(relaxed.num_binary):
         if node.assignment[i] == FREE:
-            share = node.z[i] / relaxed.top[i]
-            gain = np.sqrt(min(share, 1.0 - share)) * relaxed.diagonal[i] * relaxed.top[i] ** 2
+            gain = np.sqrt(min(node.z[i], 1.0 - node.z[i])) * relaxed.diagonal[i]
             if gain > most:
                 best, most = i, gain
     return best
@@ -25,10 +24,8 @@ def branching_variable(relaxed: Relaxed, node: Node) -> int:
 
 @compiled
 def keep_leaf(terms: Terms, assignment: Assignment, pool: Pool) -> None:
-    """Offer a removal, given by the assignment (n,) of all variables, to the pool; unless it removes too much."""
-    removed = np.flatnonzero(assignment == 1)
-    if len(removed) <= terms.max_removed:
-        offer_removal(terms, removed, pool)
+    """Offer a removal, given by the assignment (n,) of all variables, to the pool."""
+    offer_removal(terms, np.flatnonzero(assignment == 1), pool)
 
 
 @compiled
@@ -78,7 +75,7 @@ def explore(
 
         # The child that rounding would choose is pushed last, and so walked first: it leads to low removals soon.
         variable = branching_variable(relaxed, node)
-        first = 1 if node.z[variable] > 0.5 * relaxed.top[variable] else 0
+        first = 1 if node.z[variable] > 0.5 else 0
         for side in (1 - first, first):
             node.assignment[variable] = side
             put_node(node, stack, height)
@@ -93,6 +90,8 @@ def copy_node(stack: Node, row: int, node: Node) -> None:
     node.z[:] = stack.z[row]
     node.gradient[:] = stack.gradient[row]
     node.order[:] = stack.order[row]
+    node.price[:] = stack.price[row]
+    node.stride[:] = stack.stride[row]
     node.steps[:] = stack.steps[row]
 
 
@@ -102,4 +101,6 @@ def put_node(node: Node, stack: Node, row: int) -> None:
     stack.z[row] = node.z
     stack.gradient[row] = node.gradient
     stack.order[row] = node.order
+    stack.price[row] = node.price
+    stack.stride[row] = node.stride
     stack.steps[row] = node.steps
