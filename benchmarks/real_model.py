@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="another model, to try the script itself")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
 
     # Of the conversations the first are held out, and each draw takes the next.

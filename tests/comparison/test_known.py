@@ -13,8 +13,10 @@ from conftest import Command
 from blockspin.comparison import run
 from blockspin.comparison.known import known_removals, paper_models
 from blockspin.comparison.methods import known_methods
+from blockspin.comparison.report import write_report
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
+from blockspin.energies import Energies
 from blockspin.model.losses import mean_loss
 from blockspin.problem import RemovalProblem
 from blockspin.surgery.memory import remove_blocks
@@ -48,7 +50,7 @@ def test_a_users_removals_are_measured(
         "max_length": 16,
         "states": 3,
     }
-    config = CompressConfig(str(tiny_folder), str(text_file), remove=2, energy="secant", **sizes)
+    config = CompressConfig(str(tiny_folder), str(text_file), remove=2, energy="fitted", **sizes)
     monkeypatch.setattr(run, "methods", lambda config: [])
     found = run.compare(config, {"2": 2}, tmp_path / "out", against=str(table))
     assert {row.method: row.removed for row in found.rows} == {"original": (), "ours": (1, 3), "theirs": (0, 1)}
@@ -60,6 +62,9 @@ def test_a_users_removals_are_measured(
     for row in found.rows:
         assert row.loss == pytest.approx(mean_loss(remove_blocks(model, row.removed), samples), rel=1e-5)
 
+    # The energies were made for this goal, and the page finds them.
+    assert Energies.load(tmp_path / "out" / "fitted-2.safetensors").metadata["goal"] == "2"
+    assert write_report(tmp_path / "out").exists()
     with pytest.raises(ValueError, match="other settings"):
         run.compare(config, {"2": 2}, tmp_path / "out")
 

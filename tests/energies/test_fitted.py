@@ -3,6 +3,7 @@ models built without the blocks, goals, files, resuming and errors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 
 from blockspin.comparison.figures import spearman
 from blockspin.energies import Energies
+from blockspin.energies.design import CHECKED, unmeasured_lowest
 from blockspin.energies.fitted import Fitted, fit_removals
-from blockspin.energies.measurements import SINGLES_SAMPLES
+from blockspin.energies.measurements import SINGLES_SAMPLES, Measurements
 from blockspin.energies.quadratic import RATIOS, fit_quadratic, resemblance
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import measured
-from blockspin.problem import Block, RemovalProblem
+from blockspin.problem import Block, Removal, RemovalProblem
 from blockspin.solvers import solve
 from blockspin.surgery.memory import remove_blocks
 
@@ -42,6 +44,13 @@ def six_blocks() -> tf.PreTrainedModel:
                 if parameter.ndim == 2:
                     parameter.mul_(4.0)
     return model
+
+
+class Known(Measurements):
+    """Nothing but the removals that were measured."""
+
+    def __init__(self, removals: list[Removal]) -> None:
+        self.removals = removals
 
 
 def every_removal(num_blocks: int, sizes: range) -> NDArray[np.bool_]:
@@ -198,6 +207,52 @@ def test_only_removals_that_meet_the_goal_are_measured() -> None:
     assert (half.removed.sum(axis=1) >= 3).all()  # the blocks are equally large
     with pytest.raises(ValueError, match="only 3 of 6"):
         fit_removals(model, SAMPLES, goal=4, protect=[0, 1, 2], progress=False)
+
+
+def test_what_is_lowest_has_been_measured() -> None:
+    """However few passes there are: nothing that contradicts nothing is left at the bottom."""
+    model, goal = six_blocks(), 3
+    found = fit_removals(model, SAMPLES, goal=goal, passes=60, progress=False)
+    known = {tuple(np.flatnonzero(row).tolist()) for row in found.removed}
+    lowest = solve(RemovalProblem(found.hessian, goal, blocks=found.blocks), states=CHECKED).states
+    assert {state.removed for state in lowest} <= known
+
+
+def test_states_that_were_not_measured_are_found() -> None:
+    problem = RemovalProblem(planted_form(6), 3)
+    lowest = [state.removed for state in solve(problem, states=CHECKED).states]
+    known = Known([lowest[0], lowest[2]])
+    assert unmeasured_lowest([problem], problem.hessian, known) == [lowest[1], lowest[3]]
+    assert unmeasured_lowest([problem, problem], problem.hessian, known) == []  # of several, only the ground states
+
+
+def test_further_measurements_are_fitted_like_the_first(fitted: Fitted) -> None:
+    """Those of one sample, handed over later, give the form that all of them give at once."""
+    last = fitted.sample == fitted.sample.max()
+    first = replace(
+        fitted, removed=fitted.removed[~last], sample=fitted.sample[~last], divergence=fitted.divergence[~last]
+    )
+    rows = fitted.removed[last].astype(np.bool_)
+    together = first.extended(rows, fitted.divergence[last], np.ones(len(rows)))
+    at_once = replace(fitted, divergence=np.concatenate([first.divergence, fitted.divergence[last]]))
+    at_once = replace(
+        at_once,
+        removed=np.concatenate([first.removed, fitted.removed[last]]),
+        sample=np.concatenate([first.sample, fitted.sample[last]]),
+    )
+    np.testing.assert_allclose(together.hessian, at_once.hessian, atol=1e-6 * np.abs(at_once.hessian).max())
+
+
+def test_means_of_more_samples_weigh_more(fitted: Fitted) -> None:
+    """A removal that is said to be far worse than it was: the more samples say so, the more it counts."""
+    row, before = fitted.removed[:1].astype(np.bool_), fitted.divergence[:1]
+    others = fitted.removed[5:15].astype(np.bool_)
+    energies = []
+    for number in (1.0, 100.0):
+        values = np.concatenate([100 * before, fitted.divergence[5:15]])
+        changed = fitted.extended(np.concatenate([row, others]), values, np.full(11, number))
+        energies.append(values_of(changed.hessian, row)[0] - values_of(changed.hessian, others).mean())
+    assert energies[1] > energies[0]
 
 
 def test_the_file_holds_all(tmp_path: Path, fitted: Fitted) -> None:

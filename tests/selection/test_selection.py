@@ -14,6 +14,7 @@ from conftest import random_samples
 from numpy.typing import NDArray
 
 from blockspin import baselines
+from blockspin.energies.fitted import Fitted
 from blockspin.energies.removals import gauss_newton
 from blockspin.files import write_json
 from blockspin.model.passes import passes_of_walk
@@ -167,6 +168,36 @@ def test_the_luckiest_measurement_is_not_chosen() -> None:
         regrets.append([truth.energy(expected), truth.energy(book.best()), base.min()])
     of_expected, of_lowest, of_best = np.mean(regrets, axis=0)
     assert of_expected - of_best < 0.7 * (of_lowest - of_best)
+
+
+def test_fitted_energies_and_the_selections_measurements_are_one_body() -> None:
+    """What energies have seen of the low states counts as much as what the selection sees of them."""
+    generator = np.random.default_rng(1)
+    removals = list(combinations(range(8), 4))
+    rows = np.array([np.isin(range(8), removed) for removed in removals])
+    blocks = tuple(Block(i, "attention+mlp", 1) for i in range(8))
+    with_both, alone = [], []
+    for _ in range(20):
+        half = 0.05 * generator.normal(size=(8, 8))
+        truth = RemovalProblem(half + half.T, 4)
+        base = truth.energies(rows)
+
+        # Eight samples each, on which the logarithm of every divergence scatters.
+        seen, to_see = np.exp(base[:, None] + 0.3 * generator.normal(size=(2, len(rows), 8)))
+        fitted = Fitted(
+            removed=np.repeat(rows, 8, axis=0).astype(np.uint8),
+            sample=np.tile(np.arange(8, dtype=np.uint32), len(rows)),
+            divergence=seen.ravel(),
+            singles=np.ones(8),
+            blocks=blocks,
+        )
+        book = object.__new__(Ledger)
+        book.values = dict(zip(removals, to_see, strict=True))
+        book.weights, book.logarithmic = np.ones(8), True
+        problem = truth.with_energy(fitted.hessian)
+        with_both.append(truth.energy(expected_best(book, problem, fitted=fitted)) - base.min())
+        alone.append(truth.energy(book.best()) - base.min())
+    assert np.mean(with_both) < 0.6 * np.mean(alone)
 
 
 def test_changes_of_divergences_are_logarithmic(model: tf.PreTrainedModel) -> None:

@@ -69,6 +69,13 @@ def energies(
     data: DataSettings,
     loading: LoadingSettings,
     out: Out = Path("energies.safetensors"),
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            "--remove",
+            help="What they are for (8, 25%, moe=2): `fitted` energies are more accurate for one goal than for all.",
+        ),
+    ] = None,
 ) -> None:
     """Compute what the energies of a model are made of once; solve for any number of removals from the file.
 
@@ -76,11 +83,13 @@ def energies(
     """
     from ..pipeline.stages import energies_stage
 
+    goal = None if remove is None else parse_remove(remove)
+
     with locked(out):
         refuse_existing(out)
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
         metadata = {"model": model, "calibration": calibration}
-        result = energies_stage(energy, open_model(model, loading), samples, out, metadata)
+        result = energies_stage(energy, open_model(model, loading), samples, out, metadata, goal=goal)
     console.print(f"{energy.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
 
 

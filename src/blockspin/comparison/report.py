@@ -27,7 +27,7 @@ from .figures import (
     states_figure,
 )
 from .methods import PAPER
-from .results import ORIGINAL, Comparison, Row, averaged
+from .results import ORIGINAL, Comparison, Row, averaged, energy_key
 
 _WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
 _IN_PAGE = ("method", "KL", "loss above", "perplexity", "top-1", "parameters", "speed")
@@ -88,8 +88,9 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     names = list(dict.fromkeys([comparison.settings["energy"], PAPER]))  # one, if ours is the paper's
     hessians = {}
     for name in names:
-        energies = load_energies(folder / f"{name}.safetensors")
-        hessians[name] = energies.hessian
+        for kept in dict.fromkeys(energy_key(name, goal) for goal in comparison.landscape):
+            energies = load_energies(folder / f"{kept}.safetensors")
+            hessians[kept] = energies.hessian
     depth = len(energies.blocks)
 
     # A panel for each goal and energy; those of one goal stay together.

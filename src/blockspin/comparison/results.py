@@ -21,6 +21,11 @@ RANDOM = "random"  # the method with several draws
 AVERAGED = ("loss", "kl", "agreement", "num_parameters", "num_bytes", "tokens_per_second", "passes", "seconds")
 
 
+def energy_key(energy: str, goal: str) -> str:
+    """Under which energies and their cost are kept: with the goal where they are made for one."""
+    return f"{energy}-{goal}" if energy == "fitted" else energy
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a method removes for a goal ("8", "moe=2", "25%"), and what finding it cost.

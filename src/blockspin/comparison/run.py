@@ -38,7 +38,7 @@ from ..surgery.memory import remove_blocks
 from .cost import MethodCost
 from .known import Known, known_removals
 from .methods import PAPER, Case, Method, Setup, known_methods, methods
-from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row
+from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row, energy_key
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 LANDSCAPE_SEED = 1000  # added to the seed of the run: others than the draws of the method "random"
@@ -90,10 +90,10 @@ def complete(
     comparison.save(file)
 
     setup = Setup(trace_model(model), samples, config, removable, comparison.costs)
-    for name in dict.fromkeys([config.energy, PAPER]):
-        setup.energies[name] = energies_of(setup, name, out, lambda: comparison.save(file))
-
     for name, goal in goals.items():
+        # Fitted energies are made for each goal, as a run of `compress` makes them; others are read again.
+        for energy in dict.fromkeys([config.energy, PAPER]):
+            setup.energies[energy] = energies_of(setup, energy, name, goal, out, lambda: comparison.save(file))
         case = pose_case(setup, name, goal, out)
         finished = {choice.method for choice in comparison.choices_for(name)}
         for method in [*methods(config), *known_methods(known, case.problem)]:
@@ -123,12 +123,13 @@ def open_comparison(config: CompressConfig, out: Path, against: str | None = Non
     return Comparison(json.loads(json.dumps(settings)))
 
 
-def energies_of(setup: Setup, name: str, out: Path, save: Callable[[], None]) -> Energies:
+def energies_of(setup: Setup, name: str, goal_name: str, goal: Goal, out: Path, save: Callable[[], None]) -> Energies:
     """An energies file, and what it cost: an interrupted estimate adds to what was spent before.
 
     save: writes the comparison, whose costs are those of `setup`.
     """
-    config, key, path = setup.config, f"energy {name}", out / f"{name}.safetensors"
+    kept = energy_key(name, goal_name)
+    config, key, path = setup.config, f"energy {kept}", out / f"{kept}.safetensors"
     before = setup.costs.get(key, MethodCost())
     was_there = path.is_file()
 
@@ -143,6 +144,8 @@ def energies_of(setup: Setup, name: str, out: Path, save: Callable[[], None]) ->
             setup.samples.calibration[: config.samples_for(name)],
             path,
             origin(config),
+            goal=goal,
+            protect=config.protect,
         )
     if was_there:
         setup.costs.setdefault(key, cost)
@@ -164,7 +167,7 @@ def pose_case(setup: Setup, name: str, goal: Goal, out: Path) -> Case:
         solving = MethodCost(seconds=spectrum.seconds)
         setup.costs[f"solve {energy} {name}"] = solving
         problems[energy], spectra[energy] = problem, spectrum
-        costs[energy] = setup.costs[f"energy {energy}"] + solving
+        costs[energy] = setup.costs[f"energy {energy_key(energy, name)}"] + solving
     return Case(setup, name, problems, spectra, costs)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial as with_arguments
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import GRADIENT_ENERGIES
 from ..model.batches import BatchSize
-from ..problem import Units
+from ..problem import Goal, Units
 from .energies import Energies
 from .fitted import fit_removals
 from .gradients import estimate_gradients
@@ -36,6 +37,8 @@ def estimate_energies(
     *,
     batch_size: BatchSize = "auto",
     units: Units = "blocks",
+    goal: Goal | None = None,
+    protect: Iterable[int] = (),
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
     metadata: dict[str, str] | None = None,
@@ -44,6 +47,8 @@ def estimate_energies(
     """The energies of a model by the name of their kind, one of `ENERGIES`.
 
     units: what one spin stands for: a block, or each of its residual branches.
+    goal, protect: what the energies are for. Only `fitted` ones need to know: for one goal they are more accurate than
+        for all. None: any number of blocks.
 
     Raises:
         ValueError: unknown name, unusable samples or model, or a partial file of something else.
@@ -51,15 +56,21 @@ def estimate_energies(
     if energy not in ENERGIES:
         raise ValueError(f"unknown energy {energy!r}; choose one of {', '.join(ENERGIES)} (--energy)")
 
-    # Only gradients have a backward pass, in which memory can be saved.
-    options = {"gradient_checkpointing": gradient_checkpointing} if energy in GRADIENT_ENERGIES else {}
+    # Only gradients have a backward pass, in which memory can be saved; only fitted forms are made for a goal.
+    options: dict[str, Any] = {}
+    about = {**(metadata or {}), "energy": energy}
+    if energy in GRADIENT_ENERGIES:
+        options["gradient_checkpointing"] = gradient_checkpointing
+    elif energy == "fitted" and goal is not None:
+        options |= {"goal": goal, "protect": protect}
+        about["goal"] = str(goal)
     return ENERGIES[energy](
         model,
         samples,
         batch_size=batch_size,
         units=units,
         partial=partial,
-        metadata={**(metadata or {}), "energy": energy},
+        metadata=about,
         progress=progress,
         **options,
     )

@@ -15,6 +15,8 @@ from .measurements import Measurements, logarithms
 
 BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
 LOWEST = 20  # low states among which the next removals are chosen
+CHECKED = 4  # lowest states that must have been measured
+CHECK_SECONDS = 20.0  # for finding them
 
 
 def problems_for(
@@ -77,10 +79,24 @@ def lowest_removals(
             yield removed
 
 
+def unmeasured_lowest(problems: Sequence[RemovalProblem], form: Floats, known: Measurements) -> list[Removal]:
+    """Of the `CHECKED` lowest states, or of the ground state where there are several problems, those not measured yet.
+
+    A search that starts from good removals does not see what the exact solver sees: states unlike any measured one, for
+    which the form (N, N) is too low because nothing has contradicted it.
+    """
+    times, states = known.times(), CHECKED if len(problems) == 1 else 1
+    lowest: dict[Removal, None] = {}
+    for problem in problems:
+        spectrum = solve(problem.with_energy(form), states=states, time_limit=CHECK_SECONDS)
+        lowest |= {state.removed: None for state in spectrum.states}
+    return [removed for removed in lowest if not times[removed]]
+
+
 def affordable(traced: TracedModel, wanted: Iterator[Removal], passes: float) -> list[Removal]:
     """The first of the wanted removals, each once, that can be measured on one sample in about so many passes."""
     taken: dict[Removal, None] = {}
-    most = int(2 * passes) + 1  # where there are few removals, the same ones come again and again
+    most = int(4 * passes) + 1  # where there are few removals, the same ones come again and again
     for _ in range(most):
         taken[next(wanted)] = None
         if num_passes(traced, [(), *taken]) > passes:

@@ -21,14 +21,15 @@ from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Goal, Units, check_goal
+from ..problem import Block, Floats, Goal, RemovalProblem, Units, check_goal
 from ..progress import bar
-from .design import affordable, lowest_removals, problems_for, random_removals
+from .design import affordable, lowest_removals, problems_for, random_removals, unmeasured_lowest
 from .energies import Energies
 from .measurements import SINGLES_SAMPLES, Measurements, logarithms
 from .quadratic import QuadraticFit, fit_quadratic
 
 PASSES_PER_BLOCK = 24  # forward passes over one sample, for each block of the model and one for the whole
+MOST_CHECKS = 8  # of the lowest states at the end; one or two are enough as a rule
 LEAST_TURN = 16  # passes of a turn at least: what a sample costs before anything is removed is then a small part
 
 
@@ -39,6 +40,7 @@ class Fitted(Energies):
     removed: (K, N), one row of zeros and ones for each measurement. sample: (K,), the sample it was made on.
     divergence: (K,), KL divergence from the whole model, nats a token. singles: (N,), the same without each block.
     ratio: that of `fit_quadratic`, where it is known already; not kept in the file.
+    weight: (K,), how many samples each divergence is the mean of; None: one. Not kept in the file.
     """
 
     shapes: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -55,6 +57,7 @@ class Fitted(Energies):
     blocks: tuple[Block, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     ratio: float | None = None
+    weight: Floats | None = None
 
     @property
     def hessian(self) -> Floats:
@@ -76,7 +79,23 @@ class Fitted(Energies):
             removed=self.removed[rows],
             sample=self.sample[rows],
             divergence=self.divergence[rows],
+            weight=None if self.weight is None else self.weight[rows],
             ratio=self._fit.ratio,
+        )
+
+    def extended(self, removed: NDArray[np.bool_], divergence: Floats, number: Floats) -> Fitted:
+        """With further measurements, on samples of their own that all of them share: the form fits both.
+
+        removed: (K', N). divergence: (K',), means over `number` (K',) samples each, up to a common factor.
+        """
+        ones, further = np.ones(len(self.sample)), np.full(len(removed), self.sample.max() + 1, dtype=np.uint32)
+        return replace(
+            self,
+            removed=np.concatenate([self.removed, removed.astype(np.uint8)]),
+            sample=np.concatenate([self.sample, further]),
+            divergence=np.concatenate([self.divergence, divergence]),
+            weight=np.concatenate([ones if self.weight is None else self.weight, number]),
+            ratio=None,
         )
 
     @cached_property
@@ -87,7 +106,8 @@ class Fitted(Energies):
         basis = np.column_stack([samples, singles, share, share**2]).astype(np.float64)
 
         removed, values = self.removed.astype(np.bool_), logarithms(self.divergence)
-        return fit_quadratic(removed, values, basis, blocks=self.blocks, ratio=self.ratio)
+        noise = None if self.weight is None else 1 / self.weight
+        return fit_quadratic(removed, values, basis, noise=noise, blocks=self.blocks, ratio=self.ratio)
 
 
 def fit_removals(
@@ -109,11 +129,13 @@ def fit_removals(
     First each single block is removed, on two samples. Then every sample has two turns, so that what is special about
     it cancels. In the first ones random removals are measured, in the second ones the lowest states of the form that
     fits all measurements so far, and of one fitted to a bootstrap replicate of them, which explores what is uncertain.
+    At last what is lowest is measured where it has not been: far from everything measured a form can be far too low.
 
     samples: as many of them are used as have turns of `LEAST_TURN` passes at least.
     goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
         blocks. Protected blocks are in none of them.
-    passes: forward passes over one sample, in all; by default `PASSES_PER_BLOCK` for each block and one for the whole.
+    passes: forward passes over one sample, but for the last few; by default `PASSES_PER_BLOCK` for each block and one
+        for the whole.
     batch_size: of the single removals; the others are measured on one sample at a time.
     units: what one spin stands for: a block, or each of its residual branches.
     partial: a file that keeps what was measured, so that the same call continues it.
@@ -149,7 +171,20 @@ def fit_removals(
             share = (budget - known.passes) / (turns - turn)
             known.add(affordable(traced, wanted, share), turn % len(used))
             display.update(task, completed=round(known.passes))
+
+    _measure_lowest(known, problems, traced, len(used))
     return replace(_energies(known, traced), metadata=metadata or {})
+
+
+def _measure_lowest(
+    known: Measurements, problems: Sequence[RemovalProblem], traced: TracedModel, num_samples: int
+) -> None:
+    """Measure the lowest states that have not been measured, until there are none."""
+    for check in range(MOST_CHECKS):
+        unseen = unmeasured_lowest(problems, _energies(known, traced).hessian, known)
+        if not unseen:
+            break
+        known.add(unseen, check % num_samples)
 
 
 def _energies(known: Measurements, traced: TracedModel) -> Fitted:

@@ -108,7 +108,15 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         check_streaming(config)
     config.save(out / "run.yaml")
 
-    energies = energies_stage(config, model, samples.calibration, out / "energies.safetensors", origin(config))
+    energies = energies_stage(
+        config,
+        model,
+        samples.calibration,
+        out / "energies.safetensors",
+        origin(config),
+        goal=config.remove,
+        protect=config.protect,
+    )
 
     # The removals of lowest energy, among those that a configuration can express.
     removable = Removable(model_config, trust_remote_code=remote)

@@ -96,9 +96,18 @@ def origin(config: CompressConfig) -> dict[str, str]:
 
 
 def energies_stage(
-    settings: EnergySettings, model: nn.Module, samples: Sequence[Tensor], path: Path, metadata: dict[str, str]
+    settings: EnergySettings,
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    path: Path,
+    metadata: dict[str, str],
+    goal: Goal | None = None,
+    protect: Sequence[int] = (),
 ) -> Energies:
-    """The energies file: read, or computed, continuing where an interrupted run stopped."""
+    """The energies file: read, or computed, continuing where an interrupted run stopped.
+
+    goal, protect: what the energies are for, of `estimate_energies`.
+    """
     with _journal(path) as partial:
         if not path.is_file():
             estimate_energies(
@@ -106,6 +115,8 @@ def energies_stage(
                 model,
                 samples,
                 batch_size=settings.batch_size,
+                goal=goal,
+                protect=protect,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 partial=partial,
                 metadata=metadata,
@@ -135,6 +146,14 @@ def pose_problem(energies: Energies, remove: Goal, settings: SolvingSettings) ->
     Raises:
         ValueError: no removal meets the goal.
     """
+    made_for = energies.metadata.get("goal", str(remove))
+    if made_for != str(remove):
+        console.print(
+            f"These energies are fitted to removals of {made_for} and say less of others: for {remove} compute them "
+            "with --remove, or without --remove for any number of blocks.",
+            soft_wrap=True,
+            highlight=False,
+        )
     goal: dict[str, Any] = {"remove_parameters" if isinstance(remove, float) else "remove": remove}
     return RemovalProblem(
         energies.hessian,

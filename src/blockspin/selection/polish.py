@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..energies.fitted import Fitted
 from ..problem import Removal, RemovalProblem
 from ..solvers import solve
 from ..solvers.candidates import swaps
@@ -14,11 +15,16 @@ PROPOSALS = 32  # removals that enter the race of a polishing round; most leave 
 
 
 def polish(
-    ledger: Ledger, problem: RemovalProblem, budget: float, removable: Removable | None = None
+    ledger: Ledger,
+    problem: RemovalProblem,
+    budget: float,
+    removable: Removable | None = None,
+    fitted: Fitted | None = None,
 ) -> list[tuple[Removal, str]]:
     """Refit the energy to what was measured, propose its lowest removals and swaps of the best, race them; repeat.
 
     budget: no round begins after so many passes. removable: only what it allows is proposed; None: everything.
+    fitted: of `refit`.
 
     Returns the removals that were measured on the way, with the round that proposed them.
     """
@@ -27,7 +33,7 @@ def polish(
     while ledger.passes < budget:
         rounds += 1
         best = ledger.best()
-        proposed = propose(ledger, refit(ledger, problem).problem, best, removable)
+        proposed = propose(ledger, refit(ledger, problem, fitted).problem, best, removable)
         if not proposed:
             break
         race(ledger, [best, *proposed])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import baselines
 from ..energies import Energies
+from ..energies.fitted import Fitted
 from ..energies.robustness import Robustness, robustness
 from ..model.batches import BatchSize
 from ..problem import Removal, RemovalProblem, Units
@@ -74,6 +75,7 @@ def select_with_energies(
         possible,
         samples,
         problem=problem,
+        fitted=energies if isinstance(energies, Fitted) else None,
         always=[candidate.removed for candidate in cheap if candidate in possible],
         removable=None if possible == pool else removable,
         objective=objective,
@@ -136,6 +138,7 @@ def run_selection(
     samples: Sequence[Tensor],
     *,
     problem: RemovalProblem | None = None,
+    fitted: Fitted | None = None,
     always: Sequence[Removal] = (),
     removable: Removable | None = None,
     units: Units = "blocks",
@@ -147,6 +150,7 @@ def run_selection(
 ) -> Selection:
     """Race the candidates of a pool on growing numbers of samples; with a problem, polish the winner.
 
+    fitted: the energies of the problem, where one form can be fitted to them and to what is measured (`refit`).
     always: removals of the pool that are measured on all samples however the race goes, so that the outcome is
         certainly not worse than them there.
     removable: polishing proposes only what it allows; None: whatever the problem allows.
@@ -174,10 +178,10 @@ def run_selection(
         race(ledger, list(candidates))
         ledger.extend(always, len(ledger.weights))
         if problem is not None:
-            for removed, source in polish(ledger, problem, budget, removable):
+            for removed, source in polish(ledger, problem, budget, removable, fitted):
                 candidates.setdefault(removed, Candidate(removed, source, problem.energy(removed)))
 
-    best = ledger.best() if problem is None else expected_best(ledger, problem, always)
+    best = ledger.best() if problem is None else expected_best(ledger, problem, always, fitted)
     chosen = replace(candidates[best], loss=ledger.mean(best))
     trials = [trial_of(ledger, candidate, best) for candidate in candidates.values()]
     trials.sort(key=lambda trial: (-trial.num_samples, trial.loss))
@@ -186,7 +190,9 @@ def run_selection(
     return Selection(chosen, tuple(trials), name, ledger.passes, ledger.seconds, allowed)
 
 
-def expected_best(ledger: Ledger, problem: RemovalProblem, always: Sequence[Removal] = ()) -> Removal:
+def expected_best(
+    ledger: Ledger, problem: RemovalProblem, always: Sequence[Removal] = (), fitted: Fitted | None = None
+) -> Removal:
     """Of the removals measured on the most samples, the one whose objective is expected to be lowest on other samples.
 
     None that measured higher than one of `always` is taken.
@@ -196,5 +202,5 @@ def expected_best(ledger: Ledger, problem: RemovalProblem, always: Sequence[Remo
     limit = min(map(ledger.mean, always), default=math.inf)
     allowed = [removed for removed in complete if ledger.mean(removed) <= limit]
 
-    expected = refit(ledger, problem).expected
+    expected = refit(ledger, problem, fitted).expected
     return min(allowed, key=lambda removed: (expected[removed], ledger.mean(removed), removed))
