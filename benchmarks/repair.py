@@ -1,8 +1,8 @@
 """What a repair brings back, beside the repairs that others propose: KL from the original on held-out text.
 
 Everything is fitted to conversations and novels, or to conversations alone, and measured on held-out documents of these
-kinds and of two others (Python enhancement proposals, code). The removals are block influence's, SLEB's and a random
-one of each size, and those that are named. A row is kept as soon as it is there, and what has one is not run again; the
+kinds and of two others (Python enhancement proposals, code). The removals are block influence's and a random one of
+each size, and those that are named. A row is kept as soon as it is there, and what has one is not run again; the
 most important rows come first, and none begins after --seconds.
 
     python benchmarks/repair.py MODEL --chat conversations.jsonl.gz --calibration-text train.jsonl.xz \\
@@ -56,6 +56,7 @@ PIECE = 2400  # characters of a document that a sample is cut from
 HELD_OUT_EVERY = 8  # of the conversations, one is held out
 SCORED = 16  # samples that block influence and SLEB look at
 SCORED_LENGTH = 256  # their tokens
+MIDDLE = 8  # blocks; removals of this size come first
 SAME, OTHER = ("chat", "novel"), ("pep", "code")
 OWN = "own"  # text that the model itself wrote
 OWN_AT_ONCE = 256  # samples of it
@@ -117,24 +118,23 @@ BASELINES: dict[str, Repair] = {
     "LinearPatch": baselines.linear_patch,
     "Ghosted Layers": baselines.ghosted_layers,
 }
-VARIANTS: dict[str, Repair] = {
-    "fitted together": together,
+TRIED: dict[str, Repair] = {
     "ridge 0.1": partial(repair, ridge=0.1),
-    "ridge 0.03": partial(repair, ridge=0.03),
-    "ridge 0.01": partial(repair, ridge=0.01),
+    "fitted together": together,
     "ridge 1": partial(repair, ridge=1.0),
     "reading ridge 0.1": partial(repair, reading_ridge=0.1),
+    "ridge 0.03": partial(repair, ridge=0.03),
     "reading ridge 0.001": partial(repair, reading_ridge=0.001),
-    "reading ridge 0.3": partial(repair, reading_ridge=0.3),
-    "aims share 0": partial(aiming, lambda share: 0.0),
     "aims share 1": partial(aiming, lambda share: 1.0),
+    "aims share 0": partial(aiming, lambda share: 0.0),
 }
+VARIANTS = list(TRIED)
 METHODS: dict[str, Repair] = {
     "plain": nothing,
     OURS: repair,
     OUTWARD: partial(repair, reading_ridge=None),
     **BASELINES,
-    **VARIANTS,
+    **TRIED,
 }
 
 
@@ -275,20 +275,21 @@ def jobs(arguments: argparse.Namespace, found: Mapping[str, Removal]) -> list[Jo
     most = max(arguments.tokens)
     named = [removed for name, removed in found.items() if name.startswith("named")]
     influence = [removed for name, removed in found.items() if name.startswith("block influence")]
-    main = [removed for removed in (*named, *influence) if len(removed) >= arguments.sizes[0]]
-    main.sort(key=lambda removed: (len(removed) != 8, -len(removed)))  # 8 blocks first, then more, then fewer
-    tried = list(dict.fromkeys([main[0], *influence[-1:]]))  # what variants are tried on
-
-    listed = [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS)]
-    listed += [Job(removed, name, SAME, most) for removed in tried for name in (OUTWARD, *BASELINES)]
+    main = sorted([*named, *influence], key=lambda removed: (len(removed) != MIDDLE, -len(removed)))
+    tried = list(dict.fromkeys([main[0], influence[-1]]))  # what variants are tried on
     fewer = [tokens for tokens in reversed(arguments.tokens) if tokens != most]
+
+    # What decides between variants, then every removal, then the others' repairs, then the rest.
+    listed = [Job(removed, name, SAME, most) for name in ("plain", OURS, *VARIANTS[:4], OUTWARD) for removed in tried]
     listed += [Job(removed, OURS, SAME, tokens) for removed in tried for tokens in fewer]
-    listed += [Job(removed, name, SAME, most) for name in VARIANTS for removed in tried]
-    for kinds in (("chat",), (*SAME, OWN), (OWN,), (*SAME, "pep"), (*SAME, "code")):
+    listed += [Job(removed, OURS, (*SAME, OWN), most) for removed in tried]
+    listed += [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS)]
+    listed += [Job(removed, name, SAME, most) for removed in [*tried, *main] for name in BASELINES]
+    for kinds in (("chat",), (*SAME, "pep"), (*SAME, "code"), (OWN,)):
         listed += [Job(removed, OURS, kinds, most) for removed in tried]
-    listed += [Job(removed, name, SAME, most) for removed in main for name in (OUTWARD, *BASELINES)]
+    listed += [Job(removed, name, SAME, most) for name in VARIANTS[4:] for removed in tried]
     for tokens in fewer:
-        names = ("ridge 1", "ridge 0.1", "reading ridge 0.1", OUTWARD, *BASELINES)
+        names = (*VARIANTS[:4], OUTWARD, *BASELINES)
         listed += [Job(removed, name, SAME, tokens) for name in names for removed in tried]
     rest = [removed for removed in found.values() if removed not in main]
     listed += [Job(removed, name, SAME, most) for removed in rest for name in ("plain", OURS, *BASELINES)]
@@ -394,7 +395,7 @@ def main() -> None:
     parser.add_argument("--text", help="the same of other documents, held out")
     parser.add_argument("--removals", nargs="*", default=["5,13-18,26"], help="blocks, besides the methods' choices")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 12], help="blocks that the methods choose")
-    parser.add_argument("--no-sleb", dest="sleb", action="store_false", help="leave SLEB's choices out")
+    parser.add_argument("--sleb", action="store_true", help="SLEB's choices too, which takes a minute on a GPU")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 250_000], help="to fit to")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most")
     parser.add_argument("--held-out", type=int, default=48, help="samples of each held-out kind")
@@ -413,7 +414,7 @@ def main() -> None:
     arguments.batch_size = arguments.batch_size or (64 if arguments.device == "cuda" else 8)
     if arguments.tiny:
         arguments.sizes, arguments.tokens, arguments.held_out = [8], [4096, 8192], 2
-        arguments.length, arguments.sleb = 64, False
+        arguments.length = 64
     run(arguments)
 
 

@@ -214,6 +214,7 @@ class ChoosingSettings(SeedSettings, BatchSettings):
     )
     budget: float = setting("Forward passes over the selection samples that the choice may take.", 64.0, least=0)
     max_candidates: int = setting("Distinct low-energy states that enter the race.", 20, least=1)
+    choose_repaired: bool = setting("Compare the last candidates as a repair leaves them.", True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,9 +158,20 @@ def select(
         problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
         spectrum = find_states(problem, solving)
 
-        samples = load_samples(model, data, choosing.selection_samples, drawing, loading)
+        number = choosing.selection_samples  # and as many for repairs
+        drawn = load_samples(model, data, (1 + choosing.choose_repaired) * number, drawing, loading)
+        samples = drawn[:number]
         selection = selection_stage(
-            choosing, open_model(model, loading), found, problem, spectrum, samples, samples, removable, out
+            choosing,
+            open_model(model, loading),
+            found,
+            problem,
+            spectrum,
+            samples,
+            samples,
+            removable,
+            out,
+            repair_samples=drawn[number:],
         )
     if json:
         show_json(selection.as_json())

@@ -134,6 +134,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         samples.calibration,
         removable,
         out / "candidates.json",
+        repair_samples=samples.calibration if config.repair else (),
     )
     about = {**describe_machine(), **describe_samples(samples)}
     checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint")

@@ -37,9 +37,7 @@ COMPARED = 3  # shortened models in the report: the lowest state, the chosen one
 FLOAT = 4  # bytes
 LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
-REPAIRING = (
-    5  # a repair of two out-projections and what reads the stream, with the sums, in passes of the shortened model
-)
+REPAIRING = 5  # a repair of four kinds of maps a block, with the sums, in passes of the shortened model
 SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
 TASKS = "questions of benchmark tasks"
 

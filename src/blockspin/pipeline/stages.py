@@ -23,6 +23,7 @@ from ..model.offload import is_offloaded
 from ..model.tracing import trace_model
 from ..problem import Goal, Removal, RemovalProblem
 from ..progress import console
+from ..selection.repaired import repaired_beside
 from ..selection.result import Selection
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum, solve
@@ -196,10 +197,12 @@ def selection_stage(
     activation_samples: Sequence[Tensor],
     removable: Removable,
     path: Path,
+    repair_samples: Sequence[Tensor] = (),
 ) -> Selection:
     """The choice: read, or made, continuing where an interrupted run stopped.
 
     samples: what the choice is made on. activation_samples: what the cheap baselines in the pool see, the first few.
+    repair_samples: what the last candidates are repaired with, where that is set.
     """
     with _journal(path) as partial:
         if not path.is_file():
@@ -216,11 +219,13 @@ def selection_stage(
                 batch_size=settings.batch_size,
                 objective=settings.objective,
                 budget=settings.budget,
+                repair_samples=repair_samples if settings.choose_repaired else (),
                 partial=partial,
             )
             shown = selection.table().text(console.width)
             console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
             write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
+        repaired_beside(partial).unlink(missing_ok=True)
     return Selection.load(path)
 
 

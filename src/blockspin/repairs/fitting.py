@@ -19,7 +19,7 @@ from .report import Step
 from .walk import Walk
 
 HELD_OUT = 1 / 16  # of the samples
-_TOKENS_PER_INPUT = 2  # at least
+TOKENS_PER_INPUT = 2  # at least
 
 
 class Text:
@@ -53,7 +53,7 @@ class Text:
         Raises:
             ValueError: says how much is needed.
         """
-        needed = _TOKENS_PER_INPUT * inputs
+        needed = TOKENS_PER_INPUT * inputs
         if self.num_tokens < needed:
             raise ValueError(
                 f"the samples have {self.num_tokens:,} tokens besides those held out, and a linear map of {inputs:,} "

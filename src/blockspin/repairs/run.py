@@ -14,7 +14,7 @@ from ..model.tracing import trace_model
 from ..progress import track
 from .aims import aims_at
 from .finished import FinishedBlocks
-from .fitting import Fitting, Maps, Text, find_maps
+from .fitting import TOKENS_PER_INPUT, Fitting, Maps, Text, find_maps
 from .least_squares import READING_RIDGE, RIDGE
 from .pairing import Kept, kept_blocks, kept_branches
 from .projections import num_inputs
@@ -90,6 +90,16 @@ def repair(
         undone=undone,
         passes=_passes(fitting.walk, through_original, text),
     )
+
+
+def least_tokens(model: nn.Module) -> int:
+    """How many tokens a repair must have to fit to, without those held out; 0: there is nothing that it could change.
+
+    Raises:
+        ValueError: the weights of a map that it would change are quantised.
+    """
+    traced = trace_model(model)
+    return TOKENS_PER_INPUT * _widest(traced.layers, find_maps(traced))
 
 
 def _repair_blocks(

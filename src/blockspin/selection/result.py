@@ -21,8 +21,9 @@ class Trial:
     """A removal that was measured.
 
     loss, standard_error: the objective, by default the KL divergence from the whole model in nats a token, on
-    num_samples samples. above, above_error: how far it is above the chosen one on the samples that both have. Errors
-    are None where there is only one sample.
+    num_samples samples. above, above_error: how far it is above the best plain one on the samples that both have.
+    Errors are None where there is only one sample. repaired: the objective after a repair, of the last candidates if
+    the choice is made on it.
     """
 
     removed: Removal
@@ -33,6 +34,7 @@ class Trial:
     num_samples: int
     above: float
     above_error: float | None
+    repaired: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Selection:
 
     passes: forward passes of the whole model over the selection samples that would cost as much.
     budget: how many were allowed; a round that began within them is finished. None: nothing was polished.
+    repair_passes: what the repairs of the last candidates cost on top, in the same unit.
     """
 
     chosen: Candidate
@@ -49,6 +52,7 @@ class Selection:
     passes: float
     seconds: float
     budget: float | None = None
+    repair_passes: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,15 +69,25 @@ class Selection:
             trials = tuple(Trial(**_with_tuple(trial)) for trial in values["trials"])
             chosen = Candidate(**_with_tuple(values["chosen"]))
             return Selection(
-                chosen, trials, values["objective"], values["passes"], values["seconds"], values.get("budget")
+                chosen,
+                trials,
+                values["objective"],
+                values["passes"],
+                values["seconds"],
+                values.get("budget"),
+                values.get("repair_passes", 0.0),
             )
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
 
     def table(self, limit: int = SHOWN) -> Table:
         """The best trials."""
+        after_repair = any(trial.repaired is not None for trial in self.trials)
+        above = "above the best" if after_repair else "above the chosen"
         columns = [Column("source", words=True), Column("removed blocks", words=True)]
-        columns += [Column(heading) for heading in ("energy", self.objective, "above the chosen", "samples")]
+        columns += [Column(heading) for heading in ("energy", self.objective, above, "samples")]
+        if after_repair:
+            columns.append(Column("repaired"))
 
         rows = []
         for trial in self.trials[:limit]:
@@ -85,6 +99,8 @@ class Selection:
                 f"{trial.above:.4f}{_plus_minus(trial.above_error)}",
                 str(trial.num_samples),
             ]
+            if after_repair:
+                cells.append("" if trial.repaired is None else f"{trial.repaired:.4f}")
             rows.append(cells)
         return Table(columns, rows)
 
@@ -92,9 +108,13 @@ class Selection:
         beyond = ""
         if self.budget is not None and self.passes > self.budget:
             beyond = f", where the budget was {self.budget:g}: a round that has begun is finished"
+        repaired = {trial.removed: trial.repaired for trial in self.trials if trial.repaired is not None}
+        after = ""
+        if self.chosen.removed in repaired:
+            after = f", {repaired[self.chosen.removed]:.4f} after a repair ({self.repair_passes:.1f} more passes)"
         return (
             f"{len(self.trials)} removals measured in {self.seconds:.0f} s ({self.passes:.1f} passes over the "
-            f"selection samples{beyond}); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}."
+            f"selection samples{beyond}); chosen: {self.chosen.source}, {self.objective} {self.chosen.loss:.4f}{after}."
         )
 
 

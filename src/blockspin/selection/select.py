@@ -27,6 +27,7 @@ from .polish import polish
 from .pool import cheap_choices, pool_of
 from .race import race
 from .refit import refit
+from .repaired import choose_repaired, repaired_beside
 from .result import Selection, trial_of
 
 BUDGET = 64.0  # passes over the selection samples
@@ -47,12 +48,15 @@ def select_with_energies(
     objective: Objective = "kl",
     budget: float = BUDGET,
     batch_size: BatchSize = "auto",
+    repair_samples: Sequence[Tensor] = (),
     partial: Path | None = None,
     progress: bool = True,
 ) -> tuple[Selection, Robustness]:
-    """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish.
+    """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish, the last repaired.
 
     activation_samples: what the cheap baselines see.
+    repair_samples: what the last candidates are repaired with, other ones than `samples`; none: the choice is made on
+        plain removals.
     removable: only what it allows is chosen; where it refuses candidates, others join the pool (`keep_possible`).
     objective, budget, partial: of `run_selection`.
 
@@ -84,7 +88,20 @@ def select_with_energies(
         partial=partial,
         progress=progress,
     )
-    return _best_possible(selection, removable), trust
+    selection = _best_possible(selection, removable)
+    if repair_samples and problem.units == "blocks":
+        selection = choose_repaired(
+            model,
+            selection,
+            samples,
+            repair_samples,
+            removable,
+            batch_size=batch_size,
+            seed=seed,
+            partial=None if partial is None else repaired_beside(partial),
+            progress=progress,
+        )
+    return selection, trust
 
 
 def _best_possible(selection: Selection, removable: Removable) -> Selection:

@@ -1,0 +1,141 @@
+"""The end of a selection: its best removals are compared as a repair leaves them, which may change their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..journal import Journal
+from ..model import fingerprint
+from ..model.blocks import find_stack
+from ..model.offload import is_offloaded
+from ..model.quality import quality_of
+from ..problem import Removal
+from ..progress import console, track
+from ..repairs.fitting import Text
+from ..repairs.run import least_tokens, repair
+from ..solvers.candidates import Candidate
+from ..surgery.feasible import Removable
+from ..surgery.memory import remove_blocks
+from .result import Selection, Trial
+
+FINALISTS = 4
+_ENOUGH = 3  # times the tokens that a repair needs at least are fitted to
+
+
+def choose_repaired(
+    model: nn.Module,
+    selection: Selection,
+    samples: Sequence[Tensor],
+    repair_samples: Sequence[Tensor],
+    removable: Removable,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    partial: Path | None = None,
+    progress: bool = True,
+) -> Selection:
+    """The selection with the best of its last removals after a repair as its choice.
+
+    Each of the few best removals that were measured on all samples is built in memory, repaired with a part of
+    `repair_samples`, and measured on `samples`, which the repair does not see. The trials keep what they have plain,
+    and tell what they have repaired. Where there is too little text for a repair, or the model's blocks stay on disk,
+    the selection stays as it is, and that is said.
+
+    selection: its objective is "kl" or "loss". partial: a file that keeps what was measured, so that the same call
+    continues.
+
+    Raises:
+        ValueError: a hidden state is not finite, or a partial file is of another selection.
+    """
+    text = [] if is_offloaded(model) else _enough(model, repair_samples, seed)
+    if not text:
+        reason = "its blocks are not in memory" if is_offloaded(model) else "there is too little text"
+        console.print(f"The last candidates are compared without a repair: {reason}.", highlight=False)
+        return selection
+
+    last = finalists(selection, removable)
+    identity = fingerprint.of_results(model, [*samples, *text], selection.objective, seed)
+    journal = Journal(partial, identity)
+    known: dict[Removal, dict[str, Any]] = {tuple(entry["removed"]): entry for entry in journal.entries()}
+    for trial in track(last, "Repairing the last candidates", len(last), show=progress):
+        if trial.removed not in known:
+            known[trial.removed] = _measured(model, trial, selection.objective, samples, text, batch_size, seed)
+            journal.append(known[trial.removed])
+
+    trials = []
+    for trial in selection.trials:
+        found = known.get(trial.removed)
+        trials.append(trial if found is None else replace(trial, repaired=found["value"]))
+    best = min(last, key=lambda trial: (known[trial.removed]["value"], trial.loss))
+    return replace(
+        selection,
+        chosen=Candidate(best.removed, best.source, best.energy, best.loss),
+        trials=tuple(trials),
+        repair_passes=sum(entry["passes"] for entry in known.values()),
+        seconds=selection.seconds + sum(entry["seconds"] for entry in known.values()),
+    )
+
+
+def repaired_beside(partial: Path) -> Path:
+    """The file of what was measured after a repair, beside that of the race."""
+    return partial.with_name(f"{partial.stem}.repaired.jsonl")
+
+
+def finalists(selection: Selection, removable: Callable[[Removal], bool]) -> list[Trial]:
+    """The choice, and of the trials on all samples the best few that can be saved.
+
+    Of two that differ in one block only the better one is among them, where there are others enough.
+    """
+    (chosen,) = [trial for trial in selection.trials if trial.removed == selection.chosen.removed]
+    complete = [trial for trial in selection.trials if trial.num_samples == chosen.num_samples]
+    apart: list[Trial] = [chosen]
+    near: list[Trial] = []
+    for trial in complete:
+        if trial is chosen or not removable(trial.removed):
+            continue
+        blocks = set(trial.removed)
+        far = all(len(blocks.difference(other.removed)) > 1 for other in apart)
+        (apart if far else near).append(trial)
+    return [*apart, *near][:FINALISTS]
+
+
+def _enough(model: nn.Module, samples: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """The first samples, as many as a quick repair takes; none where all of them are too few."""
+    needed = least_tokens(model)
+    text: list[Tensor] = []
+    for sample in samples:
+        if sum(map(len, text)) >= _ENOUGH * needed:
+            break
+        text.append(sample)
+    fits = len(text) > 1 and Text(text, batch_size=1, seed=seed).num_tokens >= needed > 0
+    return text if fits else []
+
+
+def _measured(
+    model: nn.Module,
+    trial: Trial,
+    objective: str,
+    samples: Sequence[Tensor],
+    text: Sequence[Tensor],
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The objective of a removal after a repair, and what that took."""
+    started = time.perf_counter()
+    shortened = remove_blocks(model, trial.removed, copy=False)
+    report = repair(shortened, model, text, removed=trial.removed, batch_size=batch_size, seed=seed)
+    quality = quality_of(shortened, model, samples, batch_size)
+
+    # In passes over the selection samples: the repair, and the measurement with that of the original beside it.
+    share = sum(map(len, text)) / sum(map(len, samples))
+    depth = len(find_stack(model).layers)
+    passes = share * report.passes + 2 - len(trial.removed) / depth
+    value = quality.kl if objective == "kl" else quality.loss
+    seconds = time.perf_counter() - started
+    return {"removed": trial.removed, "value": value, "passes": passes, "seconds": seconds}

@@ -1,0 +1,94 @@
+"""The choice between the last candidates as a repair leaves them, against repairs made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import random_samples, tiny_model
+
+from blockspin.model.quality import quality_of
+from blockspin.problem import Removal
+from blockspin.repairs.run import repair
+from blockspin.selection import repaired
+from blockspin.selection.repaired import choose_repaired, finalists
+from blockspin.selection.result import Selection, Trial
+from blockspin.solvers.candidates import Candidate
+from blockspin.surgery.feasible import Removable
+from blockspin.surgery.memory import remove_blocks
+
+SAMPLES = random_samples((20,) * 8, seed=3)
+TEXT = random_samples((24,) * 40, seed=4)
+MODEL = tiny_model("llama")
+EVERYTHING = Removable(MODEL.config)
+
+
+def selection_of(*removals: Removal) -> Selection:
+    """A selection whose trials are these removals of the tiny model, in this order."""
+    trials = []
+    for removed in removals:
+        kl = quality_of(remove_blocks(MODEL, removed, copy=False), MODEL, SAMPLES).kl
+        trials.append(Trial(removed, "test", None, kl, None, len(SAMPLES), 0.0, None))
+    chosen = Candidate(removals[0], "test", None, trials[0].loss)
+    return Selection(chosen, tuple(trials), "kl", 10.0, 1.0)
+
+
+def repaired_kl(removed: Removal) -> float:
+    """What a repair by hand leaves; the tiny model's widest map has 48 inputs, so 3 * 96 tokens are fitted to."""
+    shortened = remove_blocks(MODEL, removed)
+    repair(shortened, MODEL, TEXT[:12])
+    return quality_of(shortened, MODEL, SAMPLES).kl
+
+
+def test_the_best_after_a_repair_is_chosen() -> None:
+    removals: list[Removal] = [(0,), (1,), (2,), (3,)]
+    expected = {removed: repaired_kl(removed) for removed in removals}
+    best = min(removals, key=lambda removed: expected[removed])
+    worst = max(removals, key=lambda removed: expected[removed])
+    removals.sort(key=lambda removed: removed != worst)  # the choice so far
+
+    found = choose_repaired(MODEL, selection_of(*removals), SAMPLES, TEXT, EVERYTHING, progress=False)
+    assert found.chosen.removed == best
+    for trial in found.trials:
+        assert trial.repaired == pytest.approx(expected[trial.removed], rel=1e-4)
+    assert found.passes == 10
+    assert found.repair_passes > 4 * 1.75  # each is measured beside the original
+    assert f"{expected[best]:.4f} after a repair" in found.summary()
+    assert "repaired" in found.table().text(120)
+
+
+def test_finalists_differ_where_they_can() -> None:
+    trials = []
+    for k, removed in enumerate([(1, 2), (1, 3), (4, 5), (2, 3), (6, 7)]):
+        trials.append(Trial(removed, "test", None, k / 10, None, 4, 0.0, None))
+    trials.append(Trial((8, 9), "test", None, 0.0, None, 2, 0.0, None))  # left the race early
+    chosen = Candidate((2, 3), "test", None, 0.3)
+    last = finalists(Selection(chosen, tuple(trials), "kl", 0.0, 0.0), lambda removed: removed != (6, 7))
+    assert [trial.removed for trial in last] == [(2, 3), (4, 5), (1, 2), (1, 3)]
+
+
+def test_too_little_text_leaves_the_choice_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    before = selection_of((0,), (1,))
+    assert choose_repaired(MODEL, before, SAMPLES, TEXT[:3], EVERYTHING, progress=False) is before
+    assert "too little text" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, file = selection_of((0,), (1,), (2,)), tmp_path / "kept.jsonl"
+    done: list[Removal] = []
+    measured = repaired._measured
+
+    def killed(model: Any, trial: Trial, *rest: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(trial.removed)
+        return measured(model, trial, *rest)
+
+    monkeypatch.setattr(repaired, "_measured", killed)
+    with pytest.raises(KeyboardInterrupt):
+        choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, partial=file, progress=False)
+    first, done[:] = list(done), []
+    found = choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, partial=file, progress=False)
+    assert sorted([*first, *done]) == [(0,), (1,), (2,)]
+    assert all(trial.repaired is not None for trial in found.trials)
