@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..journal import Journal
 from ..model import fingerprint
+from ..model.batches import BatchSize
 from ..model.blocks import find_stack
 from ..model.offload import is_offloaded
 from ..model.quality import quality_of
@@ -35,7 +36,7 @@ def choose_repaired(
     repair_samples: Sequence[Tensor],
     removable: Removable,
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     seed: int = 0,
     partial: Path | None = None,
     progress: bool = True,
@@ -123,7 +124,7 @@ def _measured(
     objective: str,
     samples: Sequence[Tensor],
     text: Sequence[Tensor],
-    batch_size: int,
+    batch_size: BatchSize,
     seed: int,
 ) -> dict[str, Any]:
     """The objective of a removal after a repair, and what that took."""
