@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,12 +32,18 @@ from blockspin.config import CompressConfig
 from blockspin.demo import CALIBRATION, MODEL
 from blockspin.machine import describe_machine
 from blockspin.model import offload, streaming
-from blockspin.pipeline.compress import compress
+from blockspin.pipeline import compress as run_module
 from blockspin.tables import Column, Table, short
 
 GROUPS = Path("/sys/fs/cgroup")
-# Files of a run, and the stages that end when they appear.
-STAGES = (("energies.safetensors", "energies"), ("candidates.json", "choice"), ("checkpoint/config.json", "checkpoint"))
+# The functions of a run that are timed, and what they do.
+STAGES = {
+    "load_model": "loading",
+    "energies_stage": "energies",
+    "selection_stage": "choice",
+    "checkpoint_stage": "checkpoint",
+    "evaluate_removals": "evaluation",
+}
 
 
 def make_model(folder: Path, layers: int, width: int) -> None:
@@ -78,11 +86,23 @@ def run(folder: Path, stream: bool, samples: int, length: int) -> None:
     """Compress the model into `in-memory` or `streamed` beside it, and write what it took to a file there."""
     sweeps = 0
     counted = offload.resident_in_turn
+    taken: dict[str, Any] = {}
 
     def counting(modules: Any) -> Any:
         nonlocal sweeps
         sweeps += 1
         return counted(modules)
+
+    def clocked(name: str) -> Callable[..., Any]:
+        function = getattr(run_module, name)
+
+        def clocking(*arguments: Any, **options: Any) -> Any:
+            started, used = time.perf_counter(), time.process_time()
+            result = function(*arguments, **options)
+            taken[STAGES[name]] = (time.perf_counter() - started, time.process_time() - used)
+            return result
+
+        return clocking
 
     out = folder.with_name("streamed" if stream else "in-memory")
     config = CompressConfig(
@@ -101,33 +121,23 @@ def run(folder: Path, stream: bool, samples: int, length: int) -> None:
         stream=stream,
         device_map=None if stream else "cpu",
     )
-    started = time.time()
-    with patch.object(streaming, "resident_in_turn", counting):
-        compress(config, out)
-    taken = {
-        "seconds": time.time() - started,
-        "processor": time.process_time(),
-        "sweeps": sweeps,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-    # A stage ends when its file is written; the energies begin when the model is loaded and the settings are recorded.
-    before = (out / "run.yaml").stat().st_mtime
-    taken["loading"] = before - started
-    for name, stage in STAGES:
-        ended = (out / name).stat().st_mtime
-        taken[stage] = ended - before
-        before = ended
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(streaming, "resident_in_turn", counting))
+        for name in STAGES:
+            patches.enter_context(patch.object(run_module, name, clocked(name)))
+        run_module.compress(config, out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    taken |= {"sweeps": sweeps, "peak": peak}
     (out / "taken.json").write_text(json.dumps(taken))
 
 
-def reading(folder: Path) -> float:
-    """Seconds that one reading of the weights takes, block by block as a sweep does it."""
+def reading(folder: Path) -> tuple[float, float]:
+    """Seconds, and those of the processor, that one reading of the weights takes, block by block as a sweep does it."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, device_map=places(folder))
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     for layer in model.model.layers:
         offload.load_weights(layer)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def places(folder: Path) -> dict[str, str]:
@@ -214,16 +224,24 @@ def main() -> None:
     for name in ("in-memory", "streamed"):
         taken[name] = json.loads((given.folder / name / "taken.json").read_text())
     rows = []
-    for measure in ("loading", *[stage for _, stage in STAGES], "seconds", "processor"):
-        seconds = [taken[name][measure] for name in taken]
-        rows.append([measure, *[f"{value:.1f}" for value in seconds], f"{seconds[1] / seconds[0]:.2f}"])
-    rows.append(["peak memory", *[short(taken[name]["peak"], "B") for name in taken], ""])
-    columns = [Column("stage", words=True), Column("in memory"), Column("streamed"), Column("ratio")]
+    for stage in STAGES.values():
+        cells = [stage]
+        for clock in (0, 1):
+            plain, streamed = (taken[name][stage][clock] for name in taken)
+            cells += [f"{plain:.1f}", f"{streamed:.1f}", f"{streamed / plain:.2f}"]
+        rows.append(cells)
+    columns = [Column("stage", words=True)]
+    for unit in ("s", "s of the processor"):
+        columns += [Column(f"in memory, {unit}"), Column(f"streamed, {unit}"), Column("ratio")]
     print(Table(columns, rows).text())
+    print("Peak memory: " + ", ".join(f"{name} {short(taken[name]['peak'], 'B')}" for name in taken))
 
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     once = json.loads((given.folder / "reading.json").read_text())
-    print(f"{short(size, 'B')} of weights; a reading takes {once:.1f} s; {taken['streamed']['sweeps']} sweeps.")
+    print(
+        f"{short(size, 'B')} of weights; a reading takes {once[0]:.1f} s, {once[1]:.1f} s of the processor; "
+        f"{taken['streamed']['sweeps']} sweeps."
+    )
     print("The files are equal." if equal_files(model) else "The files DIFFER.")
     print(", ".join(describe_machine().values()))
 
