@@ -10,11 +10,15 @@ import pytest
 from conftest import Command, random_samples, settings, tiny_model
 
 from blockspin.comparison.cost import counted
+from blockspin.config import CompressConfig
 from blockspin.energies import estimate_energies
 from blockspin.evaluation.harness import num_questions
+from blockspin.model.loading import load_model
 from blockspin.model.tracing import trace_model
 from blockspin.pipeline.compress import compress
 from blockspin.pipeline.plan import SOLVER_SECONDS, _energy_passes, _solving, duration, plan_run
+from blockspin.pipeline.stages import Samples
+from blockspin.pipeline.sweeps import count_sweeps
 from blockspin.problem import Block
 from blockspin.surgery.checkpoint import checkpoint_bytes
 
@@ -119,3 +123,27 @@ def test_questions_of_tasks_are_counted() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.5, 42, 420, 12_600)] == ["0.5 s", "42 s", "7 min", "3.5 h"]
+
+
+def test_plan_of_a_streamed_run_counts_what_is_read(tiny_folder: Path, text_file: Path) -> None:
+    plan = plan_run(settings(tiny_folder, text_file, stream=True, budget=4))
+    stages = [step.stage for step in plan.steps]
+    assert "repair" not in stages
+    assert plan.reading_seconds > 0
+    assert f"read about {plan.sweeps:.0f} times" in plan.summary()
+
+    # The time of a sweep is part of the stage.
+    without = plan_run(settings(tiny_folder, text_file, budget=4))
+    assert without.sweeps == 0
+    assert "read about" not in without.summary()
+
+
+def test_secant_takes_one_sweep_where_all_states_fit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = trace_model(load_model(tiny_folder, device_map="stream"))
+    samples = Samples(random_samples((8,) * 10), [], [])
+    config = CompressConfig("model", "text", remove=1, energy="secant")
+    assert count_sweeps(config, traced, samples)["energies"] == 1
+
+    # (N + 2) states of 80 tokens of 32 numbers, of which half of the free memory holds a third.
+    monkeypatch.setattr("blockspin.pipeline.sweeps.available_memory", lambda: 2 * 6 * 80 * 32 * 4 // 3)
+    assert count_sweeps(config, traced, samples)["energies"] == 3

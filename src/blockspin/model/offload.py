@@ -35,9 +35,12 @@ class OffloadedTensor:
         return torch.device(self.hook.execution_device)
 
     def load(self) -> Tensor:
-        """The tensor in the dtype that the model has, where the module runs."""
+        """A copy of the tensor in the dtype that the model has, where the module runs.
+
+        What accelerate gives may be a file in the address space, which is only read when the module uses it.
+        """
         found: Tensor = self.hook.weights_map[self.key]
-        return found.to(self.device, getattr(self.owner, self.name).dtype)
+        return found.to(self.device, getattr(self.owner, self.name).dtype, copy=True)
 
 
 def offloading_hooks(module: nn.Module) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:

@@ -23,6 +23,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
+from ..model.tracing import trace_model
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
 from ..solvers.candidates import random_candidate, states_as_candidates
@@ -30,6 +31,7 @@ from ..surgery.card import add_results
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable, protect_what_must_stay
 from .origin import describe_samples, public_name
+from .plan import plan_with
 from .preflight import check_before, check_streaming, open_run
 from .report import write_run_report
 from .stages import (
@@ -106,6 +108,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     if is_offloaded(model):
         check_streaming(config)
+        plan = plan_with(config, trace_model(model), samples, tokenizer, out)
+        console.print(plan.estimate(), soft_wrap=True, highlight=False)
     config.save(out / "run.yaml")
 
     energies = energies_stage(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..energies.fitted import PASSES_PER_BLOCK
@@ -30,6 +31,7 @@ from ..surgery.checkpoint import checkpoint_bytes
 from ..tables import Column, Table, short
 from .preflight import check_before, check_run
 from .stages import Samples, find_states, load_samples, pose_problem
+from .sweeps import count_sweeps, memory_of_sweeps, timed_block
 
 TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
@@ -78,12 +80,15 @@ class Plan:
     """memory_bytes: weights, logits and kept hidden states at most; disk_bytes: all files of the run, roughly.
 
     tokens_per_second: forward passes of the whole model, measured.
+    sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
     """
 
     steps: tuple[Step, ...]
     tokens_per_second: float
     memory_bytes: int
     disk_bytes: int
+    sweeps: float = 0.0
+    reading_seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,13 +106,19 @@ class Plan:
         return Table(columns, rows)
 
     def summary(self) -> str:
+        """What it takes in all, and that this was only asked."""
+        return f"{self.estimate()} Nothing was written."
+
+    def estimate(self) -> str:
         """What it takes in all, in a few sentences."""
         seconds = sum(step.seconds or 0 for step in self.steps)
+        reading = ""
+        if self.sweeps:
+            reading = f" The blocks are read about {self.sweeps:.0f} times, for {duration(self.reading_seconds)} each."
         uncounted = ", benchmark tasks not counted" if any(step.stage == TASKS for step in self.steps) else ""
         return (
             f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here){uncounted}; "
-            f"about {short(self.memory_bytes, 'B')} of memory and {short(self.disk_bytes, 'B')} of disk. Nothing was "
-            "written."
+            f"about {short(self.memory_bytes, 'B')} of memory and {short(self.disk_bytes, 'B')} of disk.{reading}"
         )
 
 
@@ -134,12 +145,28 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
-    traced = trace_model(model)
-    speed = tokens_per_second(traced, samples.calibration, config.batch_size)
+    return plan_with(config, trace_model(model), samples, tokenizer, out)
+
+
+def plan_with(
+    config: CompressConfig,
+    traced: TracedModel,
+    samples: Samples,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path | None = None,
+) -> Plan:
+    """As `plan_run`, with the model and the samples at hand."""
+    reading, often = 0.0, dict[str, float]()
+    if traced.is_offloaded:
+        config = replace(config, repair=False)  # for which there is no room
+        speed, reading = timed_block(traced, samples.calibration, config.batch_size)
+        often = count_sweeps(config, traced, samples)
+    else:
+        speed = tokens_per_second(traced, samples.calibration, config.batch_size)
 
     gone = _parameters_gone(traced.blocks, config.remove)
-    left = 1 - gone / count_parameters(model)
-    steps = _steps(config, traced, samples, left, speed)
+    left = 1 - gone / count_parameters(traced.model)
+    steps = [_with_reading(step, often, reading) for step in _steps(config, traced, samples, left, speed)]
     if config.tasks:
         models = 1 + COMPARED + config.repair + (config.distill is not None)
         questions = count_questions(config, tokenizer)
@@ -147,11 +174,12 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     if out is not None:
         steps = [_marked(step, out) for step in steps]
 
-    whole = checkpoint_bytes(config.model, trust_remote_code=remote)
+    whole = checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     forms = FLOAT * traced.depth**2 * len(samples.calibration)
     checkpoints = 1 + config.repair + (config.distill is not None)
     disk = int(checkpoints * left * whole) + forms
-    return Plan(tuple(steps), speed, _memory(config, traced, samples), disk)
+    memory = _memory(config, traced, samples)
+    return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading)
 
 
 def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
@@ -222,6 +250,12 @@ def _marked(step: Step, out: Path) -> Step:
     return Step(step.stage, 0, None, 0, None, done=True) if (out / made).exists() else step
 
 
+def _with_reading(step: Step, sweeps: Mapping[str, float], reading: float) -> Step:
+    """The stage with the time that it reads blocks. sweeps: how often all are read, by what its name begins with."""
+    often = next((number for stage, number in sweeps.items() if step.stage.startswith(stage)), 0.0)
+    return replace(step, seconds=(step.seconds or 0.0) + often * reading) if often else step
+
+
 def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
     """Passes over each sample; of pairs, what the first quarter of the samples takes, at most.
 
@@ -256,7 +290,12 @@ def _parameters_gone(blocks: Sequence[Block], remove: Goal) -> float:
 def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
     """Bytes of weights, of the logits of a chunk of tokens, and of the hidden states that are kept."""
     model: Any = traced.model  # a module, which is not typed as a language model
-    weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
+    if traced.is_offloaded:
+        inside = {id(p) for p in traced.layers.parameters()}
+        weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
+        weights += memory_of_sweeps(traced, samples)
+    else:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
     batch = make_batches([*samples.calibration, *samples.selection, *samples.evaluation], config.batch_size)[0]
     tokens = batch.token_ids.numel()
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size

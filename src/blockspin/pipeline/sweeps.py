@@ -1,0 +1,97 @@
+"""What a run takes whose blocks are read one by one: how often all are read, how long that takes, and the memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import CompressConfig
+from ..energies.fitted import LEAST_TURN, PASSES_PER_BLOCK
+from ..energies.measurements import SINGLES_SAMPLES
+from ..memory import available_memory
+from ..model.batches import BatchSize, frozen, make_batches
+from ..model.offload import load_weights, offloaded_tensors, resident
+from ..model.streaming import STATES_SHARE
+from ..model.tracing import TracedModel, block_calls
+from .stages import Samples
+
+SWEEPS_PER_PASS = 1.5  # of a selection, measured on small models: a round of a race is a sweep, however few are in it
+FLOAT = 4  # bytes
+
+
+class Trial(NamedTuple):
+    """What was measured on the first block.
+
+    tokens_per_second: forward passes of the whole model, reading not counted.
+    reading: seconds of a sweep over all blocks, for the reading alone.
+    """
+
+    tokens_per_second: float
+    reading: float
+
+
+def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> Trial:
+    """Read the first block, and take a batch through it twice; other blocks are taken to be as fast a byte."""
+    layer = traced.layers[0]
+    share = _numbers(traced, 0) / sum(_numbers(traced, i) for i in range(traced.depth))  # of all blocks' weights
+    started = time.perf_counter()
+    weights = load_weights(layer)
+    reading = (time.perf_counter() - started) / share
+
+    batch = make_batches(samples, batch_size)[0]
+    with frozen(traced.model), torch.no_grad(), resident(layer, weights):
+        call = block_calls(traced, batch)[0]
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            call.run(call.stream).sum().item()  # waits for the device
+            seconds = time.perf_counter() - started
+    return Trial(int(batch.lengths.sum()) * share / seconds, reading)
+
+
+def _numbers(traced: TracedModel, block: int) -> int:
+    """How many numbers the parameters of a block hold."""
+    return traced.blocks[block].num_parameters
+
+
+def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> dict[str, float]:
+    """How often a run reads all blocks, by the stage; of a selection about so often, at most."""
+    number = len(samples.calibration)
+    if config.energy == "fitted":
+        budget = PASSES_PER_BLOCK * (traced.depth + 1)
+        turns = 2 * int((budget - SINGLES_SAMPLES * (traced.depth + 1)) / (2 * LEAST_TURN))
+        energies = 1.0 + min(turns, 2 * number)
+    elif config.energy == "secant":
+        states = (traced.depth + 2) * _state_bytes(traced, samples.calibration)
+        energies = math.ceil(states / (STATES_SHARE * available_memory()))
+    else:
+        batches = len(make_batches(samples.calibration, config.batch_size))
+        energies = batches * (traced.depth + 1 if config.energy == "gauss-newton" else 1)
+    return {
+        "energies": energies,
+        "cheap baselines": 1.0,
+        "selection": SWEEPS_PER_PASS * config.budget,
+        "evaluation": 1.0,
+    }
+
+
+def memory_of_sweeps(traced: TracedModel, samples: Samples) -> int:
+    """Bytes of two blocks, one that runs and one that is read, and of the hidden states that share a sweep."""
+    largest = 0
+    for layer in traced.layers:
+        own = sum(
+            getattr(t.owner, t.name).numel() * getattr(t.owner, t.name).itemsize for t in offloaded_tensors(layer)
+        )
+        largest = max(largest, own)
+    states = (traced.depth + 2) * _state_bytes(traced, samples.calibration)
+    return int(2 * largest + min(states, STATES_SHARE * available_memory()))
+
+
+def _state_bytes(traced: TracedModel, samples: Sequence[Tensor]) -> int:
+    """Bytes of the hidden states of samples at one block."""
+    width: int = traced.model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
+    return FLOAT * width * sum(map(len, samples))
