@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .solvers.candidates import Candidate
     from .surgery.checkpoint import prune_checkpoint
     from .surgery.memory import remove_blocks
+    from .surgery.sublayer_checkpoint import prune_sublayers
     from .training import DistillConfig
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOME = {
     "Spectrum": "solvers",
     "solve": "solvers",
     "prune_checkpoint": "surgery.checkpoint",
+    "prune_sublayers": "surgery.sublayer_checkpoint",
     "repair": "repairs.run",
     "repair_checkpoint": "repairs.checkpoint",
     "remove_blocks": "surgery.memory",
@@ -82,6 +84,7 @@ __all__ = [
     "measure_pairs",
     "perplexity",
     "prune_checkpoint",
+    "prune_sublayers",
     "remove_blocks",
     "repair",
     "repair_checkpoint",

@@ -19,7 +19,7 @@ from .scores import (
     measure_activations,
     norm_ratio,
 )
-from .search import evopress, sleb
+from .search import evopress, finercut, sleb
 from .shortened import losses_without_each, shortened_llama, weight_importance
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "block_influence",
     "consecutive_run",
     "evopress",
+    "finercut",
     "ghosted_layers",
     "iterative_block_influence",
     "last_blocks",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..model.batches import BatchSize
 from ..model.passes import num_passes
-from ..model.quality import kl, measured, shared_losses, token_mean
+from ..model.quality import Measure, kl, loss, measured, token_mean
 from ..model.tracing import trace_model
 from ..problem import Removal, RemovalProblem
 from ..progress import bar, track
@@ -29,26 +29,61 @@ def sleb(
 ) -> Candidate:
     """SLEB (arXiv 2402.09025): M times, remove the block without which the measured loss is lowest.
 
-    Every block that may go is measured together with those already gone.
+    Every block that may go is measured together with those already gone. With sub-layers as units it is BlockPruner
+    (arXiv 2406.10594).
 
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    traced = trace_model(model, problem.units)
-    removed, loss = problem.reduced.always, None
+    name = "SLEB" if problem.units == "blocks" else "BlockPruner"
+    return _greedy(model, samples, problem, loss, name, batch_size, progress)
 
-    # A goal counted in blocks takes as many steps; one in parameters ends when nothing more needs to go.
+
+def finercut(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    problem: RemovalProblem,
+    *,
+    batch_size: BatchSize = "auto",
+    progress: bool = False,
+) -> Candidate:
+    """As FinerCut (arXiv 2405.18218): M times, remove the sub-layer without which the output changes least.
+
+    The change is the KL divergence from the whole model. The units are those of the problem.
+
+    Raises:
+        ValueError: unusable samples, or a divergence that is NaN or infinite.
+    """
+    return _greedy(model, samples, problem, kl, "FinerCut", batch_size, progress)
+
+
+def _greedy(
+    model: nn.Module,
+    samples: Sequence[Tensor],
+    problem: RemovalProblem,
+    measure: Measure,
+    name: str,
+    batch_size: BatchSize,
+    progress: bool,
+) -> Candidate:
+    """Remove the unit without which the measure is lowest, together with those already gone, until the goal is met."""
+    traced = trace_model(model, problem.units)
+    removed, lowest = problem.reduced.always, None
+
+    # A goal counted in units takes as many steps; one in parameters ends when nothing more needs to go.
     steps = int(problem.reduced.quota.sum()) if problem.reduced.exactly else problem.num_blocks
-    for _ in track(range(steps), "SLEB", steps, show=progress):
+    for _ in track(range(steps), name, steps, show=progress):
         free = open_blocks(problem, removed)
-        if free:
-            longer = [(*removed, i) for i in free]
-            losses = shared_losses(traced, longer, samples, batch_size=batch_size)
-            best = int(np.argmin(losses))
-            removed, loss = (*removed, free[best]), losses[best]
+        if not free:
+            break
+        longer = [(*removed, i) for i in free]
+        values = measured(traced, longer, samples, measure, batch_size=batch_size)[..., 0]  # (free, samples)
+        means = token_mean(values, samples)
+        best = int(np.argmin(means))
+        removed, lowest = (*removed, free[best]), float(means[best])
 
     removed = tuple(sorted(removed))
-    return Candidate(removed, "SLEB", problem.energy(removed), loss)
+    return Candidate(removed, name, problem.energy(removed), lowest)
 
 
 def evopress(

@@ -104,7 +104,7 @@ def removed_blocks(folder: Path) -> list[int]:
     for name, done in (("repair", "repaired"), ("distillation", "trained")):
         if name in about:
             raise ValueError(f"{folder} was {done} already; repair the checkpoint that `blockspin prune` wrote")
-    if not about.get("removed"):
+    if not about.get("removed") and not about.get("sublayers"):
         raise ValueError(f"nothing was removed from {folder}; there is nothing to repair")
     return list(about["removed"])
 

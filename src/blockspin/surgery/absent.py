@@ -201,6 +201,7 @@ def leave_out(model: PreTrainedModel, absent: Absent) -> None:
 
     # The class takes the modules out when it makes a model; this one is made already.
     model.__class__ = made
+    model._weight_conversions = []  # it is saved by the names that it has: transformers converts none for such classes
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config
@@ -216,4 +217,5 @@ def shortened_config(
     """The configuration of the modelling file with the values of the stock one."""
     config = made.from_dict({**old.to_dict(), **settings})
     config._attn_implementation = old._attn_implementation
+    config._experts_implementation = old._experts_implementation
     return config

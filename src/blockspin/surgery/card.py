@@ -33,15 +33,24 @@ def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, sou
         metadata["base_model"] = hub_id
     data = ModelCardData(library_name="transformers", tags=["blockspin", "pruned"], **metadata)
 
-    blocks = ranges(record["removed"])
+    if "sublayers" in record:
+        sublayers = record["sublayers"]
+        title = f"{name} without {len(sublayers)} sub-layers"
+        gone, loads = ", ".join(record["gone"]), "with `trust_remote_code=True`"
+        again = f"--units sublayers --blocks {ranges(sublayers)}"
+    else:
+        title = f"{name} without {len(removed)} of its {depth} blocks"
+        gone, loads = f"the transformer blocks {ranges(removed)}", "like the original"
+        again = f"--blocks {ranges(record['removed'])}"
+
     parts = [
-        f"# {name} without {len(removed)} of its {depth} blocks",
-        f"This is {name} without the transformer blocks {ranges(removed)} (counted from 0): {len(kept)} blocks and "
-        f"{num_parameters:,} parameters are left. The removal changed no other weight. It loads like the original.",
+        f"# {title}",
+        f"This is {name} without {gone} (counted from 0): {len(kept)} blocks and {num_parameters:,} parameters are "
+        f"left. The removal changed no other weight. It loads {loads}.",
         "## How the blocks were chosen",
         _how(record),
         "## How to make it again",
-        f"```bash\nblockspin prune {latest} --blocks {blocks} --out smaller  # {_version(record)}\n```",
+        f"```bash\nblockspin prune {latest} {again} --out smaller  # {_version(record)}\n```",
         "## What to expect",
         "Removing blocks costs quality, and how much depends on the task: measure it on yours. What the original's "
         "card reports was measured with all blocks and does not hold here; its terms of use and its limits do.",

@@ -29,7 +29,7 @@ from ..model.weights import (
     tensor_shapes,
     weight_paths,
 )
-from ..problem import Removal
+from ..problem import Removal, Units
 from ..progress import console
 from .card import CARD, write_card
 from .layer_config import Shortened, shorten_config
@@ -73,17 +73,15 @@ def prune_checkpoint(
             target exists and is something else, the removal cannot be expressed, or the disk is full.
     """
     target, folder, removed = Path(target), local_folder(source), list(removed)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if tells_of(target, folder, source, removed):
-            return
-        raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
+    if is_done(target, folder, source, removed):
+        return
 
     with locked(target), _planned(folder, removed, trust_remote_code) as plan, replacing(target) as temporary:
         # Everything that can be refused is refused before the first byte is written.
         shortened, kept = plan.shortened, plan.shortened.renaming.kept
         record = record_removal(folder, source, plan.removed, kept, plan.left_behind, details or {})
         temporary.mkdir()
-        _copy_small_files(folder, temporary, plan.module_settings)
+        copy_small_files(folder, temporary, plan.module_settings)
         settings = dict(shortened.values)
         settings.pop("transformers_weights", None)  # names the file that was read; the new ones have the usual names
         write_json(temporary / "config.json", settings)
@@ -101,6 +99,28 @@ def prune_checkpoint(
         console.print(
             "Layers with and without a sliding window follow one another in another order now. transformers reads it "
             "from the configuration; before use in vLLM or llama.cpp see docs/loading_elsewhere.md."
+        )
+
+
+def is_done(target: Path, folder: Path, source: str | Path, removed: Sequence[int], units: Units = "blocks") -> bool:
+    """Whether the target holds what this removal makes already.
+
+    Raises:
+        ValueError: it exists and is something else.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if tells_of(target, folder, source, removed, units):
+        return True
+    raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ValueError where a folder holds an adapter, and not a model."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), and transformers would load the model that it is for; "
+            "merge the adapter into that model and save the result first"
         )
 
 
@@ -147,11 +167,7 @@ class _Plan:
 @contextmanager
 def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> Iterator[_Plan]:
     """The plan of a removal. While it is open, .bin weights lie converted in a temporary folder."""
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), and transformers would load the model that it is for; "
-            "merge the adapter into that model and save the result first"
-        )
+    refuse_adapter(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -208,7 +224,7 @@ def _check_plan(shards: Sequence[Shard], shortened: Shortened, before: LoadingRe
         )
 
 
-def _copy_small_files(folder: Path, target: Path, module_settings: ModuleSettings) -> None:
+def copy_small_files(folder: Path, target: Path, module_settings: ModuleSettings) -> None:
     """Take along all but weights and config.json, sub-folders too; quantisation files follow the layers' new names."""
     for file in _other_files(folder):
         if _holds_weights(file):

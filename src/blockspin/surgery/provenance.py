@@ -1,7 +1,8 @@
 """What blockspin.json says of a shortened checkpoint: what was removed from what, over all removals since the original.
 
-`removed` and `kept` count as in `source`, the model that the last removal started from. `original` says the same of the
-first one, and `earlier` holds the records of the removals before the last, the first of them in front.
+`removed` and `kept` are blocks and count as in `source`, the model that the last removal started from; where
+sub-layers were removed, `sublayers` has their numbers, and `removed` the blocks that lost all of them. `original` says
+the same of the first one, and `earlier` holds the records of the removals before the last, the first of them in front.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import transformers
 from .. import __version__
 from ..errors import first_line
 from ..model import fingerprint
-from ..problem import Removal
+from ..problem import Removal, Units
 
 RECORD = "blockspin.json"
 _ABOUT_EARLIER = ("original", "earlier")
@@ -65,7 +66,7 @@ def record_removal(
     return record | details
 
 
-def tells_of(target: Path, folder: Path, source: str | Path, removed: Sequence[int]) -> bool:
+def tells_of(target: Path, folder: Path, source: str | Path, removed: Sequence[int], units: Units = "blocks") -> bool:
     """Whether the record in `target` says that it was made by this removal, from `folder` as it is now.
 
     Raises:
@@ -74,7 +75,8 @@ def tells_of(target: Path, folder: Path, source: str | Path, removed: Sequence[i
     record = read_record(target)
     if record is None or "distillation" in record:  # trained since
         return False
-    same_removal = record["removed"] == sorted(removed) and record.get("source") == str(source)
+    told = record.get("sublayers") if units == "sublayers" else record["removed"]
+    same_removal = told == sorted(removed) and record.get("source") == str(source)
     return same_removal and record.get("fingerprint") == fingerprint.of_model(folder)
 
 

@@ -1,0 +1,113 @@
+"""Removes sub-layers from a checkpoint: the model is loaded, shortened, saved, and loaded again to prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..files import replacing, write_json
+from ..lock import locked
+from ..model.batches import frozen, input_device
+from ..model.blocks import count_parameters
+from ..model.loading import load_model, local_folder
+from ..model.tracing import TracedModel, trace_model
+from ..problem import Block, block_of
+from ..progress import console
+from .card import CARD, write_card
+from .checkpoint import copy_small_files, is_done, prune_checkpoint, refuse_adapter
+from .memory import check_sublayers, remove_blocks
+from .patterns import module_settings
+from .provenance import RECORD, record_removal
+from .renaming import Renaming
+
+_SHARD = "5GB"  # the largest file of weights
+_CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
+_TOLERANCE = 1e-3  # of the largest logit
+
+
+def prune_sublayers(
+    source: str | Path,
+    removed: Iterable[int],
+    target: str | Path,
+    *,
+    details: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the checkpoint without the removed sub-layers.
+
+    Where only whole blocks go, that is `prune_checkpoint`. Otherwise the checkpoint has a modelling file of its own and
+    loads with trust_remote_code; a Llama without biases whose first layer keeps its attention is DeciLM besides, which
+    vLLM and llama.cpp know. The model is loaded on the CPU, and once more from what was written: it must compute the
+    same. The target appears when that is proven; the same call again leaves it as it is.
+
+    source: a hub id or a folder. removed: numbers of sub-layers, as `find_units` counts them.
+    details: added to `blockspin.json`.
+
+    Raises:
+        ValueError: the source is unusable, the target exists and is something else, or the removal cannot be expressed.
+    """
+    target, folder, removed = Path(target), local_folder(source), list(removed)
+    if is_done(target, folder, source, removed, "sublayers"):
+        return
+    refuse_adapter(folder)
+    model = load_model(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    traced = trace_model(model, "sublayers")
+    removed = list(check_sublayers(traced, removed))
+    whole, partial = traced.whole_and_partial(removed)
+    about = {**(details or {}), "sublayers": removed, "gone": _described(traced, removed)}
+    if not partial:
+        prune_checkpoint(source, whole, target, details=about, trust_remote_code=trust_remote_code, progress=progress)
+        return
+
+    smaller = remove_blocks(model, removed, units="sublayers", copy=False)
+    kept = [i for i in range(traced.depth) if i not in whole]
+    with locked(target), replacing(target) as temporary:
+        temporary.mkdir()
+        smaller.save_pretrained(temporary, max_shard_size=_SHARD)
+        copy_small_files(folder, temporary, module_settings(model, Renaming(kept, traced.depth)))
+        record = record_removal(folder, source, tuple(whole), kept, [], about)
+        write_json(temporary / RECORD, record)
+        write_card(temporary, record, count_parameters(smaller), folder / CARD)
+        _prove(temporary, smaller)
+
+    if progress:
+        console.print(_where_it_runs(smaller, [traced.units[i] for i in removed]), highlight=False, soft_wrap=True)
+
+
+def _described(traced: TracedModel, removed: Iterable[int]) -> list[str]:
+    """What is gone, for people: "attention of block 3"."""
+    found = []
+    for number in removed:
+        unit = traced.units[number]
+        found.append(f"{unit.kind} of block {block_of(unit)}")
+    return found
+
+
+def _prove(folder: Path, smaller: PreTrainedModel) -> None:
+    """Raise ValueError unless the model that is loaded from a folder computes the same."""
+    loaded = load_model(folder, dtype="auto", trust_remote_code=True)
+    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(smaller))
+    with frozen(smaller), frozen(loaded), torch.no_grad():
+        expected = smaller(input_ids=token_ids, use_cache=False).logits.float()  # (1, tokens, vocabulary)
+        found = loaded(input_ids=token_ids, use_cache=False).logits.float()
+    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max()), equal_nan=True):
+        raise ValueError(
+            f"{type(smaller).__name__}, written and loaded again, computes something else; use the model in memory "
+            "(`remove_blocks`), or remove whole blocks (--units blocks)"
+        )
+
+
+def _where_it_runs(smaller: PreTrainedModel, gone: list[Block]) -> str:
+    """Which runtimes open the checkpoint, and what to look out for."""
+    text = "transformers opens it with trust_remote_code=True."
+    if not hasattr(smaller.config, "block_configs"):
+        return text + " Other runtimes do not know models whose blocks lack a part."
+    text += " vLLM opens it as DeciLM, with --trust-remote-code; llama.cpp too"
+    if any(unit.kind == "mlp" for unit in gone):
+        return text + ", but it loses the attention of layers that have no MLP: do not run it there."
+    return text + "."
