@@ -91,6 +91,13 @@ def test_a_small_step_gives_the_derivative() -> None:
     np.testing.assert_allclose(found, expected / tokens, rtol=0.03, atol=0.01 * np.abs(expected).max() / tokens)
 
 
+def test_in_16_bits_the_step_is_larger_than_what_is_rounded_away() -> None:
+    model = tiny_model("qwen3")
+    expected = gauss_newton(model, SAMPLES, step=0.01, progress=False).hessian
+    found = gauss_newton(model.to(torch.bfloat16), SAMPLES, step=0.05, progress=False).hessian
+    assert np.linalg.norm(found - expected) < 0.15 * np.linalg.norm(expected)
+
+
 def test_gradients_with_the_models_labels_estimate_the_gauss_newton_form() -> None:
     """For a sample of T predicted tokens E[a a^T] = 1/T of the mean Fisher matrix of a token, twice the form."""
     model, sample = tiny_model("llama"), SAMPLES[2]

@@ -28,7 +28,9 @@ def main() -> None:
     except typer.Abort:  # what typer makes of an EOFError
         _fail("a file ends before it should; download or make it again")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # that of PyTorch
+        from ..memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         _fail("there is not enough memory; lower --batch-size or --max-length, or free some")
     except _UsageError as error:

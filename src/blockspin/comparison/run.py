@@ -15,12 +15,14 @@ from typing import Any
 from .. import baselines
 from ..config import CompressConfig
 from ..energies import Energies
+from ..errors import first_line
 from ..evaluation.perplexity import tokens_per_second
 from ..evaluation.scores import Score
 from ..evaluation.tasks import scorer
 from ..journal import check_settings
 from ..lock import locked
 from ..machine import describe_machine
+from ..memory import is_out_of_memory
 from ..model.blocks import count_parameters
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.offload import check_in_memory
@@ -178,9 +180,12 @@ def run_method(case: Case, method: Method, comparison: Comparison) -> None:
         shared = method.shared_cost(case)
         with setup.counting() as own:
             chosen = method.choose(case)
-    except ValueError as error:
-        comparison.left_out[key] = str(error)
-        message = f"{case.goal}: {method.name} is left out: {error}"
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"out of memory ({first_line(error)})"
+        comparison.left_out[key] = reason
+        message = f"{case.goal}: {method.name} is left out: {reason}"
         console.print(message, highlight=False, markup=False, soft_wrap=True)
         return
 

@@ -6,17 +6,18 @@ import importlib.util
 import os
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from .. import memory
 from ..errors import first_line
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 from ..surgery.provenance import kept_blocks_of
 from ..training import DistillConfig
+from .activations import activation_bytes
 from .generation import check_generates
 
 GIB = 2**30  # bytes
@@ -54,14 +55,17 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
         raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
 
     writes = {"student": bool(config.on_policy), "teacher": config.self_generated is not None}
-    sizes = []
+    sizes, activations = [], 0.0
     for which, model_config in (("student", ours), ("teacher", theirs)):
         model = model_without_weights(model_config, trust_remote_code=remote)
         if writes[which]:
             check_generates(model)
         sizes.append(count_parameters(model))
+        if model_config is ours:
+            activations = activation_bytes(model, weight_bytes(config), config.gradient_checkpointing)
     vocabulary = ours.get_text_config(decoder=True).vocab_size
-    needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, state.num_processes if sharded else 1)
+    shards = state.num_processes if sharded else 1
+    needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, shards, activations)
     check_room(needed, free_memory())
     return tokenizer
 
@@ -113,9 +117,9 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int
 
 
 def check_room(needed: dict[str, float], free: float) -> None:
-    """Refuse a training whose models alone do not fit into the memory of a device.
+    """Refuse a training that does not fit into the memory of a device.
 
-    needed: bytes by purpose; activations, which come on top, are not counted.
+    needed: bytes by purpose.
 
     Raises:
         ValueError: it does not fit, with the estimate.
@@ -124,22 +128,29 @@ def check_room(needed: dict[str, float], free: float) -> None:
     if total > free:
         parts = [f"{name} {number / GIB:.1f}" for name, number in needed.items()]
         raise ValueError(
-            f"no room for both models: {total / GIB:.1f} GiB are needed before activations ({', '.join(parts)}) and "
-            f"{free / GIB:.1f} GiB are free; try --lora-rank 64, --teacher-quantization nf4, or more GPUs with "
-            "`accelerate launch --use_fsdp`"
+            f"no room for both models: {total / GIB:.1f} GiB are needed ({', '.join(parts)}) and {free / GIB:.1f} GiB "
+            "are free; try --gradient-checkpointing, a smaller --batch-size with more --gradient-accumulation, "
+            "--lora-rank 64, --teacher-quantization nf4, or more GPUs with `accelerate launch --use_fsdp`"
         )
 
 
+def weight_bytes(config: DistillConfig) -> int:
+    """Bytes of a weight of the student."""
+    narrow = config.dtype == "bfloat16" or (config.dtype == "auto" and torch.cuda.is_available())
+    return 2 if narrow else 4
+
+
 def memory_estimate(
-    student: int, teacher: int, vocabulary: int, config: DistillConfig, shards: int
+    student: int, teacher: int, vocabulary: int, config: DistillConfig, shards: int, activations: float = 0.0
 ) -> dict[str, float]:
-    """Bytes on each device for models of so many parameters, by purpose; without activations.
+    """Bytes on each device for models of so many parameters, by purpose.
 
     shards: over how many devices the student, its gradients and the optimiser are spread.
+    activations: bytes for each token (`activation_bytes`).
     """
-    cuda = torch.cuda.is_available()
-    width = 2 if config.dtype == "bfloat16" or (config.dtype == "auto" and cuda) else 4  # bytes of a weight
-    teacher_width = NF4_BYTES if config.teacher_quantization == "nf4" else 2 if cuda else 4
+    width = weight_bytes(config)
+    unquantised = 2 if torch.cuda.is_available() else 4
+    teacher_width = NF4_BYTES if config.teacher_quantization == "nf4" else unquantised
     everything = config.train == "all" and config.lora_rank is None
     trained = student if everything else 0  # a part of the weights is small beside them
     chunk = min(config.chunk_tokens, config.batch_size * config.max_length)  # tokens
@@ -149,6 +160,7 @@ def memory_estimate(
         "gradients": trained * width / shards,
         "optimiser": 2 * trained * width / shards,
         "teacher": teacher * teacher_width,
+        "activations": activations * config.batch_size * config.max_length,
         "logits": HELD_LOGITS * chunk * vocabulary * 4,
     }
 
@@ -178,8 +190,8 @@ def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
     return kept_blocks_of(student, teacher.get_text_config(decoder=True).num_hidden_layers)
 
 
-def free_memory() -> float:
+def free_memory() -> int:
     """Bytes that are free on this process's GPU; without one, its share of what the machine has free."""
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0])
-    return float(psutil.virtual_memory().available) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return memory.free_memory(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    return memory.free_memory(torch.device("cpu"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,6 +29,8 @@ from ..problem import Block, Floats, Removal, RemovalProblem, Units
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
+
+NARROW_STEP = 0.5  # of a gate in 16 bits
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,12 @@ def gauss_newton(
 ) -> Interactions:
     """The Gauss-Newton form of the KL divergence from the whole model: Q_ij = 1/2 mean over tokens cov_p(z_i, z_j).
 
-    z_i (vocabulary,) is how the logits change as the gate of block i goes from 1 to 1 - step, divided by the step, and
-    cov_p the covariance under the whole model's prediction p: KL is 1/2 var_p of a small change of the logits, and the
-    changes of several blocks are taken to add up. A small step gives the derivative, the usual Gauss-Newton matrix;
-    step 1 removes the block, which gives the secant instead: right for single blocks whatever their size. Costs a
-    pass for each block, half of it where passes can be shared (step 1).
+    z_i (vocabulary,) is how the logits change with the gate of block i, and cov_p the covariance under the prediction p
+    of the whole model: KL is 1/2 var_p of a small change of the logits, and the changes of several blocks are taken to
+    add up. Step 1 removes the block, which gives the secant: right for single blocks whatever their size. It costs a
+    pass for each block, half of it where passes can be shared. A smaller step gives the derivative, the usual
+    Gauss-Newton matrix, by the difference between gates of 1 + step/2 and 1 - step/2: two passes for each block. In 16
+    bits the rounding of the logits is larger than what a small step changes, and the step is at least `NARROW_STEP`.
 
     positions: tokens of each sample that are used, spread over it; nowhere else are logits computed.
     units: what one spin stands for: a block, or each of its residual branches.
@@ -202,12 +205,14 @@ def gauss_newton(
         raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
     traced = trace_model(model, units)
     n = traced.num_units
+    if step < 1 and next(model.parameters()).dtype.itemsize < 4:
+        step = max(step, NARROW_STEP)
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions, units))
     matrices = _finished_forms(journal, len(samples), n)
 
     def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> NDArray[np.float32]:
         """(batch, N, N)."""
-        return _covariances(traced.halves, batch, outputs, step, positions)
+        return _covariances(traced.halves, batch, outputs, n, positions) / np.float32(step**2)
 
     # What a journal has no form of is measured, batch by batch.
     todo = _unmeasured(matrices, range(len(samples)))
@@ -261,15 +266,17 @@ def _with_gates_moved(
     done: int,
     progress: bool,
 ) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
-    """As `over_removals`, of the whole model (0) and of the one with gate i at 1 - step (i + 1)."""
+    """As `over_removals`, of the whole model (0), and with gate i raised (i + 1) and lowered (N + i + 1)."""
     device = next(traced.model.parameters()).device
 
     def outputs(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        for k in range(traced.num_units + 1):
-            alphas = torch.ones(len(batch.indices), traced.num_units, device=device)
-            alphas[:, k - 1 : k] = 1 - step  # none for k = 0
+        n = traced.num_units
+        yield 0, traced.halves.hidden_of(batch)
+        for k, (change, unit) in enumerate(product((step / 2, -step / 2), range(n))):
+            alphas = torch.ones(len(batch.indices), n, device=device)
+            alphas[:, unit] += change
             with gated(traced, alphas):
-                yield k, traced.halves.hidden_of(batch)
+                yield k + 1, traced.halves.hidden_of(batch)
 
     with frozen(traced.model), traced.halves.resident_head(), torch.no_grad():
         batches = make_batches(samples, batch_size)
@@ -277,11 +284,12 @@ def _with_gates_moved(
 
 
 def _covariances(
-    halves: SplitModel, batch: Batch, outputs: Iterator[tuple[int, Tensor]], step: float, positions: int
+    halves: SplitModel, batch: Batch, outputs: Iterator[tuple[int, Tensor]], n: int, positions: int
 ) -> NDArray[np.float32]:
     """(batch, N, N): the Gauss-Newton form of each sample.
 
-    outputs: (0, what leaves the decoder of the whole model) and (i + 1, the same with block i changed).
+    outputs: (0, what leaves the decoder of the whole model) and (i + 1, the same with unit i changed); or of
+        `_with_gates_moved`.
 
     Raises:
         ValueError: a form is NaN or infinite.
@@ -290,13 +298,13 @@ def _covariances(
     used: dict[int, Tensor] = {}
     for k, hidden in outputs:
         used[k] = hidden[rows.to(hidden.device), places.to(hidden.device)]  # (tokens, width)
-    every = torch.stack([used[k].to(used[0].device) for k in range(len(used))], dim=1)  # (tokens, 1 + N, width)
+    every = torch.stack([used[k].to(used[0].device) for k in range(len(used))], dim=1)  # (tokens, models, width)
 
     # A chunk has the logits of all models at some of the tokens.
     parts = []
     for chunk in torch.split(every, max(1, halves.chunk // len(used))):
-        parts.append(_forms(halves, chunk).cpu())
-    forms = torch.cat(parts).double() / (2 * step**2)  # (tokens, N, N)
+        parts.append(_forms(halves, chunk, n).cpu())
+    forms = torch.cat(parts).double() / 2  # (tokens, N, N)
 
     sums = torch.zeros(len(batch.indices), *forms.shape[1:], dtype=torch.float64).index_add_(0, rows, forms)
     means = sums / rows.bincount()[:, None, None]
@@ -314,18 +322,24 @@ def _spread_over(batch: Batch, positions: int) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(places)
 
 
-def _forms(halves: SplitModel, hidden: Tensor) -> Tensor:
-    """cov_p(z_i, z_j) at each token, (tokens, N, N). hidden: (tokens, 1 + N, width), the whole model's first.
+def _forms(halves: SplitModel, hidden: Tensor, n: int) -> Tensor:
+    """cov_p(z_i, z_j) at each token, (tokens, N, N).
+
+    hidden: (tokens, models, width), first the whole model's, then those of N models, or of N and N others of which the
+    differences count.
 
     It is the inner product of sqrt(p) (z_i - mean of z_i): one row for each block.
     """
     tokens, models = hidden.shape[:2]
-    z = widened(halves.logits(hidden.flatten(0, 1))).view(tokens, models, -1)  # (tokens, 1 + N, vocabulary)
+    z = widened(halves.logits(hidden.flatten(0, 1))).view(tokens, models, -1)  # (tokens, models, vocabulary)
     whole = z[:, :1].clone()  # (tokens, 1, vocabulary)
     p = whole.softmax(-1)
 
     # In place, as these are the largest tensors there are; row 0, the whole model's, becomes zero.
     z -= whole
+    if models > 1 + n:
+        z[:, 1 : 1 + n] -= z[:, 1 + n :]
+        z = z[:, : 1 + n]
     z -= z @ p.mT  # (tokens, 1 + N, 1), the means
     z *= p.sqrt()
     return (z @ z.mT)[:, 1:, 1:]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..errors import first_line
+from ..memory import OutOfMemory, is_out_of_memory
 from ..model.gguf import ordinary_source
 from ..model.loading import load_model
 
@@ -224,14 +225,12 @@ def _check_generation(lm: Any, name: str, task: Any, rollouts: int) -> None:
 
 @contextmanager
 def _explained_memory(batch_size: int | str) -> Iterator[None]:
-    """Turn an error for want of memory into a ValueError with a remedy."""
+    """Turn an error for want of memory into one with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-        if not known:
+        if not is_out_of_memory(error):
             raise
-
         smaller = 1 if batch_size == "auto" else int(batch_size) // 2
         remedy = f"try --batch-size {smaller}" if smaller else "spread the model with --device-map auto"
-        raise ValueError(f"out of memory with --batch-size {batch_size}; {remedy}") from error
+        raise OutOfMemory(f"out of memory with --batch-size {batch_size}; {remedy}") from error

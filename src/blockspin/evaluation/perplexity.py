@@ -198,7 +198,7 @@ def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: Ba
 
 
 def losses_without(
-    traced: TracedModel, removals: Sequence[Removal], samples: Sequence[Tensor], batch_size: BatchSize = 8
+    traced: TracedModel, removals: Sequence[Removal], samples: Sequence[Tensor], batch_size: BatchSize = "auto"
 ) -> Tensor:
     """(number of removals, number of samples) float64: `losses_of` the model without the units of each removal.
 

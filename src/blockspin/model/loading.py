@@ -219,9 +219,10 @@ def _placement(
     if apart is None:
         return Placement(None if device == "cpu" else device)
     if not stream:
+        half = " In half the memory: --dtype bfloat16." if dtype == "float32" else ""
         console.print(
             f"{source} takes {short(weights_bytes(model, dtype), 'B')}, which is more than fits: its blocks stay on "
-            f"disk and are read one by one, as with --stream. To load it all the same, give --device-map {device}.",
+            f"disk and are read one by one, as with --stream. To load it all the same: --device-map {device}.{half}",
             highlight=False,
             soft_wrap=True,
         )

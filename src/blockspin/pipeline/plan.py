@@ -269,7 +269,7 @@ def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
     if energy == "pairwise":
         pairs = [(i, j) for j in range(traced.depth) for i in range(j)]
         return num_passes(traced, [*singles, *pairs])
-    return num_passes(traced, singles) if energy == "secant" else len(singles)
+    return num_passes(traced, singles) if energy == "secant" else 1 + 2 * traced.num_units
 
 
 def _parameters_gone(blocks: Sequence[Block], remove: Goal) -> float:

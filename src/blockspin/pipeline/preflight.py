@@ -18,7 +18,15 @@ from ..config import (
     SolvingSettings,
     TaskSettings,
 )
-from ..distillation.preflight import check_requirements, check_room, choose_quantization, free_memory, memory_estimate
+from ..distillation.activations import activation_bytes
+from ..distillation.preflight import (
+    check_requirements,
+    check_room,
+    choose_quantization,
+    free_memory,
+    memory_estimate,
+    weight_bytes,
+)
 from ..journal import check_settings
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import model_without_weights
@@ -142,4 +150,6 @@ def check_distillation(config: CompressConfig, model_config: PretrainedConfig, b
     settings = replace(config.distill, teacher=config.model, max_length=max_length(config, model_config))
     settings = replace(settings, teacher_quantization=choose_quantization(settings))
     vocabulary = model_config.get_text_config(decoder=True).vocab_size
-    check_room(memory_estimate(teacher - gone, teacher, vocabulary, settings, 1), free_memory())
+    left = 1 - gone / sum(sizes)  # of the blocks
+    activations = left * activation_bytes(model, weight_bytes(settings), settings.gradient_checkpointing)
+    check_room(memory_estimate(teacher - gone, teacher, vocabulary, settings, 1, activations), free_memory())
