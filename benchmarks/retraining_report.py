@@ -159,6 +159,7 @@ def of_predictors(results: Results) -> str:
         "plain, 50 short steps": lambda run: run["batch"] == 1 and not run["repaired"],
         "repaired, 50 short steps": lambda run: run["batch"] == 1 and run["repaired"],
     }
+
     lines = []
     for name, is_it in before.items() if results.where(name="predict", tokens=PREDICTED_TOKENS) else ():
         line = [name]
@@ -170,6 +171,7 @@ def of_predictors(results: Results) -> str:
                     known[number] = kl
                 if row["run"]["tokens"] == PREDICTED_TOKENS:
                     later[number] = kl
+
             both = sorted(known.keys() & later.keys())
             line.append(f"{spearman([known[n] for n in both], [later[n] for n in both]):.2f} of {len(both)}")
         lines.append(line)

@@ -147,12 +147,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if not chosen:
             return
 
+        beginnings, longest = [], 0
+        for number in chosen:
+            batch = self._ahead[number]
+            for row, length in zip(batch["input_ids"].cpu(), count_tokens(batch)[:, 0].tolist(), strict=True):
+                beginnings.append(row[: (length + 1) // 2])
+                longest = max(longest, length // 2)
+
         # Every process and every round draws its own.
         seed = (self.args.seed + self.state.global_step) * self.args.world_size + self.args.process_index
-        windows = [row for number in chosen for row in self._ahead[number]["input_ids"].cpu()]
-        half = len(windows[0]) // 2
         with self.student.whole(), self.accelerator.autocast():
-            rows = continued(self.student.model, [window[:half] for window in windows], len(windows[0]) - half, seed)
+            rows = continued(self.student.model, beginnings, longest, seed)
 
         for number in chosen:
             size = len(self._ahead[number]["input_ids"])
