@@ -39,6 +39,7 @@ from blockspin.energies.measurements import SINGLES_SAMPLES
 from blockspin.errors import first_line
 from blockspin.files import write_json
 from blockspin.machine import describe_machine
+from blockspin.model import quality
 from blockspin.model.batches import frozen, make_batches
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.tracing import trace_model
@@ -48,8 +49,9 @@ from blockspin.training import DistillConfig
 
 SECANT_SAMPLES, GRADIENT_SAMPLES = 64, 2048  # what a run takes, of `length` tokens each
 READINGS = 30  # of the weights while a removal is checked: a trace, two passes, two texts of eight tokens
+POSITIONS = 64  # tokens of a sample at which secant energies have logits
 WARM_UP = 16  # tokens
-FEW_BLOCKS = 4  # of the model that is held in float32 too
+FEW_BLOCKS = 4  # of the model that is held in float32 too, and removals whose divergences are measured
 
 
 def matrix_peak(bench: Bench) -> Line:
@@ -93,12 +95,25 @@ def secant(bench: Bench, batch_size: int) -> Line:
     seconds = bench.fixed + (one - bench.fixed) * SECANT_SAMPLES / batch_size
     singles = [(i,) for i in range(bench.depth)]
     passes = passes_of_walk([(), *singles], bench.depth)
-    predicted = bench.seconds_of_passes(passes, bench.depth + 1, SECANT_SAMPLES * bench.length)
+    heads = (bench.depth + 1) * min(1, POSITIONS / bench.length)
+    predicted = bench.seconds_of_passes(passes, heads, SECANT_SAMPLES * bench.length)
     return Line(seconds, predicted, "s", 45.0, {"seconds_of_a_batch": one, "fixed_seconds": bench.fixed})
 
 
 def run_secant(bench: Bench, samples: Sequence[Tensor], batch_size: int) -> None:
     bench.hessian = bs.gauss_newton(bench.model, samples, batch_size=batch_size, progress=False).hessian
+
+
+def divergences(bench: Bench) -> Line:
+    """Seconds to measure the KL divergence without each of the first blocks on 8 samples, at all their tokens."""
+    traced, samples = trace_model(bench.model), bench.samples(8)
+    removals = [(i,) for i in range(FEW_BLOCKS)]
+    for _ in range(2):  # the first time warms up
+        seconds = bench.timed(lambda: quality.measured(traced, removals, samples, quality.kl))
+
+    passes = passes_of_walk([(), *removals], bench.depth)
+    predicted = bench.seconds_of_passes(passes, 1 + len(removals), 8 * bench.length)
+    return Line(seconds, predicted, "s", details={"passes": passes, "heads": 1 + len(removals)})
 
 
 def gradients(bench: Bench, checkpointing: bool) -> Line:
@@ -115,11 +130,12 @@ def gradients(bench: Bench, checkpointing: bool) -> Line:
         for batch in batches:
             floor_pass(bench.model, batch)
 
+    # Each once before it is timed: what kernels and memory of new shapes take, all of a run shares.
     with frozen(bench.model):
-        gate_gradients(traced, batches[0], checkpointing)  # warms up, with the longest samples
+        ours()
         seconds, memory = bench.timed(ours), peak_gib(bench)
         reset_peak(bench)
-        floor_pass(bench.model, batches[0])
+        floor()
         floor_seconds, floor_memory = bench.timed(floor), peak_gib(bench)
 
     # Forward and backward through the activations; with checkpointing forward once more.
@@ -291,6 +307,7 @@ LINES: tuple[tuple[str, float, Callable[[Bench], Line]], ...] = (
     ("matrix peak", 2, matrix_peak),
     ("forward pass of 8 samples", 2, forward),
     ("secant energies of 64 samples, batch 8", 14, lambda bench: secant(bench, 8)),
+    ("divergences of 4 removals, 8 samples", 6, divergences),
     ("gradients of 2,048 samples", 8, lambda bench: gradients(bench, False)),
     ("gradients, checkpointing", 9, lambda bench: gradients(bench, True)),
     ("fitted energies", 25, fitted),
@@ -351,6 +368,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=150, help="of the process; no line begins that would end later"
     )
+    parser.add_argument("--lines", default="", help="only lines with one of these words: forward,secant,selection")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     arguments = parser.parse_args()
 
@@ -360,7 +378,10 @@ def main() -> None:
 
     report: dict[str, Any] = {"machine": describe_machine(), "model": "tiny" if arguments.tiny else "Llama-3.1-8B"}
     report["rows"] = []
+    wanted = arguments.lines.split(",")
     for name, needs, run in LINES:
+        if run is not matrix_peak and not any(word in name for word in wanted):
+            continue
         left = arguments.seconds - (time.perf_counter() - started)
         if left < needs and not arguments.tiny:
             row: dict[str, Any] = {"line": name, "error": f"skipped: needs {needs} s, {left:.0f} s are left"}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .files import replacing
+from .processes import from_main
 
 
 class Journal:
     """An append-only file of JSON lines. The first line says whose results the others are.
 
-    A process killed at any moment loses at most the entry that it was writing: a line without an end is dropped.
+    A process killed at any moment loses at most the entry that it was writing: a line without an end is dropped. Where
+    several processes share a run, the main one has the file, and all of them make the same calls.
 
     path: the file, continued if it exists; None keeps nothing, so that callers need not ask whether there is a file.
     identity: a fingerprint of everything that decides the results (model, samples, settings).
@@ -25,8 +27,25 @@ class Journal:
 
     def __init__(self, path: str | Path | None, identity: str) -> None:
         self.path = None if path is None else Path(path)
-        if self.path is None:
-            return
+        if self.path is not None:
+            from_main(lambda: self._open(identity))
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Everything that was appended, by this process or one before it, in order."""
+        if self.path is not None:
+            yield from from_main(self._read)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one entry; when this returns, it is on disk.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        if self.path is not None:
+            from_main(lambda: self._write(entry))
+
+    def _open(self, identity: str) -> None:
+        assert self.path is not None
 
         # The first line appears whole or not at all: a file without one was written by something else.
         if not self.path.exists():
@@ -40,23 +59,14 @@ class Journal:
             )
         _drop_torn_line(self.path)
 
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """Everything that was appended, by this process or one before it, in order."""
-        if self.path is None:
-            return
+    def _read(self) -> list[dict[str, Any]]:
+        assert self.path is not None
         with self.path.open() as file:
             next(file)  # the identity
-            for line in file:
-                yield json.loads(line)
+            return [json.loads(line) for line in file]
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one entry; when this returns, it is on disk.
-
-        Raises:
-            ValueError: the file cannot be written.
-        """
-        if self.path is None:
-            return
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        assert self.path is not None
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")

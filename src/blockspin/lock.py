@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .processes import from_main, is_main
+
 if sys.platform != "win32":  # which goes without locks
     import fcntl
 
@@ -24,7 +26,8 @@ def locked(out: str | Path | None) -> Iterator[None]:
 
     The lock is a file beside the output, `.NAME.lock`, which says whose it is: {"host": ..., "pid": ...}. The system
     frees it when its process ends, however that ends, so that one which was left behind by a kill is taken over.
-    Folders that had to be made for it are removed again where the body puts nothing into them.
+    Folders that had to be made for it are removed again where the body puts nothing into them. Processes that share a
+    run hold it together.
 
     out: None where nothing is written.
 
@@ -35,22 +38,26 @@ def locked(out: str | Path | None) -> Iterator[None]:
         yield
         return
 
-    out = Path(out).absolute()
+    path, descriptor, made = from_main(lambda: _opened(Path(out).absolute()))
+    try:
+        yield
+    finally:
+        if is_main():
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            _remove_empty(made)
+
+
+def _opened(out: Path) -> tuple[Path, int, list[Path]]:
+    """The lock file of an output, its descriptor, and the folders that had to be made for it. Raises ValueError."""
     path = out.with_name(f".{out.name}.lock")
     made = [folder for folder in out.parents if not folder.exists()]  # the innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquired(path, out)
+        return path, _acquired(path, out), made
     except OSError as error:
         _remove_empty(made)
         raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another place (--out)") from error
-
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-        _remove_empty(made)
 
 
 def _acquired(path: Path, out: Path) -> int:

@@ -25,9 +25,10 @@ def available_memory() -> int:
     """Bytes of the host's memory that this process may still take.
 
     That is what is free, at most what is left of the limit of its control group (containers, systemd) and of its data
-    segment (ulimit -d).
+    segment (ulimit -d). Where a launcher has started several processes on this machine, each has its share.
     """
-    left = [int(psutil.virtual_memory().available), *_left_in_groups()]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    left = [free // processes for free in (int(psutil.virtual_memory().available), *_left_in_groups())]
     if sys.platform != "win32":
         most, _ = resource.getrlimit(resource.RLIMIT_DATA)
         if most != resource.RLIM_INFINITY:

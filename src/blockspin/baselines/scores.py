@@ -59,12 +59,13 @@ def measure_activations(
 def _activations(
     traced: TracedModel, samples: Sequence[Tensor], removed: Sequence[int], batch_size: BatchSize, progress: bool
 ) -> Activations:
-    def run(batch: Batch) -> _Sums:
+    def run(batch: Batch) -> Sequence[Tensor]:
+        """The sums over a batch."""
         sums = _Sums(traced, [batch])
         with sums.watched():
             traced.halves.hidden_of(batch)
         sums.finish(0)
-        return sums
+        return sums.values
 
     batches = make_batches(samples, batch_size)
     total = _Sums(traced, [])
@@ -77,9 +78,12 @@ def _activations(
             for place in range(len(batches)):
                 total.finish(place)
         else:
-            for _, sums in traced.room.results(batches, run, "Activations", show=progress):
-                total.add(sums)
-    return total.means()
+            for _, values in traced.room.shared_results(batches, run, "Activations", show=progress):
+                total.add(values)
+
+    tokens = sum(map(len, samples))
+    cosine, ratio, angle = total.values
+    return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
 
 
 class _Sums:
@@ -156,20 +160,15 @@ class _Sums:
         self._angle += angles.sum(dim=0)
         last.clear()
 
-    def add(self, other: _Sums) -> None:
-        """Add the sums of other batches, which are finished."""
-        self.batches = [*self.batches, *other.batches]
-        self._cosine += other._cosine
-        self._ratio += other._ratio
-        self._angle += other._angle
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """Of the batches that are finished: cosines and ratios (N,) over tokens, angles (N+1, N+1) over samples."""
+        return self._cosine, self._ratio, self._angle
 
-    def means(self) -> Activations:
-        """Of all batches, which are finished: over the tokens, and of the angles over the samples."""
-        tokens = sum(int(batch.lengths.sum()) for batch in self.batches)
-        number = sum(len(batch.indices) for batch in self.batches)
-        return Activations(
-            (self._cosine / tokens).numpy(), (self._ratio / tokens).numpy(), (self._angle / number).numpy()
-        )
+    def add(self, values: Sequence[Tensor]) -> None:
+        """Add the `values` of other batches."""
+        for total, more in zip(self.values, values, strict=True):
+            total += more
 
 
 def from_scores(problem: RemovalProblem, scores: ArrayLike, source: str) -> Candidate:

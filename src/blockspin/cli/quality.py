@@ -9,6 +9,7 @@ import typer
 
 from ..config import CompressConfig, DataSettings, EvaluateConfig
 from ..lock import locked
+from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
 from .app import AsJson, Out, SettingsFile, app, load_samples, show, show_json
@@ -74,7 +75,7 @@ def evaluate(
             show=no_table if json else show,
         )
         if out is not None:
-            result.save(out)
+            from_main(lambda: result.save(out))
     if json:
         show_json(result.as_json())
 

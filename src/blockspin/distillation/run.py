@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from ..model.batches import frozen
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
+from ..processes import TIMEOUT
 from ..progress import console
 from ..surgery.card import add_training
 from ..training import DistillConfig
@@ -38,7 +38,6 @@ from .trained import learning_rate, only_some_trained
 from .trainer import DistillationTrainer, collate, training_arguments
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", ".*")
-TIMEOUT = timedelta(hours=6)  # the other processes wait while the first packs the text
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def distill_checkpoint(
         return finished
 
     tokenizer = check_training(student, config, state)
-    with locked(out if state.is_main_process else None), writing(out):
+    with locked(out), writing(out):
         return _train_checkpoint(student, out, config, leave_out, tokenizer, state)
 
 

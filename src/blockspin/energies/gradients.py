@@ -119,7 +119,7 @@ def estimate_gradients(
         return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))
 
     with frozen(model), traced.halves.resident_head():
-        for batch, rows in room.results(remaining, run, "Gradients", done, progress):
+        for batch, rows in room.shared_results(remaining, run, "Gradients", done, progress):
             keep_rows(journal, batch.indices, rows)
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
 

@@ -26,6 +26,7 @@ from ..model.passes import num_passes, over_removals
 from ..model.quality import kl, loss, measured
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Floats, Removal, RemovalProblem, Units
+from ..processes import gathered, share
 from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
@@ -133,12 +134,25 @@ def measure_pairs(
         known = Interactions(matrices[:first], tokens[:first], blocks)
         pairs = every if chosen.start == 0 else pairs_in_low_states(known)
         batches = make_batches([samples[i] for i in todo], batch_size)
-        for indices in track([batch.indices for batch in batches], "Pairs", len(batches), show=progress):
-            part = [todo[i] for i in indices]
-            matrices[part] = _pair_forms(traced, [samples[i] for i in part], pairs, objective)
-            keep_rows(journal, part, matrices[part])
+        parts = [[todo[i] for i in batch.indices] for batch in batches]
+        forms = gathered(_forms_of_parts(traced, samples, share(parts), pairs, objective))
+        for part, rows in track(forms, "Pairs", len(parts), show=progress):
+            matrices[part] = rows
+            keep_rows(journal, part, rows)
 
     return Interactions(matrices, tokens, blocks, metadata or {})
+
+
+def _forms_of_parts(
+    traced: TracedModel,
+    samples: Sequence[Tensor],
+    parts: Sequence[list[int]],
+    pairs: Sequence[tuple[int, int]],
+    objective: str,
+) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+    """The numbers of some samples and their Q, for every part of the samples."""
+    for part in parts:
+        yield part, _pair_forms(traced, [samples[i] for i in part], pairs, objective)
 
 
 def _pair_forms(
@@ -280,7 +294,8 @@ def _with_gates_moved(
 
     with frozen(traced.model), traced.halves.resident_head(), torch.no_grad():
         batches = make_batches(samples, batch_size)
-        yield from traced.room.results(batches, lambda batch: run(batch, outputs(batch)), "Blocks", done, progress)
+        forms = traced.room.shared_results(batches, lambda batch: run(batch, outputs(batch)), "Blocks", done, progress)
+        yield from forms
 
 
 def _covariances(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from ..model.head import split_model
 from ..model.loading import context_length
 from ..model.losses import losses_of, sample_losses
 from ..model.offload import is_offloaded
-from ..model.passes import removal_passes
+from ..model.passes import over_removals
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Removal
+from ..processes import from_main
 from ..progress import track
 from ..tables import Column, Table, ranges, short
 from .scores import Score
@@ -205,12 +206,18 @@ def losses_without(
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    found = torch.zeros(len(removals), len(samples), dtype=torch.float64)
-    for batch, outputs in removal_passes(traced, removals, samples, batch_size=batch_size):
+
+    def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> Tensor:
+        """(removals, batch)."""
+        losses = torch.zeros(len(removals), len(batch.indices), dtype=torch.float64)
         for k, hidden in outputs:
-            losses = sample_losses(traced.halves, hidden, batch).double().cpu()  # (batch,)
-            check_finite(losses, batch)
-            found[k, list(batch.indices)] = losses
+            losses[k] = sample_losses(traced.halves, hidden, batch)
+            check_finite(losses[k], batch)
+        return losses
+
+    found = torch.zeros(len(removals), len(samples), dtype=torch.float64)
+    for batch, losses in over_removals(traced, removals, samples, run, batch_size=batch_size):
+        found[:, list(batch.indices)] = losses
     return found
 
 
@@ -275,7 +282,8 @@ def evaluate_models(
         losses.append(sample_losses_of(model, samples, batch_size))
 
     timed = {name: model for name, model in models.items() if not is_offloaded(model)}
-    measured_speeds = tokens_per_second(list(timed.values()), samples, batch_size=batch_size, progress=progress)
+    running = list(timed.values())
+    measured_speeds = from_main(lambda: tokens_per_second(running, samples, batch_size=batch_size, progress=progress))
     speeds = dict(zip(timed, measured_speeds, strict=True))
 
     rows = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..config import CompressConfig, EvaluateConfig, TaskSettings
 from ..files import write_json
 from ..model import fingerprint
 from ..model.loading import load_tokenizer
+from ..processes import from_main, gathered, share
 from ..progress import console
 from . import harness
 from .scores import Score, extract_scores, over_rollouts
@@ -55,21 +57,20 @@ def evaluate_tasks(
 
     # Only the tasks whose results are not kept on disk need the model.
     files = result_files(model, tokenizer, config)
-    known = {}
-    for task, file in files.items():
-        if file.is_file():
-            known[task] = _read(file)
+    known = from_main(lambda: _read_all(files))
     missing = [task for task in config.tasks if task not in known]
     if missing:
         loaded = check_tasks(missing, config, tokenizer)
         lm = harness.open_model(model, tokenizer, config)
 
-    for number, task in enumerate(missing, 1):
-        known[task], results = _score(lm, loaded.pop(task), task, config)
+    # Several processes share the tasks.
+    found = gathered(_score(lm, loaded.pop(task), task, config) for task in share(missing))
+    for number, (task, (scores, results)) in enumerate(zip(missing, found, strict=True), 1):
+        known[task] = scores
         for score in known[task]:
             console.print(f"{score.task} {score.as_text()}, task {number} of {len(missing)}", highlight=False)
         if task in files:
-            write_json(files[task], {"scores": list(map(Score.as_json, known[task])), "results": results})
+            from_main(partial(_write, files[task], scores, results))
 
     in_order = []
     for task in config.tasks:
@@ -143,6 +144,15 @@ def result_files(
         key = fingerprint.digest({**shared, "task": task, "sampling": sampling})
         files[task] = Path(config.cache) / f"{Path(task).stem}-{key}.json"
     return files
+
+
+def _read_all(files: Mapping[str, Path]) -> dict[str, list[Score]]:
+    """The scores of every task that has its file."""
+    return {task: _read(file) for task, file in files.items() if file.is_file()}
+
+
+def _write(file: Path, scores: Sequence[Score], results: dict[str, Any]) -> None:
+    write_json(file, {"scores": list(map(Score.as_json, scores)), "results": results})
 
 
 def _read(file: Path) -> list[Score]:

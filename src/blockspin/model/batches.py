@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import OutOfMemory, is_out_of_memory, release_memory
+from ..processes import gathered, share
 from ..progress import bar, console
 from .offload import running_device
 
@@ -171,6 +172,12 @@ class Room:
                 release_memory()
                 self._lower(batch)
                 waiting = self.cut([*waiting, batch][::-1])[::-1]
+
+    def shared_results(
+        self, batches: Sequence[Batch], run: Callable[[Batch], T], title: str = "", done: int = 0, show: bool = False
+    ) -> Iterator[tuple[Batch, T]]:
+        """As `results`. Several processes share the batches, and all yield what each of them has found."""
+        yield from gathered(self.results(share(batches), run, title, done, show))
 
     def cut(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches, halved until each is as small as is known to be needed."""

@@ -23,6 +23,7 @@ from transformers import (
 from ..config import DTYPES, STREAM
 from ..errors import first_line
 from ..hub import can_be_hub_id, use_hub
+from ..processes import gathered
 from ..progress import console
 from ..tables import short
 from .gguf import ordinary_source
@@ -148,7 +149,8 @@ def load_model(
     """A causal language model, in evaluation mode.
 
     dtype: "auto" takes the checkpoint's, but float32 on a CPU, where narrow types are slow.
-    device_map: as in transformers ("auto" spreads the model over the devices); None takes the first GPU, else the CPU;
+    device_map: as in transformers ("auto" spreads the model over the devices); None takes the GPU of this process
+        (the first, if it is alone), else the CPU;
         "stream" does so too, but for the blocks: they stay on disk, or in the host's memory where they fit in beside a
         GPU, and passes read them one by one. Where a model does not fit, None is "stream", which is said.
     quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
@@ -168,7 +170,7 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
     if quantization is not None:
         arguments["quantization_config"] = quantization
-        device_map = device_map or (None if on_cpu else "cuda:0")
+        device_map = device_map or (None if on_cpu else default_device())
 
     # Where transformers finds the place, it may choose the disk.
     placement = Placement(device_map, resaving_folder(0) if device_map in _SPREADING else None)
@@ -216,6 +218,9 @@ def _placement(
     device = default_device()
     model = model_without_weights(config, trust_remote_code=trust_remote_code)
     apart = place_of_blocks(model, dtype, device, stream)
+    places = list(gathered(iter([apart])))
+    if any(places) and apart is None:  # another process has less room: all go on alike
+        apart = place_of_blocks(model, dtype, device, stream=True)
     if apart is None:
         return Placement(None if device == "cpu" else device)
     if not stream:

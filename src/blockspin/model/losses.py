@@ -106,7 +106,7 @@ def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize
 
     found = torch.zeros(len(samples), dtype=torch.float64)
     with frozen(model), halves.resident_head(), torch.no_grad():
-        for batch, losses in Room().results(make_batches(samples, batch_size), run):
+        for batch, losses in Room().shared_results(make_batches(samples, batch_size), run):
             check_finite(losses, batch)
             found[list(batch.indices)] = losses
     return found

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..memory import states_limit
 from ..problem import Removal, block_of
+from ..processes import gathered, share
 from ..progress import track
 from .batches import Batch, BatchSize, frozen, input_device, make_batches
 from .residual import drop_shallowest, kept_streams
 from .stacking import is_worth_stacking, stacked_passes
-from .streaming import streamed_passes
+from .streaming import jobs_of, streamed_passes, swept
 from .tracing import TracedModel, resumed, skipped
 
 T = TypeVar("T")
@@ -66,24 +67,27 @@ def over_removals(
 ) -> Iterator[tuple[Batch, T]]:
     """Yield every batch with what `run` makes of it and its hidden states (`removal_passes`).
 
-    Batches that do not fit into memory are halved, but for those whose passes share the loading of weights.
+    Batches that do not fit into memory are halved, but for those whose passes share the loading of weights. Several
+    processes share the batches, and all yield the same.
 
     title, done: of the progress bar, and the samples that an earlier run has done.
 
     Raises:
         ValueError: unusable samples or removals, or a single sample that does not fit into memory.
     """
+    batches = make_batches(samples, batch_size)
     if traced.is_offloaded and traced.shares_passes:
-        for batch, outputs in removal_passes(traced, removals, samples, batch_size=batch_size, progress=progress):
-            yield batch, run(batch, outputs)
+        jobs = jobs_of(traced, removals, share(batches))
+        with traced.halves.resident_head():
+            sweep = swept(traced, jobs, progress=progress)
+            yield from gathered((batch, run(batch, outputs)) for batch, outputs in sweep)
         return
 
     def run_batch(batch: Batch) -> T:
         return run(batch, _passes(traced, batch, removals, memory_limit))
 
     with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
-        batches = make_batches(samples, batch_size)
-        yield from traced.room.results(batches, run_batch, title, done, progress)
+        yield from traced.room.shared_results(batches, run_batch, title, done, progress)
 
 
 def _passes(
@@ -139,6 +143,11 @@ def shared_passes(
         states |= kept
         drop_shallowest(states, limit)
         yield k, hidden
+
+
+def in_order_of_walk(traced: TracedModel, removals: Sequence[Removal]) -> list[int]:
+    """The numbers of the removals, those with common first units side by side: neighbours share passes."""
+    return _walk(removals, list(map(block_of, traced.units)), traced.depth)[0]
 
 
 def num_passes(traced: TracedModel, removals: Sequence[Removal]) -> float:

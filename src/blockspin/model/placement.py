@@ -42,8 +42,8 @@ class Placement:
 
 
 def default_device() -> str:
-    """Where a model runs that nobody has placed."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    """Where a model runs that nobody has placed; of several processes, each has a GPU of its own."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def place_of_blocks(model: PreTrainedModel, dtype: str, device: str, stream: bool) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..memory import states_limit
 from ..problem import Removal
+from ..processes import gathered, number, part
 from .batches import (
     Batch,
     BatchSize,
@@ -28,7 +29,7 @@ from .batches import (
     standard_error,
 )
 from .head import SplitModel, split_model
-from .passes import over_removals
+from .passes import in_order_of_walk, over_removals
 from .tracing import TracedModel
 
 Floats = NDArray[np.float64]
@@ -92,9 +93,24 @@ def measured(
 ) -> Floats:
     """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
 
+    Several processes share the batches; where there are fewer of them than processes, the removals.
+
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
+    if len(make_batches(samples, batch_size)) < number():
+        chosen = part(in_order_of_walk(traced, removals))
+        own = [removals[k] for k in chosen]
+
+        def of_own() -> Iterator[tuple[Sequence[int], Floats]]:
+            if own:
+                yield chosen, measured(traced, own, samples, measure, batch_size=batch_size, memory_limit=memory_limit)
+
+        of_each: dict[int, Floats] = {}  # (number of samples, number of measures)
+        for numbers, rows in gathered(of_own()):
+            of_each |= zip(numbers, rows, strict=True)
+        return np.stack([of_each[k] for k in range(len(removals))])
+
     with_whole = [(), *removals]
     limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
 
@@ -247,7 +263,7 @@ def values_of(
 
     values: dict[int, list[float]] = {}
     with frozen(model), frozen(original), ours.resident_head(), theirs.resident_head(), torch.no_grad():
-        for batch, found in Room().results(make_batches(samples, batch_size), run):
+        for batch, found in Room().shared_results(make_batches(samples, batch_size), run):
             values |= zip(batch.indices, found, strict=True)
     return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
 

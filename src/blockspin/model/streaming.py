@@ -121,15 +121,26 @@ def streamed_passes(
     Raises:
         ValueError: unusable samples or removals, or no room for the temporary file.
     """
-    checked = tuple(check_removal(removed, traced.num_units) for removed in removals)
-    jobs = [Job(batch, checked) for batch in make_batches(samples, batch_size)]
+    jobs = jobs_of(traced, removals, make_batches(samples, batch_size))
     yield from swept(traced, jobs, memory_limit, progress)
+
+
+def jobs_of(traced: TracedModel, removals: Sequence[Removal], batches: Sequence[Batch]) -> list[Job]:
+    """All removals on every batch.
+
+    Raises:
+        ValueError: unusable removals.
+    """
+    checked = tuple(check_removal(removed, traced.num_units) for removed in removals)
+    return [Job(batch, checked) for batch in batches]
 
 
 def swept(
     traced: TracedModel, jobs: Sequence[Job], memory_limit: int | None = None, progress: bool = False
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
     """Yield the batch of every job with its outputs, as `removal_passes` does; jobs may have removals of their own."""
+    if not jobs:
+        return
     if memory_limit is None:
         memory_limit = int(STATES_SHARE * available_memory())
 

@@ -24,6 +24,7 @@ from ..machine import describe_machine
 from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import trace_model
+from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
 from ..solvers.candidates import random_candidate, states_as_candidates
@@ -63,6 +64,8 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     report.html           all of it as one page
     scores/               their scores on the tasks of the settings, if any, each kept as soon as it is there
 
+    Where a launcher has started several processes, they share the work.
+
     Returns the rows of evaluation.json: original, CBO:0 (the lowest state that can be saved), the chosen state, random,
     then repaired and distilled where wanted.
 
@@ -71,23 +74,18 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     """
     out = Path(out)
     with locked(out):
-        open_run(config, out)
-        repairs = _repairs(config)
-        if (out / "evaluation.json").is_file() and (out / "checkpoint").is_dir():
-            rows = list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
-        else:
-            rows = shorten(config, out)
+        from_main(lambda: open_run(config, out))
+        repairs = from_main(lambda: _repairs(config))
+        rows = from_main(lambda: read_rows(out)) or shorten(config, out)
 
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         names = [row.name for row in rows]
         if repairs and "repaired" not in names:
             rows.append(repair_stage(config, out, chosen.removed))
-            write_rows(rows, out)
-            write_run_report(out)
+            from_main(lambda: write_rows(rows, out))
         if config.distill is not None and "distilled" not in names:
             rows.append(distillation_stage(config, out, chosen.removed))
-            write_rows(rows, out)
-            write_run_report(out)
+            from_main(lambda: write_rows(rows, out))
     return rows
 
 
@@ -95,9 +93,9 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     """All of `compress` but the training."""
     remote = config.trust_remote_code
     model_config = load_config(config.model, trust_remote_code=remote)
-    check_before(config, model_config)
+    from_main(lambda: check_before(config, model_config))
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = load_samples(config, tokenizer, model_config)
+    samples = from_main(lambda: load_samples(config, tokenizer, model_config))
 
     # Text for the training must be there too, and the tasks.
     if config.distill is not None and config.distill.data is not None:
@@ -108,9 +106,9 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     if is_offloaded(model):
         check_streaming(config)
-        plan = plan_with(config, trace_model(model), samples, tokenizer, out)
+        plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
         console.print(plan.estimate(), soft_wrap=True, highlight=False)
-    config.save(out / "run.yaml")
+    from_main(lambda: config.save(out / "run.yaml"))
 
     energies = energies_stage(
         config,
@@ -141,7 +139,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         repair_samples=samples.calibration if config.repair else (),
     )
     about = {**describe_machine(), **describe_samples(samples)}
-    checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint")
+    from_main(lambda: checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint"))
 
     # The report: what was chosen between the lowest state and a random removal.
     chosen = replace(selection.chosen, source=f"chosen ({selection.chosen.source})")
@@ -149,9 +147,9 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     lowest = removable.first_of(states_as_candidates(spectrum))
     compared = [*lowest, chosen, *removable.first_of(drawn)]
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
-    add_results(out / "checkpoint", results_table(rows), measured_on(config, samples.evaluation))
-    write_rows(rows, out)
-    write_run_report(out)
+    where = measured_on(config, samples.evaluation)
+    from_main(lambda: add_results(out / "checkpoint", results_table(rows), where))
+    from_main(lambda: write_rows(rows, out))
     return rows
 
 
@@ -177,9 +175,17 @@ def _repairs(config: CompressConfig) -> bool:
     return False
 
 
+def read_rows(out: Path) -> list[Evaluation]:
+    """What `compress` has returned before; nothing where it was not that far."""
+    if not (out / "evaluation.json").is_file() or not (out / "checkpoint").is_dir():
+        return []
+    return list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
+
+
 def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
-    """What `compress` returns, as evaluation.json."""
+    """What `compress` returns, as evaluation.json, and the page of the run."""
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
+    write_run_report(out)
 
 
 def result_folder(config: CompressConfig, out: Path) -> Path:
@@ -193,8 +199,11 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
     """Repair the smaller model, and measure it as the others were, on text that the repair has not seen."""
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    samples = load_samples(config, tokenizer, model_config)
-    if not (out / "repaired").is_dir():
+    samples = from_main(lambda: load_samples(config, tokenizer, model_config))
+
+    def repaired() -> None:
+        if (out / "repaired").is_dir():
+            return
         report = repair_checkpoint(
             out / "checkpoint",
             config.model,
@@ -209,6 +218,7 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
         config.save(out / "run.yaml")
         console.print(report.summary(), soft_wrap=True, highlight=False)
 
+    from_main(repaired)
     return evaluated(config, out, "repaired", removed, samples.evaluation, tokenizer)
 
 
@@ -237,7 +247,7 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     remote = config.trust_remote_code
     model_config = load_config(config.model, trust_remote_code=remote)
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = load_samples(config, tokenizer, model_config)
+    samples = from_main(lambda: load_samples(config, tokenizer, model_config))
     settings = replace(
         config.distill,
         teacher=config.model,
@@ -252,9 +262,9 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     first = len(samples.calibration) + len(samples.selection)
     held_out = settings.data == config.calibration and config.evaluation is None
     leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
-    if not (out / "distilled").is_dir():
+    if not from_main((out / "distilled").is_dir):
         student = out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
         distill_checkpoint(student, out / "distilled", settings, leave_out=leave_out)
-        config.save(out / "run.yaml")
+        from_main(lambda: config.save(out / "run.yaml"))
 
     return evaluated(config, out, "distilled", removed, samples.evaluation, tokenizer)

@@ -22,6 +22,7 @@ from ..model.loading import context_length, load_config, model_without_weights, 
 from ..model.offload import is_offloaded
 from ..model.tracing import trace_model
 from ..problem import Goal, Removal, RemovalProblem
+from ..processes import from_main, is_main
 from ..progress import console
 from ..selection.repaired import repaired_beside
 from ..selection.result import Selection
@@ -110,8 +111,8 @@ def energies_stage(
     goal, protect: what the energies are for, of `estimate_energies`.
     """
     with _journal(path) as partial:
-        if not path.is_file():
-            estimate_energies(
+        if not from_main(path.is_file):
+            energies = estimate_energies(
                 settings.energy,
                 model,
                 samples,
@@ -121,8 +122,9 @@ def energies_stage(
                 gradient_checkpointing=settings.gradient_checkpointing,
                 partial=partial,
                 metadata=metadata,
-            ).save(path)
-    return load_energies(path)
+            )
+            from_main(lambda: energies.save(path))
+    return from_main(lambda: load_energies(path))
 
 
 @contextmanager
@@ -136,9 +138,11 @@ def _journal(path: Path) -> Iterator[Path]:
     try:
         yield partial
     except NotFiniteError:
-        partial.unlink(missing_ok=True)
+        if is_main():
+            partial.unlink(missing_ok=True)
         raise
-    partial.unlink(missing_ok=True)
+    if is_main():
+        partial.unlink(missing_ok=True)
 
 
 def pose_problem(energies: Energies, remove: Goal, settings: SolvingSettings) -> RemovalProblem:
@@ -180,11 +184,15 @@ def find_states(problem: RemovalProblem, settings: SolvingSettings) -> Spectrum:
 
 def spectrum_stage(settings: SolvingSettings, problem: RemovalProblem, path: Path) -> Spectrum:
     """The spectrum file: read, or solved for."""
-    if not path.is_file():
-        spectrum = find_states(problem, settings)
-        spectrum.save(path)
-        console.print(spectrum.summary(), soft_wrap=True)
-    return Spectrum.load(path)
+
+    def found() -> Spectrum:
+        if not path.is_file():
+            spectrum = find_states(problem, settings)
+            spectrum.save(path)
+            console.print(spectrum.summary(), soft_wrap=True)
+        return Spectrum.load(path)
+
+    return from_main(found)
 
 
 def selection_stage(
@@ -205,7 +213,7 @@ def selection_stage(
     repair_samples: what the last candidates are repaired with, where that is set.
     """
     with _journal(path) as partial:
-        if not path.is_file():
+        if not from_main(path.is_file):
             selection, trust = select_with_energies(
                 model,
                 energies,
@@ -224,9 +232,10 @@ def selection_stage(
             )
             shown = selection.table().text(console.width)
             console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
-            write_json(path, {**selection.as_json(), "robustness": trust.as_json()})
-        repaired_beside(partial).unlink(missing_ok=True)
-    return Selection.load(path)
+            from_main(lambda: write_json(path, {**selection.as_json(), "robustness": trust.as_json()}))
+        if is_main():
+            repaired_beside(partial).unlink(missing_ok=True)
+    return from_main(lambda: Selection.load(path))
 
 
 def checkpoint_stage(

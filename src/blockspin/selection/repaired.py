@@ -17,6 +17,7 @@ from ..model.blocks import find_stack
 from ..model.offload import is_offloaded
 from ..model.quality import quality_of
 from ..problem import Removal
+from ..processes import gathered, share
 from ..progress import console, track
 from ..repairs.fitting import Text
 from ..repairs.run import least_tokens, repair
@@ -64,15 +65,20 @@ def choose_repaired(
     identity = fingerprint.of_results(model, [*samples, *text], selection.objective, seed)
     journal = Journal(partial, identity)
     known: dict[Removal, dict[str, Any]] = {tuple(entry["removed"]): entry for entry in journal.entries()}
-    for trial in track(last, "Repairing the last candidates", len(last), show=progress):
-        if trial.removed not in known:
-            known[trial.removed] = _measured(model, trial, selection.objective, samples, text, batch_size, seed)
-            journal.append(known[trial.removed])
+
+    # Several processes share the removals.
+    missing = [trial for trial in last if trial.removed not in known]
+    done, own = len(last) - len(missing), share(missing)
+    found = gathered(_measured(model, trial, selection.objective, samples, text, batch_size, seed) for trial in own)
+    entries = track(found, "Repairing the last candidates", len(last), done, show=progress)
+    for trial, entry in zip(missing, entries, strict=True):
+        known[trial.removed] = entry
+        journal.append(entry)
 
     trials = []
     for trial in selection.trials:
-        found = known.get(trial.removed)
-        trials.append(trial if found is None else replace(trial, repaired=found["value"]))
+        of_trial = known.get(trial.removed)
+        trials.append(trial if of_trial is None else replace(trial, repaired=of_trial["value"]))
     best = min(last, key=lambda trial: (known[trial.removed]["value"], trial.loss))
     return replace(
         selection,
