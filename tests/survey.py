@@ -118,8 +118,8 @@ def examine_deeper(row: Row, config: tf.PreTrainedConfig, ids: torch.Tensor) -> 
     if model is None:
         return "not built"
 
-    # The same checks as for six layers, told apart by their name.
-    found = Row(row.model_type, has_cache=row.has_cache)
+    # The same checks as for six layers. In another order the whole model may fail with its cache.
+    found = Row(row.model_type, has_cache=row.has_cache and cache_agrees(model, ids))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/whole")
         on_disk = None if row.only_in_memory else Path(folder)
