@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers as tf
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, VOCABULARY, tiny_config, tiny_random_model
+from tiny import DEPTH as LAYERS
 
 from blockspin.errors import first_line
 from blockspin.model.blocks import DEPTH, find_blocks
@@ -37,7 +38,7 @@ REMOVALS = ((0,), (5,), (2, 3), (1, 4), (0, 2, 5))
 
 # Of more blocks, in no order: two that are neighbours, and one of the last.
 DEEPER = 10
-DEEPER_REMOVAL = (3, 4, 8)
+DEEPER_REMOVAL = (4, 5, 7)
 _SHUFFLES = 20  # tried until one makes a model; some types allow few orders
 
 Removals = tuple[Removal, ...]
@@ -132,13 +133,14 @@ def deeper_config(config: tf.PreTrainedConfig, seed: int) -> tf.PreTrainedConfig
     """A configuration of DEEPER layers: what it says of each layer is repeated and shuffled."""
     values = config.to_dict()
     text = values.get("text_config", values)
-    depth = config.get_text_config(decoder=True).num_hidden_layers
     rng = random.Random(seed)
     for name, value in list(text.items()):
-        if DEPTH.search(name) and value == depth:
+        if DEPTH.search(name) and value == LAYERS:
             text[name] = DEEPER
-        elif isinstance(value, list) and len(value) == depth:
-            entries = [*value, *value[: DEEPER - depth]]
+        elif value == [*range(LAYERS)]:  # indices of layers
+            text[name] = [*range(DEEPER)]
+        elif isinstance(value, list) and len(value) == LAYERS:
+            entries = [*value, *value[: DEEPER - LAYERS]]
             rng.shuffle(entries)
             text[name] = entries
     return type(config).from_dict(values)
