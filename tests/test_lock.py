@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Command
 
+from blockspin import lock
 from blockspin.lock import locked
 
 HOLD = """
@@ -28,6 +31,7 @@ with locked(sys.argv[1]):
 TAKE_TURNS = """
 import os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from blockspin.lock import locked
 out, done = Path(sys.argv[1]), 0
 while done < 25:
@@ -79,6 +83,26 @@ def test_many_processes_take_turns(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in processes] == [0] * 4
     assert (tmp_path / "out").read_text() == "x" * 100
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_windows_locks_a_byte_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own call is played by flock."""
+    places: list[int] = []
+
+    def locking(descriptor: int, mode: int, size: int) -> None:
+        places.append(os.lseek(descriptor, 0, os.SEEK_CUR))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError from error
+
+    monkeypatch.setattr(lock, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(lock, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+    with locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on "), locked(tmp_path / "run"):
+            pytest.fail("two at once")
+        assert min(places) >= (tmp_path / ".run.lock").stat().st_size
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_made_for_the_lock_go_unless_they_are_used(tmp_path: Path) -> None:

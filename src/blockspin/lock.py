@@ -13,7 +13,9 @@ from pathlib import Path
 
 from .processes import from_main, is_main
 
-if sys.platform != "win32":  # which goes without locks
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have none
@@ -43,8 +45,7 @@ def locked(out: str | Path | None) -> Iterator[None]:
         yield
     finally:
         if is_main():
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            _release(path, descriptor)
             _remove_empty(made)
 
 
@@ -83,7 +84,16 @@ def _acquired(path: Path, out: Path) -> int:
 def _lock(descriptor: int) -> bool:
     """Lock an open file, where that is possible; returns False if another process has it."""
     if sys.platform == "win32":
+        # One byte behind what the file says, because others cannot read what is locked.
+        os.lseek(descriptor, _HOLDER_BYTES, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
         return True
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -92,6 +102,17 @@ def _lock(descriptor: int) -> bool:
         if error.errno not in _WITHOUT_LOCKS:
             raise
     return True
+
+
+def _release(path: Path, descriptor: int) -> None:
+    """Remove the lock file and free the lock; on Windows the other way round, as it removes no file that is open."""
+    if sys.platform == "win32":
+        os.close(descriptor)
+        with suppress(PermissionError):  # another process has it by now
+            path.unlink(missing_ok=True)
+        return
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
