@@ -32,6 +32,7 @@ from blockspin.model.batches import make_batches
 from blockspin.model.head import split_model
 from blockspin.model.losses import mean_loss
 from blockspin.model.tracing import skipped, trace_model
+from blockspin.repairs.run import repair
 from blockspin.solvers.candidates import Candidate
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
@@ -53,7 +54,7 @@ def short_evolution(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tiny_folder: Path, text_file: Path) -> CompressConfig:
-    return CompressConfig(str(tiny_folder), str(text_file), remove=1, **SMALL)
+    return CompressConfig(str(tiny_folder), str(text_file), remove=1, repair=False, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> 
         "sliding-window merging",
         "random",
     } <= names
-    assert len(names) == 20 - 2  # "+" protects all four blocks of this model
+    assert len(names) == 21 - 2  # "+" protects all four blocks of this model
     assert {reason.split(",")[0] for reason in comparison.left_out} == {
         "Shortened LLaMA PPL+",
         "Shortened LLaMA Taylor+",
@@ -103,6 +104,32 @@ def test_every_method_is_measured_on_text_that_none_has_seen(finished: Path) -> 
         loss = mean_loss(remove_blocks(model, point.removed), drawn[12:16])
         assert point.loss == pytest.approx(loss, rel=1e-5)
         assert (point.drawn == ("original",)) == (point.removed == ())
+
+
+def test_every_choice_is_measured_after_a_repair(finished: Path) -> None:
+    comparison = Comparison.load(finished / "out" / "comparison.json")
+    model = tf.AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = tf.AutoTokenizer.from_pretrained(finished / "model")
+    drawn = load_calibration(finished / "text.jsonl", tokenizer, num_samples=22, max_length=16, progress=False)
+
+    mended: dict[str, Any] = {"blockspin": repair, "LinearPatch": baselines.linear_patch}
+    for row in comparison.repaired:
+        if row.repair in mended:
+            shortened = remove_blocks(model, row.removed)
+            mended[row.repair](shortened, model, drawn[:16])
+            assert row.loss == pytest.approx(mean_loss(shortened, drawn[16:]), rel=1e-3)
+
+    chosen = [(row.goal, row.removed) for row in comparison.rows if row.removed and not row.windows]
+    ours = {(row.goal, row.removed) for row in comparison.repaired if row.repair == "blockspin"}
+    draws = [(row.goal, row.removed) for row in comparison.rows if row.method == "random"]
+    assert ours <= set(chosen)
+    assert set(chosen) - ours <= set(draws)
+    for goal in GOALS:
+        names = {row.repair for row in comparison.repaired if row.goal == goal}
+        assert names == {"blockspin", "ReplaceMe", "ReplaceMe, cosine", "LinearPatch", "Ghosted Layers"}
+    text = (finished / "out" / "repairs.md").read_text()
+    assert text.count("CBO, selected for repair") == 5 * len(GOALS)
+    assert "After a repair" in (finished / "out" / "report.html").read_text()
 
 
 def test_costs_are_counted_in_forward_passes() -> None:

@@ -32,6 +32,7 @@ RANDOM_DRAWS = 5
 STATES = 3  # states of the paper's energy that are methods of their own
 PAPER = "empirical-fisher"  # the energy of CBO:k; ours is that of the settings
 SELECTED = "CBO, selected"
+TO_BE_REPAIRED = "CBO, selected for repair"
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -159,6 +160,8 @@ class Method:
 def methods(config: CompressConfig) -> list[Method]:
     """Every method, in the order in which they run: cheap ones first."""
     found = [Method(SELECTED, selected, energy=config.energy)]
+    if config.repair and config.choose_repaired:
+        found.append(Method(TO_BE_REPAIRED, selected_for_repair, energy=config.energy))
     if config.energy != PAPER:
         found.append(Method(f"CBO:0, {config.energy}", state(config.energy, 0), energy=config.energy))
     for k in range(min(STATES, config.states)):
@@ -198,7 +201,16 @@ def _given(candidate: Candidate, case: Case) -> Candidate:
 
 
 def selected(case: Case) -> Candidate:
-    """`blockspin select`: the race of a pool and the polish of its winner."""
+    """`blockspin select --no-choose-repaired`: the race of a pool and the polish of its winner."""
+    return _selected(case, repair_samples=())
+
+
+def selected_for_repair(case: Case) -> Candidate:
+    """`blockspin select`: the same, and the last candidates are compared as a repair leaves them."""
+    return _selected(case, repair_samples=case.setup.samples.calibration)
+
+
+def _selected(case: Case, repair_samples: Sequence[Tensor]) -> Candidate:
     setup, config = case.setup, case.setup.config
     selection, _ = select_with_energies(
         setup.traced.model,
@@ -213,6 +225,7 @@ def selected(case: Case) -> Candidate:
         batch_size=config.batch_size,
         objective=config.objective,
         budget=config.budget,
+        repair_samples=repair_samples,
     )
     return selection.chosen
 

@@ -27,6 +27,7 @@ from .figures import (
     states_figure,
 )
 from .methods import PAPER
+from .repairs import AFTER_REPAIRS, repairs_table
 from .results import ORIGINAL, Comparison, Row, averaged, energy_key
 
 _WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
@@ -56,7 +57,7 @@ _COLUMNS = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Make every table and figure of a comparison: comparison.csv, comparison.md, figures/*.svg and report.html.
+    """Make every table and figure of a comparison: comparison.csv and .md, repairs.md, figures/*.svg and report.html.
 
     folder: one made by `comparison.compare`. Returns the path of the page.
 
@@ -78,6 +79,9 @@ def write_report(folder: str | Path) -> Path:
         write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
         temporary.write_text(table_of(comparison.rows, comparison.settings["objective"]).markdown())
+    if comparison.repaired:
+        with replacing(folder / "repairs.md") as temporary:
+            temporary.write_text(repairs_table(comparison).markdown())
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(report_page(comparison, drawings, depth))
     return folder / "report.html"
@@ -232,6 +236,8 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
         inside = [page.html_table(table, marked), page.paragraph(_COLUMNS)]
         parts.append(page.section(f"Remove {goal}", inside, note, shown=goal == told))
 
+    if comparison.repaired:
+        parts.append(page.section(AFTER_REPAIRS, [page.html_table(repairs_table(comparison))]))
     parts.append(page.section("Which blocks each method removes", [method_map(rows, objective, depth)], shown=True))
     for name, title in _TITLES.items():
         parts.append(page.section(title, [page.figure(drawings[name], name, _CAPTIONS[name])]))

@@ -68,6 +68,24 @@ class Row(Choice):
 
 
 @dataclass(frozen=True)
+class Repaired:
+    """A removal after a repair, on the evaluation samples; see `quality.Quality`.
+
+    repair: its name. seconds: that it took.
+    """
+
+    goal: str
+    removed: Removal
+    repair: str
+    seconds: float
+    loss: float
+    kl: float
+    agreement: float
+    above_error: float | None = None
+    kl_error: float | None = None
+
+
+@dataclass(frozen=True)
 class Point:
     """A removal of the landscape: both energies of it, and what it does on the selection samples.
 
@@ -86,6 +104,7 @@ class Comparison:
     """Everything `comparison.json` holds.
 
     settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
+    repaired: removals after repairs.
     landscape: by goal. left_out: "method, goal" -> why it has no result. about: machine, date, data, by heading.
     """
 
@@ -96,6 +115,7 @@ class Comparison:
     landscape: dict[str, list[Point]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    repaired: list[Repaired] = field(default_factory=list)
 
     def choices_for(self, goal: str) -> list[Choice]:
         return [choice for choice in self.choices if choice.goal == goal]
@@ -123,6 +143,8 @@ class Comparison:
                 comparison.choices.append(Choice(**_typed(choice)))
             for row in values["rows"]:
                 comparison.rows.append(_row(row))
+            for row in values.get("repaired", []):
+                comparison.repaired.append(Repaired(**{**row, "removed": tuple(row["removed"])}))
             for goal, points in values["landscape"].items():
                 comparison.landscape[goal] = list(map(_point, points))
             return comparison

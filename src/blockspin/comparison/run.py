@@ -40,6 +40,7 @@ from ..surgery.memory import remove_blocks
 from .cost import MethodCost
 from .known import Known, known_removals
 from .methods import PAPER, Case, Method, Setup, known_methods, methods
+from .repairs import repair_choices
 from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row, energy_key
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
@@ -104,6 +105,8 @@ def complete(
                 run_method(case, method, comparison)
                 comparison.save(file)
         comparison.landscape[name] = landscape(case)
+        if config.repair and case.problem.units == "blocks":
+            repair_choices(setup, name, comparison, lambda: comparison.save(file))
         comparison.rows += measure(setup, name, comparison.choices_for(name), score)
         comparison.save(file)
 

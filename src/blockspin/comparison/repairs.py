@@ -1,0 +1,102 @@
+"""The choices of a comparison after repairs: ours on every choice, and those of others on what we choose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .. import baselines
+from ..model.quality import quality_of
+from ..problem import Removal
+from ..progress import console
+from ..repairs.fitting import Text
+from ..repairs.run import least_tokens, repair
+from ..surgery.memory import remove_blocks
+from ..tables import Column, Table
+from .methods import TO_BE_REPAIRED, Setup
+from .results import RANDOM, Choice, Comparison, Repaired
+
+AFTER_REPAIRS = "After a repair"
+OURS = "blockspin"
+_OTHERS: dict[str, Callable[..., None]] = {
+    "ReplaceMe": baselines.replaceme,
+    "ReplaceMe, cosine": partial(baselines.replaceme, cosine=True),
+    "LinearPatch": baselines.linear_patch,
+    "Ghosted Layers": baselines.ghosted_layers,
+}
+
+
+def repair_choices(setup: Setup, goal: str, comparison: Comparison, save: Callable[[], None]) -> None:
+    """Repair the choices of a goal in memory and measure them, each as soon as it is done.
+
+    The text is that of the energies and of the choice, as in `compress`. Random draws but the first and merged models
+    are left out. Where there is too little text, nothing is done, and `left_out` says so.
+
+    save: writes the comparison.
+
+    Raises:
+        ValueError: a hidden state is not finite.
+    """
+    text = [*setup.samples.calibration, *setup.samples.selection]
+    needed, given = least_tokens(setup.traced.model), Text(text, setup.config.batch_size, setup.config.seed).num_tokens
+    if not 0 < needed <= given:
+        comparison.left_out[f"repairs, {goal}"] = f"a repair needs {needed:,} tokens of text to fit to, not {given:,}"
+        return
+
+    known = {(row.removed, row.repair) for row in comparison.repaired}
+    for choice, name in _wanted(comparison.choices_for(goal)):
+        if (choice.removed, name) in known:
+            continue
+        console.print(f"{goal}: {choice.method}, repaired by {name}", highlight=False)
+        comparison.repaired.append(_repaired(setup, goal, choice.removed, name, text))
+        known.add((choice.removed, name))
+        save()
+
+
+def _wanted(choices: Sequence[Choice]) -> list[tuple[Choice, str]]:
+    """Which choices get which repairs."""
+    plain = [choice for choice in choices if choice.removed and not choice.windows]
+    first_draw = next((choice for choice in plain if choice.method == RANDOM), None)
+    wanted = [(choice, OURS) for choice in plain if choice.method != RANDOM or choice is first_draw]
+    for choice in plain:
+        if choice.method == TO_BE_REPAIRED:
+            wanted += [(choice, name) for name in _OTHERS]
+    return wanted
+
+
+def _repaired(setup: Setup, goal: str, removed: Removal, name: str, text: Sequence[Tensor]) -> Repaired:
+    """One removal after one repair, measured as the others are."""
+    model, config = setup.traced.model, setup.config
+    shortened = remove_blocks(model, removed, copy=False)
+    started = time.perf_counter()
+    method: Callable[..., Any] = _OTHERS.get(name, repair)
+    method(shortened, model, text, batch_size=config.batch_size)
+    seconds = time.perf_counter() - started
+    return Repaired(goal, removed, name, seconds, **vars(quality_of(shortened, model, setup.samples.evaluation)))
+
+
+def repairs_table(comparison: Comparison) -> Table:
+    """Each choice plain and after its repairs, those of a goal by the KL divergence after ours."""
+    found = {(row.goal, row.removed, row.repair): row for row in comparison.repaired}
+    columns = [Column("goal", words=True), Column("method", words=True), Column("repair", words=True)]
+    columns += [Column("KL plain"), Column("KL"), Column("share"), Column("top-1"), Column("seconds")]
+
+    lines = []
+    for plain in comparison.rows:
+        for name in (OURS, *_OTHERS):
+            row = found.get((plain.goal, plain.removed, name))
+            if row is None or plain.windows or (name != OURS and plain.method != TO_BE_REPAIRED):
+                continue
+            spread = f" ±{row.kl_error:.4f}" if row.kl_error else ""
+            cells = [plain.goal, plain.method, name, f"{plain.kl:.4f}", f"{row.kl:.4f}{spread}"]
+            cells += [f"{row.kl / plain.kl:.0%}", f"{row.agreement:.1%}", f"{row.seconds:.3g}"]
+            lines.append((row.kl, cells))
+
+    # Goals stay in the order in which they were asked for.
+    goals = list(dict.fromkeys(row.goal for row in comparison.rows))
+    lines.sort(key=lambda line: (goals.index(line[1][0]), line[0]))
+    return Table(columns, [cells for _, cells in lines], AFTER_REPAIRS)
