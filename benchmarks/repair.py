@@ -71,9 +71,9 @@ def aiming(share: Callable[[float], float], *models_and_samples: Any, **options:
     def after(aim: aims.Aim, addition: int) -> Tensor:
         additions = len(aim.streams) - 1
         if addition == additions - 1:
-            return aim.wanted
-        here, wanted = aim.streams[-1].float(), aim.wanted.float()
-        return aim.streams[addition + 1].float() + share((addition + 1) / additions) * (wanted - here)
+            return aim.wanted.get()
+        here, wanted = aim.streams[-1].get().float(), aim.wanted.get().float()
+        return aim.streams[addition + 1].get().float() + share((addition + 1) / additions) * (wanted - here)
 
     with mock.patch.object(aims.Aim, "after", after):
         return repair(*models_and_samples, **options)
@@ -94,7 +94,7 @@ def together(*models_and_samples: Any, **options: Any) -> RepairReport:
         for number, aim in enumerate(wanted):
             seen = self.walk.look(number, names)
             rows = [with_constant(layer.get_submodule(name), seen.inputs[name].flatten(0, -2)) for name in names]
-            aimed = aim.wanted.to(rows[0].device).float()
+            aimed = aim.wanted.get().to(rows[0].device).float()
             missing = (aimed - seen.additions[-1].float()) / projection.factor
             self._add(sums, number, torch.cat(rows, dim=1), missing.flatten(0, 1), aimed.flatten(0, 1))
         fit = self._solved(sums, self.ridge)

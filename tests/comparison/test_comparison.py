@@ -21,6 +21,7 @@ from blockspin import baselines
 from blockspin.comparison.cost import counted
 from blockspin.comparison.figures import spearman
 from blockspin.comparison.methods import Case, Method, methods
+from blockspin.comparison.repairs import repairs_table
 from blockspin.comparison.report import terminal_tables, text_rows, write_report
 from blockspin.comparison.results import Comparison, Row, averaged
 from blockspin.comparison.run import compare
@@ -248,8 +249,9 @@ def test_the_page_needs_no_other_file(finished: Path) -> None:
     assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(identifiers)
     assert page.count("<figure>") == 5
 
-    rows = averaged(Comparison.load(finished / "out" / "comparison.json").rows)
-    assert len(re.findall("<tr[ >]", page)) == len(GOALS) + len(rows)
+    comparison = Comparison.load(finished / "out" / "comparison.json")
+    rows, repaired = averaged(comparison.rows), repairs_table(comparison).rows
+    assert len(re.findall("<tr[ >]", page)) == len(GOALS) + len(rows) + 1 + len(repaired)
     assert len(re.findall("<tr class=ours>", page)) == len(GOALS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,16 @@ from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_stack
 from blockspin.model.losses import mean_loss
 from blockspin.model.quality import quality_of
+from blockspin.model.spill import SpilledStates
 from blockspin.model.tracing import trace_model
-from blockspin.repairs import run
-from blockspin.repairs.aims import Aim, aims_at
+from blockspin.repairs.aims import Aim
 from blockspin.repairs.finished import FinishedBlocks
 from blockspin.repairs.fitting import Fitting, Text
-from blockspin.repairs.least_squares import NormalEquations
+from blockspin.repairs.least_squares import NormalEquations, place_of_sums
 from blockspin.repairs.projections import find_projections, matrix
-from blockspin.repairs.readings import find_readings
+from blockspin.repairs.readings import Reading, find_readings
 from blockspin.repairs.run import repair
+from blockspin.repairs.shelf import COPIES, Held, Shelf
 from blockspin.surgery.memory import remove_blocks
 
 PROJECTIONS = {
@@ -257,11 +259,9 @@ def test_where_it_does_not_help_nothing_changes(monkeypatch: pytest.MonkeyPatch)
     smaller = remove_blocks(original, [1])
     before = weights_of(smaller)
 
-    def misleading(*arguments: Any) -> list[Aim]:
-        aims = aims_at(*arguments)
-        return [Aim(tuple(-stream for stream in aim.streams), -aim.wanted) for aim in aims]
-
-    monkeypatch.setattr(run, "aims_at", misleading)
+    after = Aim.after
+    monkeypatch.setattr(Aim, "after", lambda aim, addition: -after(aim, addition))
+    monkeypatch.setattr(Reading, "of", lambda reading, layer, stream: torch.randn_like(stream))
     report = repair(smaller, original, random_text(64))
     assert report.undone
     assert report.kl_after == report.kl_before
@@ -317,6 +317,38 @@ def test_a_repair_that_was_cut_off_continues(tmp_path: Path, monkeypatch: pytest
         repair(remove_blocks(original, [0]), original, samples, partial=tmp_path / "partial")
     with pytest.raises(ValueError, match="holds results of another"):
         repair(remove_blocks(original, [0]), original, samples[1:], partial=tmp_path / "partial")
+
+
+def test_hidden_states_in_a_file_make_the_same_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, samples = tiny_model("llama"), random_text(40)
+    in_memory, spilled = remove_blocks(original, [1]), remove_blocks(original, [1])
+    expected = repair(in_memory, original, samples)
+
+    opened: list[SpilledStates] = []
+    keep = Shelf.keep
+
+    def watching(self: Shelf, tensor: torch.Tensor) -> Held:
+        opened.append(self._states)
+        return keep(self, tensor)
+
+    monkeypatch.setattr(Shelf, "keep", watching)
+    monkeypatch.setattr("blockspin.repairs.shelf.available_memory", lambda: 2000)
+    assert repair(spilled, original, samples) == expected
+    assert same(weights_of(in_memory), weights_of(spilled))
+    assert opened[-1].in_file > 0
+    tokens, width = sum(map(len, samples)), 32
+    assert opened[-1].in_file < COPIES * tokens * width * 4 * 1.3  # with padding; dropped room is used again
+
+    monkeypatch.setattr("blockspin.model.spill.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"smaller --batch-size, or a folder on a larger disk"):
+        repair(remove_blocks(original, [1]), original, samples)
+
+
+def test_sums_that_do_not_fit_on_a_gpu_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("blockspin.repairs.least_squares.free_memory", lambda device: 20 * 2**30)
+    assert place_of_sums(14336, 4096, gpu) == gpu
+    assert place_of_sums(28672, 8192, gpu) == torch.device("cpu")
 
 
 def test_a_model_without_out_projections_is_left_alone() -> None:

@@ -20,7 +20,8 @@ from ..model.residual import stream_in, with_stream
 from ..model.tracing import trace_model
 from ..repairs.least_squares import NormalEquations
 from ..repairs.pairing import kept_blocks
-from ..repairs.projections import change, find_projections, matrix, with_constant
+from ..repairs.projections import Projection, change, find_projections, matrix, with_constant
+from ..repairs.shelf import open_shelf
 from ..repairs.walk import Walk
 
 _RIDGE = 1e-6  # the papers have none; this keeps the sums solvable
@@ -116,30 +117,38 @@ def _mend_cuts(
     batches = make_batches(samples, batch_size)
     traced = trace_model(shortened)
     projections = find_projections(traced)
-    ours, theirs = Walk(traced, batches), Walk(trace_model(original), batches)
-    for position, end in enumerate([*kept[1:], theirs.depth]):
-        while theirs.block < end:
-            theirs.step()
-        if end == kept[position] + 1:
+    with open_shelf(original, batches) as shelf:
+        ours, theirs = Walk(traced, batches, shelf), Walk(trace_model(original), batches, shelf)
+        for position, end in enumerate([*kept[1:], theirs.depth]):
+            while theirs.block < end:
+                theirs.step()
+            if end == kept[position] + 1:
+                ours.step()
+                continue
+
+            layer = ours.layer
+            after = mend(_cut(ours, theirs, projections[position][-1]))
             ours.step()
-            continue
+            if after is not None:
+                ours.streams = [shelf.keep(_multiplied(stream.get(), after)) for stream in ours.streams]
+                layer.register_forward_hook(_multiplying(after))
 
-        name, layer = projections[position][-1].name, ours.layer
-        projection = layer.get_submodule(name)
-        branches, left, wanted = [], [], []
-        for number, batch in enumerate(batches):
-            filled = (torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]).flatten()
-            seen = ours.look(number, [name])
-            rows = with_constant(projection, seen.inputs[name].flatten(0, -2))[filled]  # (tokens, inputs)
-            branches.append((rows @ matrix(projection)).float() * projections[position][-1].factor)
-            left.append(seen.additions[-1].flatten(0, 1)[filled].float())
-            wanted.append(theirs.streams[number].flatten(0, 1)[filled].to(rows.device).float())
 
-        after = mend(Cut(layer, projection, torch.cat(branches), torch.cat(left), torch.cat(wanted)))
-        ours.step()
-        if after is not None:
-            ours.streams = [_multiplied(stream, after) for stream in ours.streams]
-            layer.register_forward_hook(_multiplying(after))
+def _cut(ours: Walk, theirs: Walk, projection: Projection) -> Cut:
+    """The cut behind the block where a shortened model's walk is; the original's is where the block's successor begins.
+
+    projection: the last of the block.
+    """
+    module = ours.layer.get_submodule(projection.name)
+    branches, left, wanted = [], [], []
+    for number, batch in enumerate(ours.batches):
+        filled = (torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]).flatten()
+        seen = ours.look(number, [projection.name])
+        rows = with_constant(module, seen.inputs[projection.name].flatten(0, -2))[filled]  # (tokens, inputs)
+        branches.append((rows @ matrix(module)).float() * projection.factor)
+        left.append(seen.additions[-1].flatten(0, 1)[filled].float())
+        wanted.append(theirs.streams[number].get().flatten(0, 1)[filled].to(rows.device).float())
+    return Cut(ours.layer, module, torch.cat(branches), torch.cat(left), torch.cat(wanted))
 
 
 def _multiplying(after: Tensor) -> Callable[..., Any]:

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .shelf import Held
 from .walk import Walk
 
 
 @dataclass(frozen=True)
 class Aim:
-    """The original at one kept block, for one batch of text; tensors are (batch, length, width).
+    """The original at one kept block, for one batch of text; hidden states are (batch, length, width).
 
     streams: its residual stream where it enters the block, and after each of the block's additions.
     wanted: what enters the next sub-layer that is kept after the block, or leaves the last block.
     branches: which of the block's additions the shortened model still makes; empty: all.
     """
 
-    streams: tuple[Tensor, ...]
-    wanted: Tensor
+    streams: tuple[Held, ...]
+    wanted: Held
     branches: tuple[int, ...] = ()
 
     def after(self, addition: int) -> Tensor:
@@ -31,10 +32,10 @@ class Aim:
         branches = self.branches or tuple(range(len(self.streams) - 1))
         later = [branch for branch in branches if branch > addition]
         if not later:
-            return self.wanted
+            return self.wanted.get()
         share = 1 - len(later) / len(branches)
-        here, wanted = self.streams[branches[-1] + 1].float(), self.wanted.float()
-        return self.streams[later[0]].float() + share * (wanted - here)
+        here, wanted = self.streams[branches[-1] + 1].get().float(), self.wanted.get().float()
+        return self.streams[later[0]].get().float() + share * (wanted - here)
 
 
 def aims_at(theirs: Walk, block: int, end: int, branches: tuple[int, ...] = (), first: int = 0) -> list[Aim]:
@@ -53,7 +54,7 @@ def aims_at(theirs: Walk, block: int, end: int, branches: tuple[int, ...] = (), 
     # The successor may have lost its first branches too.
     goals = list(theirs.streams)
     if first > 0:
-        goals = [theirs.look(number).additions[first - 1].cpu() for number in range(len(goals))]
+        goals = [theirs.shelf.keep(theirs.look(number).additions[first - 1]) for number in range(len(goals))]
 
     aims = []
     for enters, middle, last, wanted in zip(entering, between, after, goals, strict=True):

@@ -150,9 +150,9 @@ class Fitting:
         layer = self.walk.layer
         modules = [layer.get_submodule(name) for name in reading.names]
         device = next(layer.parameters()).device
-        sums = self._sums(aims[0].wanted.shape[-1] + reading.has_bias, aims)
+        sums = self._sums(aims[0].wanted.width + reading.has_bias, aims)
         for number, aim in enumerate(aims):
-            ours, theirs = self._read(reading, number).to(device), aim.streams[reading.additions].to(device)
+            ours, theirs = self._read(reading, number).to(device), aim.streams[reading.additions].get().to(device)
             with frozen(layer), torch.no_grad():
                 seen = reading.of(layer, ours).flatten(0, 1)  # (tokens, width)
                 wanted = reading.of(layer, theirs).flatten(0, 1).float()
@@ -169,13 +169,13 @@ class Fitting:
     def _read(self, reading: Reading, number: int) -> Tensor:
         """The stream that in-projections read, (batch, length, width)."""
         if not reading.additions:
-            return self.walk.streams[number]
+            return self.walk.streams[number].get()
         return self.walk.look(number).additions[reading.additions - 1]
 
     def _sums(self, inputs: int, aims: Sequence[Aim]) -> tuple[NormalEquations, NormalEquations]:
         """Empty sums, for the tokens to fit to and for those held out."""
         device = next(self.walk.layer.parameters()).device
-        width = aims[0].wanted.shape[-1]
+        width = aims[0].wanted.width
         return NormalEquations(inputs, width, device), NormalEquations(inputs, width, device)
 
     def _add(

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..memory import free_memory
+
 RIDGE = 0.3  # of each input's own square; see docs/repair.md
 READING_RIDGE = 0.01  # the same for maps that read the stream
 _CHUNK = 4096  # tokens multiplied at once
+_COPIES = 5  # of the sums at a time: for fitting and held out, penalised, factored, and a chunk's
 
 
 class NormalEquations:
@@ -17,11 +20,14 @@ class NormalEquations:
 
     gram: (inputs, inputs), sum of w x x^T; cross: (inputs, outputs), sum of w x y^T; square: sum of w |y|^2.
     Tokens are multiplied a chunk at a time in float32, or wider where they are, and the chunks added in float64.
+
+    device: where the tokens are, and where the sums are too if there is room.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        place = place_of_sums(inputs, outputs, torch.device(device))
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=place)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=place)
         self.square = 0.0
         self.tokens = 0
 
@@ -32,8 +38,8 @@ class NormalEquations:
             wide = torch.promote_types(x.dtype, torch.float32)
             x, y, w = x.to(wide), y.to(wide), w.to(wide)
             weighted = x * w[:, None]  # (tokens, inputs)
-            self.gram += x.T @ weighted
-            self.cross += weighted.T @ y
+            self.gram += (x.T @ weighted).to(self.gram.device)
+            self.cross += (weighted.T @ y).to(self.cross.device)
             self.square += float((y.double().square().sum(1) * w.double()).sum())
             self.tokens += len(x)
 
@@ -58,6 +64,13 @@ class NormalEquations:
             return self.square
         fitted = torch.sum(solution * (self.gram @ solution)) - 2 * torch.sum(solution * self.cross)
         return self.square + float(fitted)
+
+
+def place_of_sums(inputs: int, outputs: int, device: torch.device) -> torch.device:
+    """Where the sums of a map are kept and solved: on the device that it runs on, or on the host if they do not fit."""
+    needed = _COPIES * torch.float64.itemsize * inputs * (inputs + outputs)  # bytes
+    fits = device.type == "cpu" or needed < free_memory(device)
+    return device if fits else torch.device("cpu")
 
 
 @dataclass(frozen=True)

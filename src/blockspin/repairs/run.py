@@ -19,6 +19,7 @@ from .least_squares import READING_RIDGE, RIDGE
 from .pairing import Kept, kept_blocks, kept_branches
 from .projections import num_inputs
 from .report import RepairReport, Step
+from .shelf import open_shelf
 from .walk import Walk
 
 
@@ -71,10 +72,11 @@ def repair(
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
     old = _weights(ours.layers, maps)
-    fitting = Fitting(Walk(ours, text.batches), maps, text, ridge, reading_ridge)
-    through_original = Walk(theirs, text.batches)
     blocks = kept_branches(shortened, original, kept)
-    steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
+    with open_shelf(original, text.batches) as shelf:
+        fitting = Fitting(Walk(ours, text.batches, shelf), maps, text, ridge, reading_ridge)
+        through_original = Walk(theirs, text.batches, shelf)
+        steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
     undone = not kl_after < kl_before
     _put_back(old if undone else [])

@@ -6,30 +6,27 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..model.batches import Batch, frozen
 from ..model.residual import kept_streams
 from ..model.tracing import TracedModel, resumed, skipped
 from .projections import Observation, observed
-
-_STATES = 8  # of each token and channel: those of both models, the aims, and what is made of them
+from .shelf import Held, Shelf
 
 
 class Walk:
     """The hidden states of all batches at one block of a model.
 
-    block: where they are. streams: what enters it, one tensor (batch, length, width) a batch.
-    home: where the states are kept: on the model's device where several times as much fits, else on the host.
+    block: where they are. streams: what enters it, (batch, length, width) for each batch. shelf: keeps the states.
     ran: how many blocks have run on a batch so far.
 
     Where a block takes more from the blocks before it than their hidden states, a pass starts at the first block again.
     """
 
-    def __init__(self, traced: TracedModel, batches: Sequence[Batch]) -> None:
-        self.traced, self.batches = traced, batches
+    def __init__(self, traced: TracedModel, batches: Sequence[Batch], shelf: Shelf) -> None:
+        self.traced, self.batches, self.shelf = traced, batches, shelf
         self.block = 0
-        self.home = _home(traced.model, batches)
         self.ran = 0
         self.streams = [self._embedded(batch) for batch in batches]
 
@@ -63,7 +60,7 @@ class Walk:
             inside.enter_context(torch.no_grad())
             if self.traced.shares_passes:
                 device = next(self.layer.parameters()).device
-                stream = self.streams[number].to(device)
+                stream = self.streams[number].get().to(device)
                 inside.enter_context(resumed(self.traced, later, self.block, stream))
             else:
                 inside.enter_context(skipped(self.traced, later))
@@ -72,31 +69,20 @@ class Walk:
         self.ran += 1 if self.traced.shares_passes else self.block + 1
         return seen
 
-    def step(self) -> list[list[Tensor]]:
+    def step(self) -> list[list[Held]]:
         """Go through the block. Returns for each batch the residual stream after each of its additions but the last."""
         between = []
         for number in range(len(self.batches)):
-            additions = [addition.to(self.home) for addition in self.look(number).additions]
+            additions = [self.shelf.keep(addition) for addition in self.look(number).additions]
             between.append(additions[:-1])
             self.streams[number] = additions[-1]
         self.block += 1
         return between
 
-    def _embedded(self, batch: Batch) -> Tensor:
+    def _embedded(self, batch: Batch) -> Held:
         """The hidden states that enter the first block."""
         others = range(1, self.traced.depth)
         keeping = kept_streams(self.traced.layers, [0])
         with frozen(self.traced.model), torch.no_grad(), skipped(self.traced, others), keeping as streams:
             self.traced.halves.hidden_of(batch)
-        return streams[0].to(self.home)
-
-
-def _home(model: nn.Module, batches: Sequence[Batch]) -> torch.device:
-    """Where the hidden states of all batches are kept."""
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    if embedding.device.type != "cuda":
-        return torch.device("cpu")
-    tokens = sum(batch.token_ids.numel() for batch in batches)
-    needed = _STATES * tokens * embedding.shape[1] * embedding.element_size()  # bytes
-    free, _ = torch.cuda.mem_get_info(embedding.device)
-    return embedding.device if needed < free / 2 else torch.device("cpu")
+        return self.shelf.keep(streams[0])
