@@ -312,7 +312,12 @@ def run(arguments: argparse.Namespace) -> None:
         if job.key in done:
             continue
 
-        row = measured(job, original, texts, measured_on, arguments)
+        try:
+            row = measured(job, original, texts, measured_on, arguments)
+        except torch.OutOfMemoryError as error:  # others may use the card
+            print(f"{job.key}: {error}", flush=True)
+            torch.cuda.empty_cache()
+            continue
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         means = {kind: round(float(np.mean(values)), 3) for kind, values in row["kl"].items()}

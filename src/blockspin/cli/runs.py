@@ -123,7 +123,7 @@ def compare(
 
     Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
     """
-    from ..comparison.repairs import repairs_table
+    from ..comparison.repairs import repairs_tables
     from ..comparison.report import write_report
     from ..comparison.run import compare as run
 
@@ -137,8 +137,8 @@ def compare(
 
     comparison = run(config, goals, out, against=against)
     _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, json)
-    if comparison.repaired and not json:
-        show(repairs_table(comparison))
+    for table in [] if json else repairs_tables(comparison):
+        show(table)
     console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
 
 

@@ -20,7 +20,6 @@ from ..tables import Column, Table
 from .methods import TO_BE_REPAIRED, Setup
 from .results import RANDOM, Choice, Comparison, Repaired
 
-AFTER_REPAIRS = "After a repair"
 OURS = "blockspin"
 _OTHERS: dict[str, Callable[..., None]] = {
     "ReplaceMe": baselines.replaceme,
@@ -79,24 +78,27 @@ def _repaired(setup: Setup, goal: str, removed: Removal, name: str, text: Sequen
     return Repaired(goal, removed, name, seconds, **vars(quality_of(shortened, model, setup.samples.evaluation)))
 
 
-def repairs_table(comparison: Comparison) -> Table:
-    """Each choice plain and after its repairs, those of a goal by the KL divergence after ours."""
-    found = {(row.goal, row.removed, row.repair): row for row in comparison.repaired}
-    columns = [Column("goal", words=True), Column("method", words=True), Column("repair", words=True)]
-    columns += [Column("KL plain"), Column("KL"), Column("share"), Column("top-1"), Column("seconds")]
+def repairs_tables(comparison: Comparison) -> list[Table]:
+    """A table for each goal whose choices were repaired."""
+    goals = list(dict.fromkeys(row.goal for row in comparison.repaired))
+    return [_table(comparison, goal) for goal in goals]
+
+
+def _table(comparison: Comparison, goal: str) -> Table:
+    """The choices for a goal after their repairs, the lowest KL divergence first, beside what they have plain."""
+    found = {(row.removed, row.repair): row for row in comparison.repaired if row.goal == goal}
+    columns = [Column("method", words=True), Column("repair", words=True)]
+    columns += [Column(heading) for heading in ("KL", "plain", "share", "top-1", "seconds")]
 
     lines = []
     for plain in comparison.rows:
         for name in (OURS, *_OTHERS):
-            row = found.get((plain.goal, plain.removed, name))
-            if row is None or plain.windows or (name != OURS and plain.method != TO_BE_REPAIRED):
+            row = found.get((plain.removed, name))
+            if row is None or plain.goal != goal or plain.windows or (name != OURS and plain.method != TO_BE_REPAIRED):
                 continue
             spread = f" ±{row.kl_error:.4f}" if row.kl_error else ""
-            cells = [plain.goal, plain.method, name, f"{plain.kl:.4f}", f"{row.kl:.4f}{spread}"]
-            cells += [f"{row.kl / plain.kl:.0%}", f"{row.agreement:.1%}", f"{row.seconds:.3g}"]
-            lines.append((row.kl, cells))
+            cells = [plain.method, name, f"{row.kl:.4f}{spread}", f"{plain.kl:.4f}", f"{row.kl / plain.kl:.0%}"]
+            lines.append((row.kl, [*cells, f"{row.agreement:.1%}", f"{row.seconds:.3g}"]))
 
-    # Goals stay in the order in which they were asked for.
-    goals = list(dict.fromkeys(row.goal for row in comparison.rows))
-    lines.sort(key=lambda line: (goals.index(line[1][0]), line[0]))
-    return Table(columns, [cells for _, cells in lines], AFTER_REPAIRS)
+    lines.sort(key=lambda line: line[0])
+    return Table(columns, [cells for _, cells in lines], f"remove {goal}, after a repair")

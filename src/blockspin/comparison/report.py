@@ -27,7 +27,7 @@ from .figures import (
     states_figure,
 )
 from .methods import PAPER
-from .repairs import AFTER_REPAIRS, repairs_table
+from .repairs import repairs_tables
 from .results import ORIGINAL, Comparison, Row, averaged, energy_key
 
 _WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
@@ -81,7 +81,8 @@ def write_report(folder: str | Path) -> Path:
         temporary.write_text(table_of(comparison.rows, comparison.settings["objective"]).markdown())
     if comparison.repaired:
         with replacing(folder / "repairs.md") as temporary:
-            temporary.write_text(repairs_table(comparison).markdown())
+            parts = [f"## {table.title}\n\n{table.markdown()}" for table in repairs_tables(comparison)]
+            temporary.write_text("\n".join(parts))
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(report_page(comparison, drawings, depth))
     return folder / "report.html"
@@ -236,8 +237,8 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
         inside = [page.html_table(table, marked), page.paragraph(_COLUMNS)]
         parts.append(page.section(f"Remove {goal}", inside, note, shown=goal == told))
 
-    if comparison.repaired:
-        parts.append(page.section(AFTER_REPAIRS, [page.html_table(repairs_table(comparison))]))
+    for table in repairs_tables(comparison):
+        parts.append(page.section(table.title.capitalize(), [page.html_table(table)]))
     parts.append(page.section("Which blocks each method removes", [method_map(rows, objective, depth)], shown=True))
     for name, title in _TITLES.items():
         parts.append(page.section(title, [page.figure(drawings[name], name, _CAPTIONS[name])]))
