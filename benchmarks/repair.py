@@ -400,7 +400,9 @@ def main() -> None:
     parser.add_argument("--text", help="the same of other documents, held out")
     parser.add_argument("--removals", nargs="*", default=["5,13-18,26"], help="blocks, besides the methods' choices")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 12], help="blocks that the methods choose")
-    parser.add_argument("--sleb", action="store_true", help="SLEB's choices too, which takes a minute on a GPU")
+    parser.add_argument(
+        "--sleb", action=argparse.BooleanOptionalAction, default=False, help="SLEB's choices too: a minute on a GPU"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 250_000], help="to fit to")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most")
     parser.add_argument("--held-out", type=int, default=48, help="samples of each held-out kind")
