@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .problem import Goal
+from .problem import Goal, Units
 from .settings import SettingError, Settings, parse_names, setting
 from .training import MAX_SEED, DistillConfig
 
@@ -170,6 +170,7 @@ class EnergySettings(BatchSettings):
         least=1,
         old_name="num_samples",
     )
+    units: Units = setting("What can be removed: blocks, or sublayers (their attention and MLP apart).", "blocks")
     gradient_checkpointing: bool = setting("Less memory for the gradients, a third more time.", False)
 
     def samples_for(self, energy: str) -> int:

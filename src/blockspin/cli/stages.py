@@ -19,6 +19,7 @@ from ..config import (
     parse_remove,
 )
 from ..lock import locked
+from ..problem import Units
 from ..progress import console, terminal_width
 from ..tables import ranges
 from .app import (
@@ -154,7 +155,7 @@ def select(
         refuse_existing(out)
         goal, found = parse_remove(remove), load_energies(energies)
         model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
-        removable = Removable(model_config, trust_remote_code=loading.trust_remote_code)
+        removable = Removable(model_config, found.blocks, trust_remote_code=loading.trust_remote_code)
         problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
         spectrum = find_states(problem, solving)
 
@@ -183,14 +184,19 @@ def select(
 @with_settings
 def prune(
     model: Model,
-    blocks: Annotated[str, typer.Option("--blocks", help="The blocks to remove: 3-6,9,15.")],
+    blocks: Annotated[str, typer.Option("--blocks", help="The blocks, or sub-layers, to remove: 3-6,9,15.")],
     out: Out,
     loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream"))],
+    units: Annotated[
+        Units, typer.Option("--units", help="What the numbers stand for: blocks or sublayers.")
+    ] = "blocks",
 ) -> None:
-    """Write a checkpoint without some blocks, shard by shard; the model is never loaded."""
+    """Write a checkpoint without some blocks, shard by shard, or without sub-layers, for which the model is loaded."""
     from ..surgery.checkpoint import prune_checkpoint
+    from ..surgery.sublayer_checkpoint import prune_sublayers
 
-    prune_checkpoint(model, parse_indices(blocks), out, trust_remote_code=loading.trust_remote_code)
+    remove = prune_checkpoint if units == "blocks" else prune_sublayers
+    remove(model, parse_indices(blocks), out, trust_remote_code=loading.trust_remote_code)
     console.print(f"The smaller model is in {out}.", soft_wrap=True)
 
 

@@ -23,7 +23,8 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
-from ..model.tracing import trace_model
+from ..model.tracing import find_units, trace_model
+from ..problem import check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
@@ -108,6 +109,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
         console.print(plan.estimate(), soft_wrap=True, highlight=False)
+    check_goal(find_units(model, config.units), config.remove, config.protect)
     from_main(lambda: config.save(out / "run.yaml"))
 
     energies = energies_stage(
@@ -121,7 +123,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     )
 
     # The removals of lowest energy, among those that a configuration can express.
-    removable = Removable(model_config, trust_remote_code=remote)
+    removable = Removable(model_config, energies.blocks, trust_remote_code=remote)
     problem = protect_what_must_stay(pose_problem(energies, config.remove, config), removable)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
 
@@ -182,6 +184,11 @@ def read_rows(out: Path) -> list[Evaluation]:
     return list(map(Evaluation.from_json, json.loads((out / "evaluation.json").read_text())))
 
 
+def _trusts_result(config: CompressConfig) -> bool:
+    """Whether code in the folders of the run may be executed: that of the modelling file, where sub-layers are gone."""
+    return config.trust_remote_code or config.units == "sublayers"
+
+
 def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
     """What `compress` returns, as evaluation.json, and the page of the run."""
     write_json(out / "evaluation.json", [row.as_json() for row in rows])
@@ -213,7 +220,7 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
             device_map=config.place,
             batch_size=config.batch_size,
             seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=_trusts_result(config),
         )
         config.save(out / "run.yaml")
         console.print(report.summary(), soft_wrap=True, highlight=False)
@@ -231,7 +238,7 @@ def evaluated(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluation:
     """The row of the model in the folder `name` of the run."""
-    remote = config.trust_remote_code
+    remote = _trusts_result(config)
     model = load_model(str(out / name), dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     size = checkpoint_bytes(out / name, trust_remote_code=remote)
     (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
@@ -255,7 +262,7 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
         split=config.split,
         seed=config.seed,
         max_length=max_length(config, model_config),
-        trust_remote_code=remote,
+        trust_remote_code=_trusts_result(config),
     )
 
     # The evaluation comes last in the order of the calibration set.

@@ -145,7 +145,7 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
-    return plan_with(config, trace_model(model), samples, tokenizer, out)
+    return plan_with(config, trace_model(model, config.units), samples, tokenizer, out)
 
 
 def plan_with(
@@ -164,7 +164,7 @@ def plan_with(
     else:
         speed = tokens_per_second(traced, samples.calibration, config.batch_size)
 
-    gone = _parameters_gone(traced.blocks, config.remove)
+    gone = _parameters_gone(traced.units, config.remove)
     left = 1 - gone / count_parameters(traced.model)
     steps = [_with_reading(step, often, reading) for step in _steps(config, traced, samples, left, speed)]
     if config.tasks:
@@ -175,7 +175,7 @@ def plan_with(
         steps = [_marked(step, out) for step in steps]
 
     whole = checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
-    forms = FLOAT * traced.depth**2 * len(samples.calibration)
+    forms = FLOAT * traced.num_units**2 * len(samples.calibration)
     checkpoints = 1 + config.repair + (config.distill is not None)
     disk = int(checkpoints * left * whole) + forms
     memory = _memory(config, traced, samples)
@@ -213,7 +213,7 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
             samples.calibration,
             _energy_passes(config.energy, traced, len(samples.calibration)),
         ),
-        _solving(config, traced.blocks),
+        _solving(config, traced.units),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection (at most)", samples.selection, config.budget),
         Step("checkpoint", 0, None, 0, None),
@@ -262,12 +262,12 @@ def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
     The passes of `fitted` do not depend on the samples, which share them; they are fewer where there are few removals.
     """
     if energy == "fitted":
-        return PASSES_PER_BLOCK * (traced.depth + 1) / num_samples
-    singles: list[Removal] = [(), *((i,) for i in range(traced.depth))]
+        return PASSES_PER_BLOCK * (traced.num_units + 1) / num_samples
+    singles: list[Removal] = [(), *((i,) for i in range(traced.num_units))]
     if energy in GRADIENT_ENERGIES:
         return BACKWARD
     if energy == "pairwise":
-        pairs = [(i, j) for j in range(traced.depth) for i in range(j)]
+        pairs = [(i, j) for j in range(traced.num_units) for i in range(j)]
         return num_passes(traced, [*singles, *pairs])
     return num_passes(traced, singles) if energy == "secant" else 1 + 2 * traced.num_units
 

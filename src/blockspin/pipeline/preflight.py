@@ -101,7 +101,12 @@ def _is_empty(path: Path) -> bool:
 def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None:
     """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
     blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
-    check_goal(blocks, config.remove, config.protect)
+    if config.units == "blocks":  # sub-layers show when the model runs
+        check_goal(blocks, config.remove, config.protect)
+    elif config.stream:
+        raise ValueError(
+            "a checkpoint without sub-layers is proven by loading it; leave out --stream, or remove --units blocks"
+        )
     if config.beta != 0 and config.energy not in GRADIENT_ENERGIES:
         raise ValueError(f"--beta weighs a gradient: choose --energy {' or '.join(GRADIENT_ENERGIES)}, or leave it out")
     checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)

@@ -38,24 +38,34 @@ def write_run_report(folder: Path) -> Path:
     config = CompressConfig(**CompressConfig.read(folder / "run.yaml"))
     selection = Selection.load(folder / "candidates.json")
     record = read_record(folder / "checkpoint") or {}
+    num_units = len(record.get("blocks", ())) or rows[0].num_blocks
 
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(report_page(config, rows, selection, record.get("about", {})), encoding="utf-8")
+        text = report_page(config, rows, selection, num_units, record.get("about", {}))
+        temporary.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
-def report_page(config: CompressConfig, rows: Sequence[Evaluation], selection: Selection, about: dict[str, str]) -> str:
-    """The HTML page. about: machine, date and data, by heading."""
+def report_page(
+    config: CompressConfig, rows: Sequence[Evaluation], selection: Selection, num_units: int, about: dict[str, str]
+) -> str:
+    """The HTML page.
+
+    num_units: blocks of the original, or sub-layers where those are removed. about: machine, date and data, by heading.
+    """
     original, chosen = rows[0], chosen_row(rows)
-    model, depth = public_name(config.model), original.num_blocks
+    model = public_name(config.model)
+    noun = "blocks" if config.units == "blocks" else "sub-layers"
     date = f" · {about['date']}" if "date" in about else ""
 
     strips = []
     for row in rows[1:]:
-        strips.append((row.name, page.block_strip(row.removed, depth), row == chosen))
+        strips.append((row.name, page.block_strip(row.removed, num_units), row == chosen))
     parts = [
-        page.header(f"blockspin compress · {model}{date}", *headline(original, chosen, model, selection)),
-        page.tiles(numbers_of(original, chosen)),
+        page.header(
+            f"blockspin compress · {model}{date}", *headline(original, chosen, model, selection, f"{num_units} {noun}")
+        ),
+        page.tiles(numbers_of(original, chosen, noun)),
         page.figure(
             choice_figure(selection),
             "choice",
@@ -85,29 +95,29 @@ def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
     return by_name.get("distilled", by_name.get("repaired", chosen))
 
 
-def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection) -> tuple[str, str]:
-    """What was found in a sentence, and how it was chosen in another."""
+def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection, units: str) -> tuple[str, str]:
+    """What was found in a sentence, and how it was chosen in another. units: "30 blocks"."""
     rise, spread = _rise(chosen, original)
     faster = chosen.times_as_fast(original)
     speed = "" if faster is None else f" and runs {faster:.2f} times as fast"
     first = (
-        f"Without {len(chosen.removed)} of its {original.num_blocks} blocks, {model} keeps "
+        f"Without {len(chosen.removed)} of its {units}, {model} keeps "
         f"{chosen.num_parameters / original.num_parameters:.0%} of its parameters{speed}; "
         f"its perplexity {'rises' if rise >= 0 else 'falls'} by {abs(rise):.1f}%{spread}."
     )
     second = (
-        f"The blocks were chosen among {len(selection.trials)} removals that were measured, at the cost of "
+        f"They were chosen among {len(selection.trials)} removals that were measured, at the cost of "
         f"{selection.passes:.0f} forward passes over the samples of the choice."
     )
     return first, second
 
 
-def numbers_of(original: Evaluation, chosen: Evaluation) -> list[tuple[str, str]]:
-    """What was removed, what it costs, what it saves."""
+def numbers_of(original: Evaluation, chosen: Evaluation, noun: str) -> list[tuple[str, str]]:
+    """What was removed, what it costs, what it saves. noun: of what was removed."""
     rise, spread = _rise(chosen, original)
     saved, faster = 1 - chosen.num_bytes / original.num_bytes, chosen.times_as_fast(original)
     numbers = [
-        (f"{len(chosen.removed)} blocks", f"removed: {ranges(chosen.removed)}"),
+        (f"{len(chosen.removed)} {noun}", f"removed: {ranges(chosen.removed)}"),
         (f"{rise:+.1f}%{spread}", f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}"),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(chosen.num_bytes, 'B')}"),
     ]

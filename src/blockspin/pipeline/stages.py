@@ -18,6 +18,7 @@ from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, 
 from ..evaluation.scores import Score
 from ..files import write_json
 from ..model.batches import NotFiniteError
+from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
 from ..model.offload import is_offloaded
 from ..model.tracing import trace_model
@@ -32,6 +33,7 @@ from ..solvers.candidates import Candidate
 from ..surgery.checkpoint import checkpoint_bytes, prune_checkpoint
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
+from ..surgery.sublayer_checkpoint import prune_sublayers
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def energies_stage(
                 model,
                 samples,
                 batch_size=settings.batch_size,
+                units=settings.units,
                 goal=goal,
                 protect=protect,
                 gradient_checkpointing=settings.gradient_checkpointing,
@@ -250,7 +253,8 @@ def checkpoint_stage(
         "blocks": list(map(asdict, energies.blocks)),
         "about": about,
     }
-    prune_checkpoint(config.model, chosen.removed, path, details=details, trust_remote_code=config.trust_remote_code)
+    prune = prune_checkpoint if config.units == "blocks" else prune_sublayers
+    prune(config.model, chosen.removed, path, details=details, trust_remote_code=config.trust_remote_code)
 
 
 def evaluate_removals(
@@ -269,19 +273,17 @@ def evaluate_removals(
     for candidate in compared:
         names.setdefault(candidate.removed, candidate.source)
 
-    sizes = []
-    for removed in names:
-        sizes.append(checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code))
-
     by_removal = {}
     if is_offloaded(model):
+        sizes = [_stored_bytes(config, removed) for removed in names]
         evaluations = _in_one_sweep(config, model, names, sizes, samples)
         for removed, evaluation in zip(names, evaluations, strict=True):
             by_removal[removed] = replace(evaluation, removed=removed)
     else:
         models: dict[str, nn.Module] = {}
         for removed, name in names.items():
-            models[name] = remove_blocks(model, removed, copy=False) if removed else model
+            models[name] = remove_blocks(model, removed, units=config.units, copy=False) if removed else model
+        sizes = [_stored_bytes(config, removed, models[name]) for removed, name in names.items()]
         evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
         for removed, evaluation in zip(names, evaluations, strict=True):
             by_removal[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
@@ -290,6 +292,16 @@ def evaluate_removals(
     for candidate in compared:
         rows.append(replace(by_removal[candidate.removed], name=candidate.source, energy=candidate.energy))
     return rows
+
+
+def _stored_bytes(config: CompressConfig, removed: Removal, shortened: nn.Module | None = None) -> int:
+    """Bytes on disk of a shortened model; without some sub-layers in proportion to the parameters that are left."""
+    remote = config.trust_remote_code
+    if config.units == "blocks" or shortened is None:
+        return checkpoint_bytes(config.model, removed, trust_remote_code=remote)
+    model_config = load_config(config.model, trust_remote_code=remote)
+    whole = count_parameters(model_without_weights(model_config, trust_remote_code=remote))
+    return checkpoint_bytes(config.model, trust_remote_code=remote) * count_parameters(shortened) // whole
 
 
 def _in_one_sweep(

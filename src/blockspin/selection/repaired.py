@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
-from ..model.blocks import find_stack
+from ..model.blocks import count_parameters, find_stack
 from ..model.offload import is_offloaded
 from ..model.quality import quality_of
-from ..problem import Removal
+from ..problem import Removal, Units
 from ..processes import gathered, share
 from ..progress import console, track
 from ..repairs.fitting import Text
@@ -69,7 +69,9 @@ def choose_repaired(
     # Several processes share the removals.
     missing = [trial for trial in last if trial.removed not in known]
     done, own = len(last) - len(missing), share(missing)
-    found = gathered(_measured(model, trial, selection.objective, samples, text, batch_size, seed) for trial in own)
+    found = gathered(
+        _measured(model, trial, removable.units, selection.objective, samples, text, batch_size, seed) for trial in own
+    )
     entries = track(found, "Repairing the last candidates", len(last), done, show=progress)
     for trial, entry in zip(missing, entries, strict=True):
         known[trial.removed] = entry
@@ -127,6 +129,7 @@ def _enough(model: nn.Module, samples: Sequence[Tensor], seed: int) -> list[Tens
 def _measured(
     model: nn.Module,
     trial: Trial,
+    units: Units,
     objective: str,
     samples: Sequence[Tensor],
     text: Sequence[Tensor],
@@ -135,14 +138,15 @@ def _measured(
 ) -> dict[str, Any]:
     """The objective of a removal after a repair, and what that took."""
     started = time.perf_counter()
-    shortened = remove_blocks(model, trial.removed, copy=False)
-    report = repair(shortened, model, text, removed=trial.removed, batch_size=batch_size, seed=seed)
+    shortened = remove_blocks(model, trial.removed, units=units, copy=False)
+    blocks = trial.removed if units == "blocks" else None
+    report = repair(shortened, model, text, removed=blocks, batch_size=batch_size, seed=seed)
     quality = quality_of(shortened, model, samples, batch_size)
 
     # In passes over the selection samples: the repair, and the measurement with that of the original beside it.
     share = sum(map(len, text)) / sum(map(len, samples))
-    depth = len(find_stack(model).layers)
-    passes = share * report.passes + 2 - len(trial.removed) / depth
+    left = count_parameters(find_stack(shortened).layers) / count_parameters(find_stack(model).layers)
+    passes = share * report.passes + 1 + left
     value = quality.kl if objective == "kl" else quality.loss
     seconds = time.perf_counter() - started
     return {"removed": trial.removed, "value": value, "passes": passes, "seconds": seconds}

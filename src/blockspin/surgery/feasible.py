@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..model.blocks import find_stack
 from ..model.loading import model_without_weights
-from ..problem import Removal, RemovalProblem
+from ..problem import Block, Removal, RemovalProblem, Units, block_of, units_of
 from ..progress import console
 from ..solvers import solve
 from ..solvers.candidates import Candidate
@@ -32,17 +32,26 @@ class Removable:
     Removals that leave the same pattern of layers get the same answer, so that few models are built. The last word has
     the surgery, which also tries other periods and runs the result.
 
+    units: what the numbers of a removal stand for; blocks where nothing is said of them. Where sub-layers go, the
+        blocks that lose all of theirs must be able to go, and an attention must stay.
     pattern: of the whole model.
     """
 
-    def __init__(self, config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, config: PretrainedConfig, units: Sequence[Block] = (), *, trust_remote_code: bool = False
+    ) -> None:
         self._config, self._trust_remote_code = config, trust_remote_code
+        self._sublayers = units if units_of(units) == "sublayers" else ()
         self._model = self._build(config)
         self.pattern = pattern_of(list(find_stack(self._model).layers))
         self._answers: dict[Pattern, bool] = {}
 
     def __call__(self, removed: Iterable[int]) -> bool:
-        gone = sorted(removed)
+        removed = set(removed)
+        attending = {unit.index for unit in self._sublayers if "attention" in unit.kind.split("+")}
+        if attending and attending <= removed:
+            return False
+        gone = self._blocks_in(removed)
         kept = [i for i in range(len(self.pattern)) if i not in gone]
         if must_stay(self._model, kept, gone):
             return False
@@ -58,9 +67,21 @@ class Removable:
         return self._answers[pattern]
 
     @property
+    def units(self) -> Units:
+        """What the numbers of a removal stand for."""
+        return "sublayers" if self._sublayers else "blocks"
+
+    @property
     def architecture(self) -> str:
         """The class of the model."""
         return type(self._model).__name__
+
+    def _blocks_in(self, removed: Iterable[int]) -> list[int]:
+        """The blocks that go, all sub-layers of which are in the removal."""
+        if not self._sublayers:
+            return sorted(removed)
+        left = {block_of(unit) for unit in self._sublayers if unit.index not in set(removed)}
+        return [i for i in range(len(self.pattern)) if i not in left]
 
     def among(self, removals: Iterable[Removal], new_patterns: int = 4) -> list[Removal]:
         """Those of the removals that can be expressed.
@@ -70,7 +91,7 @@ class Removable:
         """
         possible = []
         for removed in removals:
-            if without(self.pattern, removed) not in self._answers:
+            if without(self.pattern, self._blocks_in(removed)) not in self._answers:
                 if new_patterns == 0:
                     continue
                 new_patterns -= 1
@@ -166,6 +187,8 @@ def same_pattern_candidates(
     `start` itself is not possible.
     """
     first = tuple(sorted(start))
+    if problem.units == "sublayers":  # an exchange of sub-layers may leave another pattern of blocks
+        return []
     if not problem.allows(first) or not removable(first):
         return []
 
