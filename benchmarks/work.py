@@ -42,6 +42,7 @@ from blockspin.solvers.candidates import distinct, states_as_candidates
 POSITIONS = 64  # of a sample, at which the secant needs logits
 GIB = 2**30
 REPEATS = 3  # of the parts that are timed alone
+HEAD_TOKENS = 256  # at a time, of the head that is timed alone
 
 
 class UsedTokens:
@@ -98,12 +99,12 @@ class Floor:
     def measure(self) -> None:
         """Time both parts once more."""
         hidden = torch.randn(
-            min(1024, self._batch.numel()), self._model.config.hidden_size, dtype=self._model.dtype
+            min(HEAD_TOKENS, self._batch.numel()), self._model.config.hidden_size, dtype=self._model.dtype
         ).to(self._model.device)
         labels = self._batch.flatten()[: len(hidden)]
 
         def head() -> None:
-            for part in torch.split(hidden, 256):
+            for part in torch.split(hidden, HEAD_TOKENS):
                 logits = self._model.lm_head(part).float()
                 torch.nn.functional.cross_entropy(logits, labels[: len(part)]).item()
 
@@ -160,7 +161,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample of the secant")
     parser.add_argument("--short", type=int, default=32, help="tokens of a sample of the others")
-    parser.add_argument("--budget", type=float, default=12, help="passes of the selection over all samples")
+    parser.add_argument("--passes", type=float, default=120, help="passes over one sample of the fitted energies")
+    parser.add_argument("--budget", type=float, default=6, help="passes of the selection over all samples")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     arguments = parser.parse_args()
 
@@ -188,7 +190,7 @@ def main() -> None:
     def fitted() -> int:
         used = UsedTokens()
         with patch.object(measurements, "measured", used):
-            fit_removals(model, list(short), goal=depth // 4, progress=False)
+            fit_removals(model, list(short), goal=depth // 4, passes=arguments.passes, progress=False)
         return used.number
 
     energies = torch.rand(depth, depth, dtype=torch.float64)

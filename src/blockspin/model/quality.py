@@ -168,8 +168,16 @@ def compared(
     for start in range(0, len(labels), chunk):
         tokens = slice(start, start + chunk)
         reference = Reference(original, whole[tokens], labels[tokens])
-        for states, values in zip(hidden, parts, strict=True):
-            values.append(measure(ours.log_probabilities(states[tokens]), reference))
+
+        # Where there are few tokens, the head has several models at a time: it is faster on more rows.
+        number = len(reference.labels)
+        together = chunk // number
+        for first in range(0, len(hidden), together):
+            group = slice(first, first + together)
+            rows = torch.cat([states[tokens] for states in hidden[group]])  # (models * tokens, width)
+            log_probabilities = torch.split(ours.log_probabilities(rows), number)
+            for own, values in zip(log_probabilities, parts[group], strict=True):
+                values.append(measure(own, reference))
 
     # The tokens of a sample lie side by side.
     per_token = torch.stack([torch.cat(values) for values in parts]).double().cpu()  # (models, tokens, measures)
