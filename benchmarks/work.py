@@ -98,20 +98,17 @@ class Floor:
 
     def measure(self) -> None:
         """Time both parts once more."""
-        hidden = torch.randn(
-            min(HEAD_TOKENS, self._batch.numel()), self._model.config.hidden_size, dtype=self._model.dtype
-        ).to(self._model.device)
-        labels = self._batch.flatten()[: len(hidden)]
+        config, weight = self._model.config, self._model.lm_head.weight
+        hidden = torch.randn(HEAD_TOKENS, config.hidden_size).to(weight)
+        labels = torch.randint(config.vocab_size, (HEAD_TOKENS,)).to(weight.device)
 
         def head() -> None:
-            for part in torch.split(hidden, HEAD_TOKENS):
-                logits = self._model.lm_head(part).float()
-                torch.nn.functional.cross_entropy(logits, labels[: len(part)]).item()
+            torch.nn.functional.cross_entropy(self._model.lm_head(hidden).float(), labels).item()
 
         with torch.no_grad():
             for _ in range(REPEATS):
                 self._blocks.append(seconds_of(lambda: self._model.model(self._batch)) / self._batch.numel())
-                self._heads.append(seconds_of(head) / len(hidden))
+                self._heads.append(seconds_of(head) / HEAD_TOKENS)
 
     def seconds(self, block_tokens: float, head_tokens: int) -> float:
         """Of so many tokens through all blocks, and so many through the head."""
