@@ -414,6 +414,37 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         repair(smaller, original, random_text(64))
 
 
+def test_hidden_states_that_are_not_finite_are_refused() -> None:
+    original = tiny_model("llama")
+    smaller = remove_blocks(original, [1], copy=False)
+    with torch.no_grad():  # of both: they share the weights, which are finite, and what they compute is not
+        original.model.layers[2].mlp.up_proj.weight.mul_(1e30)
+        original.model.layers[2].mlp.gate_proj.weight.mul_(1e30)
+    with pytest.raises(ValueError, match=r"--dtype float32"):
+        repair(smaller, original, random_text(64))
+
+
+def test_a_repair_costs_few_passes_and_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole model one, of the shortened one for each addition, for in-projections behind one, and to go on."""
+    original, samples = tiny_model("llama"), random_text(64)
+    smaller, tokens_run = remove_blocks(original, [1]), 0
+
+    def count(module: nn.Module, args: Any) -> None:
+        nonlocal tokens_run
+        tokens_run += args[0].shape[:2].numel()
+
+    for model in (original, smaller):
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+    report = repair(smaller, original, samples, batch_size=8)
+    embedding = 2 / 4  # a block of four for each model
+    assert report.passes == pytest.approx(1 + 4 * 3 / 4 + embedding, abs=0.3)  # and a comparison on held-out samples
+
+    tokens = sum(batch.token_ids.numel() for batch in make_batches(samples, 8))  # with padding
+    blocks = 4
+    assert tokens_run / (tokens * blocks) == pytest.approx(report.passes, rel=0.1)
+
+
 def test_quantised_weights_are_refused() -> None:
     model = tiny_model("llama")
     weight = model.model.layers[1].mlp.down_proj.weight

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import Command, random_samples, save_tiny, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blockspin.repairs.checkpoint import repair_checkpoint
 from blockspin.repairs.run import repair
@@ -96,6 +96,18 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path], tm
     with pytest.raises(ValueError, match=r"was trained already"):
         repair_checkpoint(trained, whole, SAMPLES, tmp_path / "again", progress=False)
     assert not (tmp_path / "again").exists()
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, short = folders
+    file = next(file for file in short.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(file))
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight of the shortened model are not finite"):
+        repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out-repair").exists()
 
 
 def test_the_command(command: Command, text_file: Path, tmp_path: Path) -> None:

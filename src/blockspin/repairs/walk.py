@@ -85,4 +85,5 @@ class Walk:
         keeping = kept_streams(self.traced.layers, [0])
         with frozen(self.traced.model), torch.no_grad(), skipped(self.traced, others), keeping as streams:
             self.traced.halves.hidden_of(batch)
+        self.ran += 1  # `skipped` does not skip every block
         return self.shelf.keep(streams[0])
