@@ -23,7 +23,7 @@ from ..problem import Sublayer
 from . import modeling_sublayers
 
 MODELING = "modeling_sublayers"  # the name of the file in a checkpoint, without .py
-_STACK_ROOM = 256  # widths of a DeciLM feed-forward are multiples of it
+_WIDTHS = 256  # those of a DeciLM feed-forward are multiples of it
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,13 @@ def cache_positions(model: nn.Module, absent: Collection[str]) -> dict[str, int]
 def is_decilm_shape(config: PretrainedConfig, absent: Absent) -> bool:
     """Whether runtimes that know DeciLM (vLLM, llama.cpp) can run the model: a Llama without biases whose first layer
     has its attention."""
-    settings = config.to_dict()
+    settings: dict[str, Any] = config.to_dict()
     plain = config.model_type == "llama" and not settings.get("attention_bias") and not settings.get("mlp_bias")
-    gated = settings.get("hidden_act") == "silu" and settings.get("intermediate_size", 1) % _STACK_ROOM == 0
-    return plain and gated and "attention" not in absent.kinds.get(0, [])
+    if not plain or "attention" in absent.kinds.get(0, []):
+        return False
+    heads_fill: bool = settings["head_dim"] * settings["num_attention_heads"] == settings["hidden_size"]
+    gated: bool = settings["hidden_act"] == "silu" and settings["intermediate_size"] % _WIDTHS == 0
+    return heads_fill and gated
 
 
 def absent_settings(model: PreTrainedModel, absent: Absent) -> dict[str, Any]:
