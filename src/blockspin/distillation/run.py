@@ -26,7 +26,7 @@ from ..model.batches import frozen
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
-from ..processes import TIMEOUT
+from ..processes import TIMEOUT, from_main
 from ..progress import console
 from ..surgery.card import add_training
 from ..training import DistillConfig
@@ -137,10 +137,18 @@ def _train_checkpoint(
     """The training of `distill_checkpoint`, after its checks."""
     folder = out.with_name(f"{out.name}-training")
     load = cache(partial(_load_teacher, config, state))  # when it is first needed
-    with state.main_process_first():
+
+    def text() -> Dataset[Any]:
         windows = packed(config, tokenizer, folder, student, leave_out, state.num_processes, load)
-        text = windows if config.cache_teacher is None else cached(windows, config, load)
-    samples, validation = divided(text, config.validation_split)
+        return windows if config.cache_teacher is None else cached(windows, config, load)
+
+    def write_text() -> None:
+        text()
+
+    # The main process writes what all read.
+    if state.num_processes > 1:
+        from_main(write_text)
+    samples, validation = divided(text(), config.validation_split)
 
     # A teacher whose view is on disk does not train.
     teacher = load() if config.cache_teacher is None else None
