@@ -117,3 +117,17 @@ def test_all_processes_end_with_the_message_of_the_one_that_fails(
     ended = launch(2, ["-m", "blockspin", *wrong], tmp_path)
     assert ended.returncode != 0
     assert ended.stderr.count("Error: cannot read the calibration set") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_launched_comparisons_choose_as_one_alone(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        plain = command(tiny_folder, text_file, out, "--energy", "secant", "--no-repair")
+        ended = launch(processes, ["-m", "blockspin", "compare", *plain[1:]], tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        stored = json.loads((out / "comparison.json").read_text())
+        rows.append([without_times({**row, "passes": None}) for row in stored["rows"]])
+    assert rows[0] == rows[1]

@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 # What typer raises for options that do not exist, are missing or are of the wrong type.
 _UsageError: Any = typer.BadParameter.__mro__[1]
-_SHARED = ("demo", "compress", "energies", "gradients", "select", "evaluate", "distill")  # by processes
+_SHARED = ("demo", "compress", "compare", "energies", "gradients", "select", "evaluate", "distill")  # by processes
 _INTERRUPTED = 130  # the exit code of a process that Ctrl-C ends
 
 

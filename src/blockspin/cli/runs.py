@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..config import CompressConfig, parse_remove
+from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
 from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
@@ -139,7 +140,8 @@ def compare(
     _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, json)
     for table in [] if json else repairs_tables(comparison):
         show(table)
-    console.print(f"Tables and figures: {write_report(out)}.", soft_wrap=True)
+    page = from_main(lambda: write_report(out))
+    console.print(f"Tables and figures: {page}.", soft_wrap=True)
 
 
 @app.command()

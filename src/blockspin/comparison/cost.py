@@ -12,6 +12,7 @@ from torch import nn
 
 from ..model.blocks import find_stack
 from ..model.residual import stream_of
+from ..processes import gathered
 
 KEEP_SECONDS = 5.0  # between two times that a cost is kept
 
@@ -32,7 +33,8 @@ class MethodCost:
 def counted(model: nn.Module, tokens: int, keep: Callable[[MethodCost], None] | None = None) -> Iterator[MethodCost]:
     """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens.
 
-    keep: is given what was counted so far, every few seconds: for costs that outlive the process.
+    keep: is given what was counted so far, every few seconds: for costs that outlive the process. The passes of several
+    processes are added up when it is done.
     """
     cost, started = MethodCost(), time.perf_counter()
     kept = started
@@ -64,3 +66,4 @@ def counted(model: nn.Module, tokens: int, keep: Callable[[MethodCost], None] | 
             hooks.callback(handle.remove)
         yield cost
     cost.seconds = time.perf_counter() - started
+    cost.passes = sum(gathered(iter([cost.passes])))

@@ -20,6 +20,7 @@ from ..model.quality import shared_losses
 from ..model.tracing import TracedModel
 from ..pipeline.stages import Samples
 from ..problem import RemovalProblem
+from ..processes import from_main
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
@@ -73,9 +74,16 @@ class Statistic(Generic[T]):
     on_selection: bool = False
 
 
+def weight_importance(
+    model: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize, progress: bool
+) -> NDArray[np.float64]:
+    """By the main process alone where there are several: its sums are as large as the model."""
+    return from_main(lambda: baselines.weight_importance(model, samples, batch_size=batch_size, progress=progress))
+
+
 ACTIVATIONS = Statistic("activations", baselines.measure_activations)
 LOSSES_WITHOUT_EACH = Statistic("losses without each", baselines.losses_without_each, on_selection=True)
-WEIGHT_IMPORTANCE = Statistic("weight importance", baselines.weight_importance)
+WEIGHT_IMPORTANCE = Statistic("weight importance", weight_importance)
 
 
 @dataclass
@@ -179,7 +187,7 @@ def methods(config: CompressConfig) -> list[Method]:
         shortened_llama("Shortened LLaMA PPL+", LOSSES_WITHOUT_EACH, plus=True),
         shortened_llama("Shortened LLaMA Taylor", WEIGHT_IMPORTANCE),
         shortened_llama("Shortened LLaMA Taylor+", WEIGHT_IMPORTANCE, plus=True),
-        by_search("sliding-window merging", baselines.sliding_window_merging),
+        by_search("sliding-window merging", baselines.sliding_window_merging, alone=True),
         by_search("SLEB", baselines.sleb),
         by_search("EvoPress", partial(baselines.evopress, budget=config.budget)),
     ]
@@ -275,8 +283,11 @@ def iterative_block_influence(case: Case) -> Candidate:
     )
 
 
-def by_search(name: str, search: Search) -> Method:
-    """A baseline that measures shortened models on the selection samples."""
+def by_search(name: str, search: Search, alone: bool = False) -> Method:
+    """A baseline that measures shortened models on the selection samples.
+
+    alone: it does so in one process, where there are several.
+    """
 
     def choose(case: Case) -> Chosen:
         setup = case.setup
@@ -284,7 +295,7 @@ def by_search(name: str, search: Search) -> Method:
             setup.traced.model, setup.samples.selection, case.problem, batch_size=setup.config.batch_size, progress=True
         )
 
-    return Method(name, choose)
+    return Method(name, (lambda case: from_main(lambda: choose(case))) if alone else choose)
 
 
 def by_activations(name: str, baseline: Callable[[RemovalProblem, baselines.Activations], Candidate]) -> Method:

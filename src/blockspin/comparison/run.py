@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..pipeline.origin import describe_samples
 from ..pipeline.preflight import check_before
 from ..pipeline.stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
 from ..problem import Goal, Removal
+from ..processes import from_main, is_main
 from ..progress import console
 from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes
@@ -54,7 +56,7 @@ def compare(
 
     ENERGY.safetensors and spectrum-GOAL-ENERGY.json, for the paper's energy and that of the settings, are as those of a
     run of `compress`; comparison.json holds the rest. The same call again continues where it was: a finished method is
-    not run twice, and more goals may be added.
+    not run twice, and more goals may be added. Where a launcher has started several processes, they share the work.
 
     goals: name -> what to remove, e.g. {"8": 8}; `config.remove` is not used.
     against: removals that are known already (`known_removals`); those that meet a goal have a row of their own.
@@ -65,7 +67,7 @@ def compare(
     out = Path(out)
     known = {} if against is None else known_removals(against)
     with locked(out):
-        comparison = open_comparison(config, out, against)
+        comparison = from_main(lambda: open_comparison(config, out, against))
         measured = {row.goal for row in comparison.rows}
         missing = {name: goal for name, goal in goals.items() if name not in measured}
         if missing:
@@ -81,34 +83,37 @@ def complete(
     remote = config.trust_remote_code
     model_config = load_config(config.model, trust_remote_code=remote)
     for goal in goals.values():
-        check_before(replace(config, remove=goal), model_config)
+        from_main(partial(check_before, replace(config, remove=goal), model_config))
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = load_samples(replace(config, energy=PAPER), tokenizer, model_config)
+    samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
     score = scorer(config, tokenizer, out / "scores")
     model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
     check_in_memory(model, "a comparison")
     removable = Removable(model_config, trust_remote_code=remote)
-    file = out / "comparison.json"
     comparison.about = {**describe_machine(), **describe_samples(samples)}
-    comparison.save(file)
 
+    def save() -> None:
+        if is_main():
+            comparison.save(out / "comparison.json")
+
+    save()
     setup = Setup(trace_model(model), samples, config, removable, comparison.costs)
     for name, goal in goals.items():
         # Fitted energies are made for each goal, as a run of `compress` makes them; others are read again.
         for energy in dict.fromkeys([config.energy, PAPER]):
-            setup.energies[energy] = energies_of(setup, energy, name, goal, out, lambda: comparison.save(file))
+            setup.energies[energy] = energies_of(setup, energy, name, goal, out, save)
         case = pose_case(setup, name, goal, out)
         finished = {choice.method for choice in comparison.choices_for(name)}
         for method in [*methods(config), *known_methods(known, case.problem)]:
             if method.name not in finished:
                 console.print(f"{name}: {method.name}", highlight=False)
                 run_method(case, method, comparison)
-                comparison.save(file)
+                save()
         comparison.landscape[name] = landscape(case)
         if config.repair and case.problem.units == "blocks":
             repair_choices(setup, name, comparison, lambda: comparison.save(file))
         comparison.rows += measure(setup, name, comparison.choices_for(name), score)
-        comparison.save(file)
+        save()
 
 
 def open_comparison(config: CompressConfig, out: Path, against: str | None = None) -> Comparison:
@@ -136,7 +141,7 @@ def energies_of(setup: Setup, name: str, goal_name: str, goal: Goal, out: Path, 
     kept = energy_key(name, goal_name)
     config, key, path = setup.config, f"energy {kept}", out / f"{kept}.safetensors"
     before = setup.costs.get(key, MethodCost())
-    was_there = path.is_file()
+    was_there = from_main(path.is_file)
 
     def keep(cost: MethodCost) -> None:
         setup.costs[key] = before + cost
@@ -274,7 +279,8 @@ def measure_speeds(setup: Setup, removals: Sequence[Removal]) -> dict[tuple[tupl
         shape = _shape(setup.traced, removed)
         if shape not in models:
             models[shape] = remove_blocks(model, removed, copy=False) if removed else model
-    speeds = tokens_per_second(list(models.values()), setup.samples.evaluation, batch_size=setup.config.batch_size)
+    running, batch_size = list(models.values()), setup.config.batch_size
+    speeds = from_main(lambda: tokens_per_second(running, setup.samples.evaluation, batch_size=batch_size))
     return dict(zip(models, speeds, strict=True))
 
 
