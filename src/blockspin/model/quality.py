@@ -296,7 +296,8 @@ def kl(log_probabilities: Tensor, reference: Reference) -> Tensor:
     """KL(original || model) of each token in nats, (tokens, 1)."""
     device = log_probabilities.device
     apart = reference.log_probabilities.to(device) - log_probabilities  # (tokens, vocabulary)
-    return apart.mul_(reference.probabilities.to(device)).sum(-1, keepdim=True)  # in place, as it is large
+    p = reference.probabilities.to(device)
+    return torch.bmm(p[:, None], apart[:, :, None])[:, 0]  # inner products without another tensor of this size
 
 
 def quality(log_probabilities: Tensor, reference: Reference) -> Tensor:
