@@ -111,7 +111,7 @@ def complete(
                 save()
         comparison.landscape[name] = landscape(case)
         if config.repair and case.problem.units == "blocks":
-            repair_choices(setup, name, comparison, lambda: comparison.save(file))
+            repair_choices(setup, name, comparison, save)
         comparison.rows += measure(setup, name, comparison.choices_for(name), score)
         save()
 

@@ -93,13 +93,14 @@ def measured(
 ) -> Floats:
     """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
 
-    Several processes share the batches; where there are fewer of them than processes, the removals.
+    Several processes share the batches; where there is only one, the removals.
 
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    if len(make_batches(samples, batch_size)) < number():
-        chosen = part(in_order_of_walk(traced, removals))
+    batches = make_batches(samples, batch_size)
+    if len(batches) == 1 and number() > 1:
+        chosen = _own_part(traced, removals, batches[0])
         own = [removals[k] for k in chosen]
 
         def of_own() -> Iterator[tuple[Sequence[int], Floats]]:
@@ -134,6 +135,19 @@ def measured(
         for place, sample in enumerate(batch.indices):
             found[sample] = values[:, place].numpy()
     return np.stack(found, axis=1)
+
+
+def _own_part(traced: TracedModel, removals: Sequence[Removal], batch: Batch) -> list[int]:
+    """The removals that this process measures on a batch that all have: neighbours in the walk through their prefixes.
+
+    Those whose predictions the head makes together (`compared`) stay together, so that they are rounded as ever.
+    """
+    order, chunk = in_order_of_walk(traced, removals), traced.halves.chunk
+    in_last_chunk = int(batch.predicting.sum()) % chunk or chunk  # tokens, of which all other chunks have no fewer
+    together = chunk // in_last_chunk
+
+    groups = [order[first : first + together] for first in range(0, len(order), together)]
+    return [k for group in part(groups) for k in group]
 
 
 def _groups(batch: Batch, outputs: Iterator[tuple[int, Tensor]], limit: int) -> Iterator[list[tuple[int, Tensor]]]:
