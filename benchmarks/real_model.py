@@ -228,9 +228,10 @@ class Results:
 def run_ours(
     arguments: argparse.Namespace, model: nn.Module, results: Results, held_out: HeldOut, draw: Draw, remove: int
 ) -> None:
-    """Energies for this size and for any, for each number of passes, and what is chosen with them."""
+    """Energies for this size, or for any, for each number of passes, and what is chosen with them."""
     activations = baselines.measure_activations(model, draw.samples)
-    for goal, passes in product((remove, None), arguments.energy_passes):
+    goals = (remove, None) if arguments.any_size else (remove,)
+    for goal, passes in product(goals, arguments.energy_passes):
         kept = arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw.seed}-{passes:g}.jsonl")
         for_energies = draw.samples[:FIT_SAMPLES]
         found = fit_removals(
@@ -278,6 +279,7 @@ def main() -> None:
     parser.add_argument("--calibration", choices=("chat", "text", "mix"), default="chat")
     parser.add_argument("--energy-passes", type=float, nargs="+", default=[744.0], help="one form for each number")
     parser.add_argument("--passes", type=float, default=1000.0, help="over one sample, of energies and choice together")
+    parser.add_argument("--any-size", action="store_true", help="energies for all numbers of blocks at once, too")
     parser.add_argument("--energies-only", action="store_true", help="leave the choices out")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     parser.add_argument("--held-out", type=int, default=32, help="samples of each held-out text")
