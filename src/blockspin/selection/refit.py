@@ -15,9 +15,6 @@ from .ledger import Ledger
 # The standard error of a quadratic form at removals that are measured without any, on a logarithmic scale; where the
 # scale is not logarithmic, as a share of the scatter of what was measured.
 MISFIT = 0.03
-# The same of a form fitted to everything that is known: removals of SmolLM2 that were measured on eight samples or more
-# differ from it by little more than their noise.
-JOINT_MISFIT = 0.01
 _TINY = 1e-12  # keeps variances above zero where everything measured is equal
 
 
@@ -63,15 +60,14 @@ def refit(ledger: Ledger, problem: RemovalProblem, fitted: Fitted | None = None)
     for row, removed in zip(x, removals, strict=True):
         row[list(removed)] = True
 
+    misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
     if fitted is not None and ledger.logarithmic:
-        misfit = JOINT_MISFIT
         number = np.array([len(ledger.values[removed]) for removed in removals], dtype=np.float64)
         joint = fitted.extended(x, ledger.mean(best) * np.exp(y), number)
         corrected = problem.with_energy(joint.hessian)
         formed = corrected.energies(x)  # (num_removals,), but for a constant
         formed += np.average(y - formed, weights=number)
     else:
-        misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
         corrected, formed = _corrected(problem, x, y, errors**2 + misfit**2 + _TINY)
 
     lasting = misfit**2 / (errors**2 + misfit**2 + _TINY)  # (num_removals,)
