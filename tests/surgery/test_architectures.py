@@ -10,8 +10,8 @@ import tiny
 import torch
 import transformers as tf
 from conftest import save_tokenizer, settings
+from examination import REMOVALS, cache_agrees, examine, quiet_examine
 from safetensors.torch import load_file, save_file
-from survey import REMOVALS, cache_agrees, examine, quiet_examine
 from tiny import COMPOSITE_TYPES, MODEL_TYPES, tiny_config, tiny_random_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

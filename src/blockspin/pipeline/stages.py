@@ -233,6 +233,7 @@ def selection_stage(
                 repair_samples=repair_samples if settings.choose_repaired else (),
                 partial=partial,
             )
+
             shown = selection.table().text(console.width)
             console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
             from_main(lambda: write_json(path, {**selection.as_json(), "robustness": trust.as_json()}))
