@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from .problem import Goal, Units
 from .settings import SettingError, Settings, parse_names, setting
+from .targets import NO_GOAL, TargetSettings
 from .training import MAX_SEED, DistillConfig
 
 GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; the others from shortened models
@@ -242,10 +243,13 @@ class TaskSettings(Settings):
 
 
 @dataclass(frozen=True)
-class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySettings, LoadingSettings, DataSettings):
+class CompressConfig(
+    TaskSettings, ChoosingSettings, SolvingSettings, TargetSettings, EnergySettings, LoadingSettings, DataSettings
+):
     """Everything that decides the outcome of `blockspin compress`; stored as run.yaml in the run folder.
 
-    remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1.
+    remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1; None where targets
+        decide alone.
     The samples for the energy, the selection and the evaluation come after each other and are distinct.
     repair: what the samples for the energy and the selection say on how the smaller model should follow the original.
     distill: train the result with the original as its teacher; by default on what is left of the calibration set.
@@ -255,8 +259,10 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
 
     model: str = setting("Hub id, local folder or GGUF file of a causal language model.")
     calibration: str = setting("Text the energy is computed on: hub id or local file.")
-    remove: Goal = setting(
-        "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters.", parse=parse_remove
+    remove: Goal | None = setting(
+        "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters; targets may decide instead.",
+        None,
+        parse=parse_remove,
     )
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     evaluation_samples: int = setting("Samples of the report.", 128, least=1)
@@ -265,7 +271,10 @@ class CompressConfig(TaskSettings, ChoosingSettings, SolvingSettings, EnergySett
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_goal(self.remove)
+        if self.remove is not None:
+            _check_goal(self.remove)
+        elif not self.has_targets:
+            raise ValueError(NO_GOAL)
         if self.distill is None or isinstance(self.distill, DistillConfig):
             return
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from .model.blocks import count_parameters, find_blocks
+from .costs.units import active_parameters, cache_of_layers
+from .model.blocks import count_parameters, find_blocks, find_stack
 from .model.loading import context_length, load_config, model_without_weights
 from .problem import Block
 from .surgery.feasible import Removable
@@ -25,6 +25,7 @@ class Overview:
     num_bytes: of all weights in `dtype`. context: tokens that the model holds; None where its configuration sets no
     limit. cache_bytes: (num_blocks,) what one more token of a text adds to the key-value cache of each block, as long
     as no attention window is full; None where it cannot be told without running the model.
+    active: (num_blocks,) parameters of each block that a token uses, without the experts that are not chosen.
     removable: (num_blocks,) whether a configuration describes the model without this one block.
     """
 
@@ -36,6 +37,7 @@ class Overview:
     context: int | None
     blocks: tuple[Block, ...]
     cache_bytes: tuple[int, ...] | None
+    active: tuple[int, ...]
     removable: tuple[bool, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -51,17 +53,22 @@ class Overview:
 
     def blocks_table(self) -> Table:
         """A row for all blocks that are alike."""
-        alike: dict[tuple[str, str, str, str], list[int]] = {}
+        alike: dict[tuple[str, ...], list[int]] = {}
+        each = self.num_bytes / self.num_parameters
         for i, block in enumerate(self.blocks):
+            parameters = short(block.num_parameters)
+            if self.active[i] < block.num_parameters:
+                parameters += f" ({short(self.active[i])} active)"
+            size = short(block.num_parameters * each, "B")
             cache = "unknown" if self.cache_bytes is None else f"{self.cache_bytes[i]:,} B"
             can_go = "yes" if self.removable[i] else "not alone"
-            alike.setdefault((block.kind, short(block.num_parameters), cache, can_go), []).append(i)
+            alike.setdefault((block.kind, parameters, size, cache, can_go), []).append(i)
 
         rows = []
-        for (kind, parameters, cache, can_go), indices in alike.items():
-            rows.append([ranges(indices), str(len(indices)), kind, parameters, cache, can_go])
+        for costs, indices in alike.items():
+            rows.append([ranges(indices), str(len(indices)), *costs])
 
-        numbers = [Column("parameters each"), Column("cache each, a token")]
+        numbers = [Column("parameters each"), Column("bytes each"), Column("cache each, a token")]
         columns = [Column("blocks", words=True), Column("number"), Column("kind", words=True), *numbers]
         return Table([*columns, Column("can go", words=True)], rows)
 
@@ -95,9 +102,11 @@ def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview
     blocks = tuple(find_blocks(model))
     num_parameters = count_parameters(model)
     can_be_saved = Removable(config, trust_remote_code=trust_remote_code)
-    removable = []
+    layers = find_stack(model).layers
+    removable, active = [], []
     for block in blocks:
         removable.append(can_be_saved([block.index]))
+        active.append(active_parameters(layers[block.index], config))
 
     return Overview(
         model=str(source),
@@ -108,6 +117,7 @@ def overview(source: str | Path, *, trust_remote_code: bool = False) -> Overview
         context=context_length(config),
         blocks=blocks,
         cache_bytes=_cache_bytes(model, blocks, dtype),
+        active=tuple(active),
         removable=tuple(removable),
     )
 
@@ -122,34 +132,10 @@ def _cache_bytes(model: PreTrainedModel, blocks: Sequence[Block], dtype: torch.d
     if "attention" not in " ".join(kinds):
         return (0,) * len(blocks)
 
-    model = model.to(torch.bfloat16).eval()  # the one that all kernels take on the meta device
-    sizes = []
-    for length in (1, 2):
-        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-        try:
-            with torch.no_grad():
-                cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
-        except (RuntimeError, NotImplementedError):  # what depends on values of tensors
-            return None
-        layers = getattr(cache, "layers", None)
-        if layers is None or len(layers) > len(blocks):
-            return None
-        sizes.append(list(map(_num_elements, layers)))
-
-    # Layers at the end may share the cache of others, and have none.
-    growth = [0] * len(blocks)
-    for i, (before, after) in enumerate(zip(*sizes, strict=True)):
-        growth[i] = (after - before) * dtype.itemsize
-    return tuple(growth)
-
-
-def _num_elements(layer: Any) -> int:
-    """How many elements the tensors in one layer of a cache have."""
-    number = 0
-    for value in vars(layer).values():
-        if isinstance(value, Tensor):
-            number += value.numel()
-    return number
+    one, two = (cache_of_layers(model, len(blocks), dtype, length) for length in (1, 2))
+    if one is None or two is None:
+        return None
+    return tuple([after - before for before, after in zip(one, two, strict=True)])
 
 
 def _left(whole: int, parts: Sequence[int], number: int) -> str:

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..config import DataSettings, LoadingSettings
+from ..config import DataSettings, LoadingSettings, parse_remove
+from ..problem import Goal
 from ..progress import terminal_width
 from ..tables import Table
+from ..targets import NO_GOAL, TargetSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from ..energies import Energies
 
 app = typer.Typer(
     name="blockspin",
@@ -31,8 +35,12 @@ Calibration = Annotated[
     str, typer.Option("--calibration", help="Text the energy is computed on: hub id or local file.")
 ]
 Remove = Annotated[
-    str,
-    typer.Option("--remove", help="What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters."),
+    str | None,
+    typer.Option(
+        "--remove",
+        help="What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters; targets may decide "
+        "instead.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder or file for the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -52,6 +60,23 @@ def blockspin(
     ] = False,
 ) -> None:
     """The options of the command without a subcommand."""
+
+
+def parse_goal(remove: str | None, targets: TargetSettings) -> Goal | None:
+    """What --remove says; None where targets decide. Raises ValueError where nothing does."""
+    if remove is not None:
+        return parse_remove(remove)
+    if not targets.has_targets:
+        raise ValueError(NO_GOAL)
+    return None
+
+
+def model_of(energies: Energies) -> str:
+    """The model that energies were computed of. Raises ValueError where the file does not say."""
+    model = energies.metadata.get("model", "")
+    if not model:
+        raise ValueError("the energies do not say of which model they are; compute them with `blockspin energies`")
+    return model
 
 
 def load_samples(model: str, data: str, number: int, how: DataSettings, loading: LoadingSettings) -> list[Tensor]:

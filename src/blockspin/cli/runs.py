@@ -11,6 +11,7 @@ import typer
 from ..config import CompressConfig, parse_remove
 from ..processes import from_main
 from ..progress import console
+from ..targets import TargetSettings
 from ..training import DistillConfig
 from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
 from .options import Given, Options, with_settings
@@ -18,6 +19,8 @@ from .options import Given, Options, with_settings
 if TYPE_CHECKING:
     from ..comparison.results import Row
 
+# `compare` has goals that every method can be given.
+_TARGETS = tuple(TargetSettings.__dataclass_fields__)
 # The settings of the training that the run decides.
 _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
 
@@ -88,7 +91,7 @@ def compress(
         from_file = DistillConfig.known(values.get("distill") or {}, "distill")
         values["distill"] = {**from_file, **training.values}
 
-    missing = [name for name in ("model", "remove", "calibration") if name not in values]
+    missing = [name for name in ("model", "calibration") if name not in values]
     if missing:
         raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
     if dry_run:
@@ -106,7 +109,7 @@ def compare(
         typer.Option("--remove", help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1."),
     ],
     calibration: Calibration,
-    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
+    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove", *_TARGETS))],
     out: Out = Path("blockspin-comparison"),
     against: Annotated[
         str | None,
@@ -166,6 +169,7 @@ def report(
 
 
 def _show_plan(config: CompressConfig, out: Path, json: bool) -> None:
+    from ..costs.targets import asked_table
     from ..pipeline.plan import plan_run
 
     plan = plan_run(config, out)
@@ -173,6 +177,8 @@ def _show_plan(config: CompressConfig, out: Path, json: bool) -> None:
         show_json(plan.as_json())
         return
     show(plan.table())
+    if plan.budgets:
+        show(asked_table(plan.budgets))
     typer.echo(plan.summary())
 
 

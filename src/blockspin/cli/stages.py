@@ -3,8 +3,9 @@ repair."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +23,7 @@ from ..lock import locked
 from ..problem import Units
 from ..progress import console, terminal_width
 from ..tables import ranges
+from ..targets import TargetSettings
 from .app import (
     AsJson,
     Calibration,
@@ -31,7 +33,9 @@ from .app import (
     Remove,
     app,
     load_samples,
+    model_of,
     open_model,
+    parse_goal,
     refuse_existing,
     show,
     show_json,
@@ -58,6 +62,41 @@ def info(
     typer.echo(found.summary() + "\n")
     show(found.blocks_table())
     show(found.savings_table())
+
+
+@app.command()
+@with_settings
+def profile(
+    model: Model,
+    loading: LoadingSettings,
+    out: Out = Path("profile.json"),
+    units: Annotated[
+        Literal["blocks", "sublayers"], typer.Option("--units", help="Time whole blocks, or attention and MLP apart.")
+    ] = "blocks",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at a time.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated for each.")] = 64,
+    json: AsJson = False,
+) -> None:
+    """Measure how long each kind of block takes on this machine, for --target-speedup; about a minute.
+
+    The table is plain JSON: one for another machine can be written by hand.
+
+    Example: blockspin profile MODEL --out table.json, then blockspin compress MODEL --target-speedup 1.4 --profile
+    table.json ...
+    """
+    from ..costs.timing import measure_times
+    from ..evaluation.cost import Workload
+
+    with locked(out):
+        refuse_existing(out)
+        times = measure_times(open_model(model, loading), units, Workload(batch_size, length, new_tokens))
+        times.save(out)
+    if json:
+        show_json(asdict(times))
+        return
+    show(times.table())
+    console.print(f"Wrote {out}.", soft_wrap=True)
 
 
 @app.command()
@@ -98,22 +137,38 @@ def energies(
 @with_settings
 def solve(
     file: Annotated[Path, typer.Argument(help="A file made by `blockspin energies`.")],
-    remove: Remove,
     solving: SolvingSettings,
+    targets: TargetSettings,
+    remove: Remove = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the spectrum to this JSON file.")] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="States to print at most (default: all that are found).")
     ] = None,
+    sweep: Annotated[
+        Literal["params", "active-params", "size", "memory", "speedup", "prefill-speedup"] | None,
+        typer.Option("--sweep", help="The least energy for every budget in this: a table, and with --out a figure."),
+    ] = None,
+    points: Annotated[int, typer.Option("--points", min=2, help="Budgets of a --sweep.")] = 10,
     json: AsJson = False,
 ) -> None:
-    """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples."""
+    """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples.
+
+    Example: blockspin solve energies.safetensors --target-memory 24GB --context 32k --batch 8 --target-params 6e9
+
+    Example: blockspin solve energies.safetensors --sweep size --out front.json
+    """
+    if sweep is not None:
+        _sweep(file, f"target_{sweep.replace('-', '_')}", remove, solving, targets, out, points, json)
+        return
+    from ..costs.targets import goals_of, goals_table, read_times, what_is_left
     from ..energies import load_energies
     from ..energies.robustness import robustness
     from ..pipeline.stages import find_states, pose_problem
 
-    goal, found = parse_remove(remove), load_energies(file)
+    goal, found = parse_goal(remove, targets), load_energies(file)
     with locked(out):
-        problem = pose_problem(found, goal, solving)
+        budgets = goals_of(targets, model_of(found), found.blocks, read_times(targets)) if targets.has_targets else []
+        problem = pose_problem(found, goal, solving, budgets)
         spectrum = find_states(problem, solving)
         trust = robustness(found, problem, seed=solving.seed)
         if out is not None:
@@ -122,10 +177,47 @@ def solve(
     if json:
         shown = spectrum.as_json()
         shown["states"] = shown["states"][:limit]
-        show_json({**shown, "robustness": trust.as_json()})
+        left = list(map(asdict, what_is_left(budgets, spectrum.states[0].removed)))
+        show_json({**shown, "robustness": trust.as_json(), "goals": left})
         return
     typer.echo(spectrum.render(limit=limit, width=terminal_width()))
     typer.echo(trust.summary())
+    if budgets:
+        show(goals_table(what_is_left(budgets, spectrum.states[0].removed)))
+
+
+def _sweep(
+    file: Path,
+    counted: str,
+    remove: str | None,
+    solving: SolvingSettings,
+    targets: TargetSettings,
+    out: Path | None,
+    points: int,
+    json: bool,
+) -> None:
+    """What `solve --sweep` does. counted: the setting of the target that is swept."""
+    from ..costs.targets import NO_TIMES, goals_of, quantity_of, read_times
+    from ..energies import load_energies
+    from ..pipeline.front import front_json, front_table, pareto_front, write_front
+
+    found, times = load_energies(file), read_times(targets)
+    if times is None and counted.endswith("speedup"):
+        raise ValueError(f"--sweep of times needs a table: {NO_TIMES}")
+    model = model_of(found)
+    with locked(out):
+        budgets = goals_of(targets, model, found.blocks, times)
+        swept = quantity_of(counted, targets, model, found.blocks, times)
+        goal = None if remove is None else parse_remove(remove)
+        front = pareto_front(found, goal, solving, budgets, swept, points)
+        picture = None if out is None else write_front(front, swept, out)
+
+    if json:
+        show_json(front_json(front, swept))
+        return
+    show(front_table(front, swept))
+    if picture is not None:
+        console.print(f"Wrote {out} and the figure {picture}.", soft_wrap=True)
 
 
 @app.command()
@@ -133,12 +225,13 @@ def solve(
 def select(
     model: Model,
     energies: EnergiesFile,
-    remove: Remove,
     data: Data,
     solving: SolvingSettings,
+    targets: TargetSettings,
     choosing: Annotated[ChoosingSettings, Options(renamed={"selection_samples": "num_samples"})],
     drawing: DataSettings,
     loading: LoadingSettings,
+    remove: Remove = None,
     out: Out = Path("candidates.json"),
     json: AsJson = False,
 ) -> None:
@@ -146,6 +239,7 @@ def select(
 
     Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
     """
+    from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
     from ..model.loading import load_config
     from ..pipeline.stages import find_states, pose_problem, selection_stage
@@ -153,10 +247,12 @@ def select(
 
     with locked(out):
         refuse_existing(out)
-        goal, found = parse_remove(remove), load_energies(energies)
+        goal, found = parse_goal(remove, targets), load_energies(energies)
         model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
-        removable = Removable(model_config, found.blocks, trust_remote_code=loading.trust_remote_code)
-        problem = protect_what_must_stay(pose_problem(found, goal, solving), removable)
+        remote = loading.trust_remote_code
+        removable = Removable(model_config, found.blocks, trust_remote_code=remote)
+        budgets = goals_of(targets, model, found.blocks, read_times(targets), trust_remote_code=remote)
+        problem = protect_what_must_stay(pose_problem(found, goal, solving, budgets), removable)
         spectrum = find_states(problem, solving)
 
         number = choosing.selection_samples  # and as many for repairs

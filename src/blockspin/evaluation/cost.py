@@ -6,7 +6,7 @@ import ctypes
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,12 @@ def measure_costs(
     workload = workload or Workload()
     for model in models.values():
         check_in_memory(model, "a measurement of speed")
-    _check(models, workload, rounds)
+    check_workload(models, workload, rounds)
     batch_size, length, new_tokens = workload.batch_size, workload.length, workload.new_tokens
     prompts = {}
     for name, model in models.items():
-        prompts[name] = _prompt(model, batch_size, length)
-    seconds = _seconds(models, prompts, new_tokens, rounds, progress)
+        prompts[name] = random_prompt(model, batch_size, length)
+    seconds = seconds_in_turns(models, prompts, new_tokens, rounds, progress)
 
     costs = []
     for (name, model), size in zip(models.items(), num_bytes, strict=True):
@@ -139,7 +139,7 @@ def measure_costs(
     return costs
 
 
-def _check(models: Mapping[str, PreTrainedModel], workload: Workload, rounds: int) -> None:
+def check_workload(models: Mapping[str, PreTrainedModel], workload: Workload, rounds: int) -> None:
     """Refuse numbers that are not positive, and texts that a model cannot hold."""
     for name, value in {**asdict(workload), "rounds": rounds}.items():
         if value < 1:
@@ -155,14 +155,15 @@ def _check(models: Mapping[str, PreTrainedModel], workload: Workload, rounds: in
             )
 
 
-def _seconds(
+def seconds_in_turns(
     models: Mapping[str, PreTrainedModel],
     prompts: Mapping[str, Tensor],
     new_tokens: int,
     rounds: int,
     progress: bool,
+    summary: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of each model's prefill, and of decoding `new_tokens` tokens: medians over the rounds."""
+    """Seconds of each model's prefill and of decoding `new_tokens` tokens: medians over the rounds, or what else."""
     prefill, decode = defaultdict(list), defaultdict(list)
     for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
         for name, model in models.items():
@@ -172,13 +173,13 @@ def _seconds(
             decode[name].append(whole - first)
 
     # The first round warms up and is not counted.
-    medians = {}
+    seconds = {}
     for name in models:
-        medians[name] = statistics.median(prefill[name][1:]), statistics.median(decode[name][1:])
-    return medians
+        seconds[name] = summary(prefill[name][1:]), summary(decode[name][1:])
+    return seconds
 
 
-def _prompt(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
+def random_prompt(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     """(batch_size, length) token ids, drawn at random: what they say does not change the cost."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config import CompressConfig
+from ..costs.targets import goals_of
 from ..data.calibration import tokenise
 from ..distillation.run import distill_checkpoint
 from ..evaluation.perplexity import Evaluation, evaluate_models, results_table
@@ -40,12 +41,14 @@ from .stages import (
     checkpoint_stage,
     energies_stage,
     evaluate_removals,
+    goals_stage,
     load_samples,
     max_length,
     origin,
     pose_problem,
     selection_stage,
     spectrum_stage,
+    times_stage,
 )
 
 _RANDOM_DRAWS = 100  # in which a random removal that can be saved is looked for
@@ -57,6 +60,8 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     run.yaml              the settings
     energies.safetensors  what the energy is computed from; for the gradients, A
     spectrum.json         the lowest-energy removals, and what is proven of them
+    profile.json          with a target of time and no table for it: what each kind of block takes on this machine
+    goals.json            with targets: what the chosen removal leaves of everything that they count
     candidates.json       the choice: every removal that was measured, and how far the energies can be trusted
     checkpoint/           the smaller model, for from_pretrained of the class that opens the original
     repaired/             unless `repair` is off: the same with new weights in linear maps
@@ -109,8 +114,15 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
         console.print(plan.estimate(), soft_wrap=True, highlight=False)
-    check_goal(find_units(model, config.units), config.remove, config.protect)
+    units = find_units(model, config.units)
+    if config.remove is not None:
+        check_goal(units, config.remove, config.protect)
     from_main(lambda: config.save(out / "run.yaml"))
+
+    # Targets of time are stated in times of this machine, unless a table says others.
+    times = from_main(lambda: times_stage(config, model, units, out / "profile.json"))
+    budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
+    check_goal(units, config.remove, config.protect, budgets)
 
     energies = energies_stage(
         config,
@@ -124,7 +136,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     # The removals of lowest energy, among those that a configuration can express.
     removable = Removable(model_config, energies.blocks, trust_remote_code=remote)
-    problem = protect_what_must_stay(pose_problem(energies, config.remove, config), removable)
+    problem = protect_what_must_stay(pose_problem(energies, config.remove, config, budgets), removable)
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
 
     # The best of them and of a few others, by measuring.
@@ -140,6 +152,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         out / "candidates.json",
         repair_samples=samples.calibration if config.repair else (),
     )
+    own_times = times if config.profile is None else None
+    from_main(lambda: goals_stage(budgets, own_times, model, selection.chosen.removed, out / "goals.json"))
     about = {**describe_machine(), **describe_samples(samples)}
     from_main(lambda: checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint"))
 

@@ -48,8 +48,14 @@ def command_options(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def goal_text(goal: Goal) -> str:
-    """A goal as --remove takes it."""
+def goal_text(goal: Goal | None) -> str:
+    """A goal as the option --remove; nothing where targets decide."""
+    if goal is None:
+        return ""
+    return f"--remove {_as_typed(goal)} "
+
+
+def _as_typed(goal: Goal) -> str:
     if isinstance(goal, dict):
         return ",".join(f"{kind}={number}" for kind, number in goal.items())
     return f"{100 * goal:g}%" if isinstance(goal, float) else str(goal)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import GRADIENT_ENERGIES, CompressConfig
+from ..costs.targets import goals_of, read_times, what_is_left
+from ..costs.timing import measure_times
 from ..energies.fitted import PASSES_PER_BLOCK
 from ..energies.gradients import Gradients
 from ..evaluation.tasks import count_questions
@@ -23,10 +25,12 @@ from ..model.blocks import count_parameters
 from ..model.head import CHUNK_BYTES
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.losses import sample_losses
+from ..model.offload import check_in_memory
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Goal, Removal
+from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
 from ..selection.select import ACTIVATION_SAMPLES
+from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes
 from ..tables import Column, Table, short
 from .preflight import check_before, check_run
@@ -40,6 +44,7 @@ FLOAT = 4  # bytes
 LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
 REPAIRING = 5  # a repair of four kinds of maps a block, with the sums, in passes of the shortened model
+RANDOM_REMOVALS = 20  # whose mean size stands for that of the choice
 SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
 TASKS = "questions of benchmark tasks"
 
@@ -79,7 +84,7 @@ class Step:
 class Plan:
     """memory_bytes: weights, logits and kept hidden states at most; disk_bytes: all files of the run, roughly.
 
-    tokens_per_second: forward passes of the whole model, measured.
+    tokens_per_second: forward passes of the whole model, measured. budgets: what the targets ask for.
     sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
     """
 
@@ -89,9 +94,12 @@ class Plan:
     disk_bytes: int
     sweeps: float = 0.0
     reading_seconds: float = 0.0
+    budgets: tuple[Budget, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        del values["budgets"]
+        return values | {"goals": list(map(asdict, what_is_left(self.budgets, ())))}
 
     def table(self) -> Table:
         """A row for each stage."""
@@ -164,9 +172,10 @@ def plan_with(
     else:
         speed = tokens_per_second(traced, samples.calibration, config.batch_size)
 
-    gone = _parameters_gone(traced.units, config.remove)
+    budgets = _budgets(config, traced)
+    gone = _parameters_gone(config, traced.units, budgets)
     left = 1 - gone / count_parameters(traced.model)
-    steps = [_with_reading(step, often, reading) for step in _steps(config, traced, samples, left, speed)]
+    steps = [_with_reading(step, often, reading) for step in _steps(config, traced, samples, left, speed, budgets)]
     if config.tasks:
         models = 1 + COMPARED + config.repair + (config.distill is not None)
         questions = count_questions(config, tokenizer)
@@ -179,7 +188,7 @@ def plan_with(
     checkpoints = 1 + config.repair + (config.distill is not None)
     disk = int(checkpoints * left * whole) + forms
     memory = _memory(config, traced, samples)
-    return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading)
+    return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading, tuple(budgets))
 
 
 def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
@@ -196,7 +205,14 @@ def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size
     return tokens / seconds
 
 
-def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: float, speed: float) -> list[Step]:
+def _steps(
+    config: CompressConfig,
+    traced: TracedModel,
+    samples: Samples,
+    left: float,
+    speed: float,
+    budgets: Sequence[Budget],
+) -> list[Step]:
     """The stages of `compress` in order."""
 
     def running(stage: str, over: Sequence[Tensor], passes: float) -> Step:
@@ -213,7 +229,7 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
             samples.calibration,
             _energy_passes(config.energy, traced, len(samples.calibration)),
         ),
-        _solving(config, traced.units),
+        _solving(config, traced.units, budgets),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection (at most)", samples.selection, config.budget),
         Step("checkpoint", 0, None, 0, None),
@@ -229,7 +245,7 @@ def _steps(config: CompressConfig, traced: TracedModel, samples: Samples, left: 
     return steps
 
 
-def _solving(config: CompressConfig, blocks: Sequence[Block]) -> Step:
+def _solving(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget] = ()) -> Step:
     """The solver's stage, timed on energies made up: gradients with a share in common and blocks of unlike weight."""
     rng = np.random.default_rng(config.seed)
     samples = 4 * len(blocks)
@@ -238,7 +254,8 @@ def _solving(config: CompressConfig, blocks: Sequence[Block]) -> Step:
     made_up = Gradients(gradients.astype(np.float32), tuple(blocks), np.zeros(samples, np.float32))
 
     limit = min(SOLVER_SECONDS, config.time_limit or SOLVER_SECONDS)
-    seconds = find_states(pose_problem(made_up, config.remove, config), replace(config, time_limit=limit)).seconds
+    problem = pose_problem(made_up, config.remove, config, budgets)
+    seconds = find_states(problem, replace(config, time_limit=limit)).seconds
     if seconds < limit:
         return Step("spectrum (made-up energies)", 0, None, 0, seconds)
     return Step("spectrum (at least)", 0, None, 0, config.time_limit or seconds)
@@ -272,19 +289,37 @@ def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
     return num_passes(traced, singles) if energy == "secant" else 1 + 2 * traced.num_units
 
 
-def _parameters_gone(blocks: Sequence[Block], remove: Goal) -> float:
-    """How many parameters a removal takes away, of blocks of mean size."""
-    sizes = [block.num_parameters for block in blocks]
-    if isinstance(remove, float):
-        return remove * sum(sizes)
-    if isinstance(remove, int):
-        return remove * sum(sizes) / len(sizes)
+def _budgets(config: CompressConfig, traced: TracedModel) -> list[Budget]:
+    """What the targets ask for; times that no table has are measured. Raises ValueError as `compress` does."""
+    times = None
+    if config.needs_times and config.profile is None:
+        model = traced.model
+        check_in_memory(model, "timing a model")
+        assert isinstance(model, PreTrainedModel)
+        times = measure_times(model, config.units, rounds=TRIALS)
+    elif config.needs_times:
+        times = read_times(config)
+    budgets = goals_of(config, config.model, traced.units, times, trust_remote_code=config.trust_remote_code)
+    check_goal(traced.units, config.remove, config.protect, budgets)
+    return budgets
 
-    gone = 0.0
-    for kind, number in remove.items():
-        own = [block.num_parameters for block in blocks if block.kind == kind]
-        gone += number * sum(own) / len(own)
-    return gone
+
+def _parameters_gone(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget]) -> float:
+    """How many parameters a removal takes away, in the mean over random ones that meet the goals."""
+    share = config.remove if isinstance(config.remove, float) else None
+    number = None if isinstance(config.remove, float) else config.remove
+    problem = RemovalProblem(
+        np.eye(len(blocks)),
+        number,
+        blocks=blocks,
+        protect=config.protect,
+        remove_parameters=share,
+        budgets=budgets,
+    )
+    gone = 0
+    for seed in range(RANDOM_REMOVALS):
+        gone += sum(blocks[i].num_parameters for i in random_candidate(problem, seed).removed)
+    return gone / RANDOM_REMOVALS
 
 
 def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:

@@ -18,6 +18,7 @@ from ..config import (
     SolvingSettings,
     TaskSettings,
 )
+from ..costs.targets import goals_of, read_times
 from ..distillation.activations import activation_bytes
 from ..distillation.preflight import (
     check_requirements,
@@ -30,10 +31,11 @@ from ..distillation.preflight import (
 from ..journal import check_settings
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import model_without_weights
-from ..problem import Block, check_goal
+from ..problem import Block, Budget, check_goal
 from ..settings import Settings
 from ..solvers import SOLVERS
 from ..surgery.checkpoint import checkpoint_bytes
+from ..targets import TargetSettings
 from .stages import max_length
 
 
@@ -48,7 +50,7 @@ def _names(*groups: type[Settings]) -> tuple[str, ...]:
 _DECIDED_BY = (
     ("energies.*", ("model", "calibration", "evaluation", "selection_samples", "evaluation_samples")),
     ("energies.*", tuple(name for name in _names(DataSettings, LoadingSettings, EnergySettings) if name != "stream")),
-    ("spectrum.json", ("remove", *_names(SolvingSettings))),
+    ("spectrum.json", ("remove", *_names(SolvingSettings, TargetSettings))),
     ("candidates.*", _names(ChoosingSettings)),
     ("evaluation.json", _names(TaskSettings)),
     ("repaired*", ("repair",)),
@@ -102,7 +104,9 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
     """Refuse what cannot end well before anything is loaded: impossible removals, weights that cannot be rewritten."""
     blocks = find_blocks(model_without_weights(model_config, trust_remote_code=config.trust_remote_code))
     if config.units == "blocks":  # sub-layers show when the model runs
-        check_goal(blocks, config.remove, config.protect)
+        budgets = goals_before(config, blocks)
+        if config.remove is not None or budgets:
+            check_goal(blocks, config.remove, config.protect, budgets)
     elif config.stream:
         raise ValueError(
             "a checkpoint without sub-layers is proven by loading it; leave out --stream, or remove --units blocks"
@@ -116,6 +120,12 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
         check_streaming(config)
     if config.distill is not None:
         check_distillation(config, model_config, blocks)
+
+
+def goals_before(config: CompressConfig, units: Sequence[Block]) -> list[Budget]:
+    """The targets of a run that can be checked before the model is loaded: those of time only if a table is given."""
+    times = None if config.profile is None else read_times(config)
+    return goals_of(config, config.model, units, times, trust_remote_code=config.trust_remote_code)
 
 
 def check_streaming(config: CompressConfig) -> None:
@@ -143,7 +153,9 @@ def check_distillation(config: CompressConfig, model_config: PretrainedConfig, b
 
     # The smallest student that the goal allows.
     sizes = sorted(block.num_parameters for block in blocks)
-    if isinstance(config.remove, float):
+    if config.remove is None:  # targets may take all but one
+        gone = sum(sizes[1:])
+    elif isinstance(config.remove, float):
         gone = int(config.remove * sum(sizes))
     else:
         number = sum(config.remove.values()) if isinstance(config.remove, dict) else config.remove

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
 
 from .. import page
 from ..config import CompressConfig
+from ..costs.targets import Met, goals_table
+from ..costs.timing import Check
 from ..evaluation.perplexity import Evaluation, results_table
 from ..files import replacing
 from ..selection.result import Selection
@@ -39,19 +42,26 @@ def write_run_report(folder: Path) -> Path:
     selection = Selection.load(folder / "candidates.json")
     record = read_record(folder / "checkpoint") or {}
     num_units = len(record.get("blocks", ())) or rows[0].num_blocks
+    goals = json.loads((folder / "goals.json").read_text()) if (folder / "goals.json").is_file() else {}
 
     with replacing(folder / "report.html") as temporary:
-        text = report_page(config, rows, selection, num_units, record.get("about", {}))
+        text = report_page(config, rows, selection, num_units, record.get("about", {}), goals)
         temporary.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
 def report_page(
-    config: CompressConfig, rows: Sequence[Evaluation], selection: Selection, num_units: int, about: dict[str, str]
+    config: CompressConfig,
+    rows: Sequence[Evaluation],
+    selection: Selection,
+    num_units: int,
+    about: dict[str, str],
+    goals: Mapping[str, Any],
 ) -> str:
     """The HTML page.
 
     num_units: blocks of the original, or sub-layers where those are removed. about: machine, date and data, by heading.
+    goals: what is in goals.json, if there is one.
     """
     original, chosen = rows[0], chosen_row(rows)
     model = public_name(config.model)
@@ -81,11 +91,22 @@ def report_page(
             ],
             shown=True,
         ),
+        *_targets(goals),
         page.section("Which blocks are gone", [page.block_map(strips)], "block 0 is at the left", shown=True),
         page.section("The best removals that were measured", [page.html_table(selection.table())]),
         _origin(config, about),
     ]
     return page.page(f"blockspin: {model}", parts)
+
+
+def _targets(goals: Mapping[str, Any]) -> list[str]:
+    """The section about the targets, where there are any."""
+    if not goals:
+        return []
+    parts = [page.html_table(goals_table([Met(**values) for values in goals["goals"]]))]
+    if "times" in goals:
+        parts.append(page.paragraph(Check.from_json(goals["times"]).summary()))
+    return [page.section("What it was to cost at most", parts, shown=True)]
 
 
 def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
@@ -180,6 +201,6 @@ def _origin(config: CompressConfig, about: dict[str, str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(asdict(config))
     goal, options = goal_text(config.remove), command_options(settings)
-    command = f"blockspin compress {settings['model']} --remove {goal} {options} --out DIR"
+    command = f"blockspin compress {settings['model']} {goal}{options} --out DIR"
     parts = [page.facts(about), page.code(command), page.code(yaml.safe_dump(settings, sort_keys=False))]
     return page.section("How this was made", parts, "machine, data, settings, command")

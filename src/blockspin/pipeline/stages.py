@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
+from ..costs.targets import goals_table, read_times, what_is_left
+from ..costs.timing import TimeTable, check_prediction, measure_times
 from ..data.calibration import load_calibration
 from ..energies import Energies, estimate_energies, load_energies
 from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, losses_without
@@ -20,9 +22,9 @@ from ..files import write_json
 from ..model.batches import NotFiniteError
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
-from ..model.offload import is_offloaded
+from ..model.offload import check_in_memory, is_offloaded
 from ..model.tracing import trace_model
-from ..problem import Goal, Removal, RemovalProblem
+from ..problem import Block, Budget, Goal, Removal, RemovalProblem, units_of
 from ..processes import from_main, is_main
 from ..progress import console
 from ..selection.repaired import repaired_beside
@@ -148,29 +150,67 @@ def _journal(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def pose_problem(energies: Energies, remove: Goal, settings: SolvingSettings) -> RemovalProblem:
-    """The removal problem for a goal as the settings state it.
+def pose_problem(
+    energies: Energies, remove: Goal | None, settings: SolvingSettings, budgets: Sequence[Budget] = ()
+) -> RemovalProblem:
+    """The removal problem for a goal as the settings state it, and for budgets.
 
     Raises:
-        ValueError: no removal meets the goal.
+        ValueError: no removal meets them.
     """
     made_for = energies.metadata.get("goal", str(remove))
     if made_for != str(remove):
         console.print(
-            f"These energies are fitted to removals of {made_for} and say less of others: for {remove} compute them "
-            "with --remove, or without --remove for any number of blocks.",
+            f"These energies are fitted to removals of {made_for} and say less of others: for "
+            f"{'these targets' if remove is None else remove} compute them with --remove, or without --remove for any "
+            "number of blocks.",
             soft_wrap=True,
             highlight=False,
         )
-    goal: dict[str, Any] = {"remove_parameters" if isinstance(remove, float) else "remove": remove}
+    share = remove if isinstance(remove, float) else None
     return RemovalProblem(
         energies.hessian,
+        None if isinstance(remove, float) else remove,
         blocks=energies.blocks,
         protect=settings.protect,
         beta=settings.beta,
         gradient=energies.mean_gradient,
-        **goal,
+        remove_parameters=share,
+        budgets=budgets,
     )
+
+
+def times_stage(config: CompressConfig, model: nn.Module, units: Sequence[Block], path: Path) -> TimeTable | None:
+    """The times that targets are stated in: of --profile, or measured on this machine and kept in a file."""
+    if not config.needs_times or config.profile is not None:
+        return read_times(config)
+    if not path.is_file():
+        check_in_memory(model, "timing a model")
+        assert isinstance(model, PreTrainedModel)
+        times = measure_times(model, units_of(units))
+        console.print(times.table().text(console.width), soft_wrap=True, highlight=False)
+        times.save(path)
+    return TimeTable.load(path)
+
+
+def goals_stage(
+    budgets: Sequence[Budget], times: TimeTable | None, model: nn.Module, removed: Removal, path: Path
+) -> None:
+    """What the choice leaves of everything that a target counts, in a file; times are measured again on the result.
+
+    times: of this machine; None where no target is stated in times, or in those of another machine.
+    """
+    if path.is_file() or not budgets:
+        return
+    met = what_is_left(budgets, removed)
+    console.print(goals_table(met).text(console.width), soft_wrap=True, highlight=False)
+    record: dict[str, Any] = {"goals": list(map(asdict, met))}
+    if times is not None:
+        assert isinstance(model, PreTrainedModel)
+        check = check_prediction(model, times, removed)
+        console.print(check.summary(), soft_wrap=True, highlight=False)
+        record["times"] = check.as_json()
+    write_json(path, record)
 
 
 def find_states(problem: RemovalProblem, settings: SolvingSettings) -> Spectrum:

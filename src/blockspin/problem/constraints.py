@@ -24,7 +24,8 @@ class Budget:
 
     goal: as the user said it, for messages: "--target-size 5GB".
     weight: (num_blocks,) what each block has of it; whole numbers, so that sums are exact.
-    total: what the whole model has of it. unit: "B", or what else it is counted in.
+    total: what the whole model has of it.
+    unit, scale: for messages, the unit of `scale` times a number: "B", or "s" where nanoseconds are counted.
     """
 
     goal: str
@@ -32,6 +33,7 @@ class Budget:
     least: int
     total: int
     unit: str = ""
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         for value in self.weight:
@@ -41,11 +43,14 @@ class Budget:
     def out_of_reach(self, most: int, others: Sequence[Budget]) -> str:
         """What to say where at most so much can go, with the other budgets met."""
         together = f" together with {', '.join(other.goal for other in others)}" if others else ""
-        can_go, stays = short(most, self.unit), short(self.total - most, self.unit)
         return (
-            f"{self.goal}: out of reach{together}: at most {can_go} of {short(self.total, self.unit)} can go, so "
-            f"{stays} stay; protected blocks stay, and one block always does"
+            f"{self.goal}: out of reach{together}: at most {self.text(most)} of {self.text(self.total)} can go, so "
+            f"{self.text(self.total - most)} stay; protected blocks stay, and one block always does"
         )
+
+    def text(self, amount: float) -> str:
+        """So much of it, in its unit."""
+        return short(amount * self.scale, self.unit)
 
 
 class Constraints(NamedTuple):

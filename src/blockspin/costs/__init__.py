@@ -1,0 +1,1 @@
+"""What units cost that a user counts, and goals stated in it."""

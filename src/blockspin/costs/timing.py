@@ -1,0 +1,215 @@
+"""How long each kind of unit takes on a machine: measured once, by leaving half of them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from ..evaluation.cost import Workload, check_workload, random_prompt, seconds_in_turns
+from ..files import write_json
+from ..machine import describe_machine
+from ..model.loading import context_length
+from ..model.tracing import find_units
+from ..problem import Block, Removal, Units, units_of
+from ..progress import logger
+from ..surgery.memory import remove_blocks
+from ..tables import Column, Table
+
+ROUNDS = 7  # in which the whole model and those without some units take turns
+QUIETEST = min  # of the rounds: other work on the machine only adds to a time
+WHOLE = "whole model"
+
+
+class Seconds(NamedTuple):
+    """Of the prefill of a workload, and of decoding its new tokens."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """Times of a model on a machine.
+
+    whole: of the whole model. kinds: what one unit of each kind adds to that.
+    units: blocks or sub-layers. about: the machine and the date, by heading.
+    """
+
+    whole: Seconds
+    kinds: dict[str, Seconds]
+    units: Units
+    workload: Workload
+    dtype: str
+    device: str
+    about: dict[str, str]
+
+    def without(self, units: Sequence[Block], removed: Removal) -> Seconds:
+        """The times that the model is expected to have without some of its units."""
+        gone = [self.kinds[units[i].kind] for i in removed]
+        prefill, decode = sum(one.prefill for one in gone), sum(one.decode for one in gone)
+        return Seconds(self.whole.prefill - prefill, self.whole.decode - decode)
+
+    def table(self) -> Table:
+        """Milliseconds of the whole model and of a unit of each kind."""
+        rows = []
+        for name, seconds in [(WHOLE, self.whole), *self.kinds.items()]:
+            share = seconds.decode / self.whole.decode
+            rows.append([name, f"{1e3 * seconds.prefill:.4g}", f"{1e3 * seconds.decode:.4g}", f"{share:.1%}"])
+        columns = [Column("kind", words=True), Column("prefill, ms"), Column("decode, ms"), Column("of decode")]
+        work = self.workload
+        caption = (
+            f"batch {work.batch_size}, {work.length} tokens in, {work.new_tokens} out, {self.dtype}, {self.device}"
+        )
+        return Table(columns, rows, caption=caption)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON. Raises ValueError if the file cannot be written."""
+        write_json(Path(path), asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TimeTable:
+        """Read what save wrote, or what was written by hand. Raises ValueError if the file is no such table."""
+        try:
+            values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            values["whole"] = _seconds(values["whole"])
+            values["kinds"] = {kind: _seconds(pair) for kind, pair in values["kinds"].items()}
+            return cls(**values | {"workload": Workload(**values["workload"])})
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); make it with blockspin profile") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no table of times ({error}); make it with blockspin profile") from None
+
+
+def _seconds(pair: Sequence[float]) -> Seconds:
+    """A pair of times in a file. Raises ValueError where one is no time."""
+    prefill, decode = map(float, pair)
+    if not (prefill >= 0 and decode >= 0):
+        raise ValueError(f"{pair} are no times")
+    return Seconds(prefill, decode)
+
+
+def measure_times(
+    model: PreTrainedModel,
+    units: Units = "blocks",
+    workload: Workload | None = None,
+    *,
+    rounds: int = ROUNDS,
+    progress: bool = True,
+) -> TimeTable:
+    """Time a model whole, and without half of its units of each kind; the difference is what those take.
+
+    Of a kind of which no unit can go, one takes nothing away. The default workload has a shorter prompt where the model
+    holds fewer tokens.
+
+    Raises:
+        ValueError: the workload does not fit the model.
+    """
+    workload = workload or _usual_workload(model)
+    found = find_units(model, units)
+    models: dict[str, PreTrainedModel] = {WHOLE: model}
+    gone: dict[str, int] = {}
+    for kind in dict.fromkeys(unit.kind for unit in found):
+        indices = [unit.index for unit in found if unit.kind == kind]
+        gone[kind], models[kind] = _without_some(model, indices, units)
+    check_workload(models, workload, rounds)
+
+    prompts = {}
+    for name, shortened in models.items():
+        prompts[name] = random_prompt(shortened, workload.batch_size, workload.length)
+    times = seconds_in_turns(models, prompts, workload.new_tokens, rounds, progress, QUIETEST)
+    whole = Seconds(*times[WHOLE])
+    return TimeTable(
+        whole=whole,
+        kinds={kind: one_of(whole, Seconds(*times[kind]), number) for kind, number in gone.items()},
+        units=units,
+        workload=workload,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        about=describe_machine(),
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """How many times as fast a shortened model is as the whole one: predicted from a table, and measured."""
+
+    predicted: Seconds
+    measured: Seconds
+
+    def as_json(self) -> dict[str, Any]:
+        return {"predicted": self.predicted._asdict(), "measured": self.measured._asdict()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, float]]) -> Check:
+        """The inverse of as_json."""
+        return cls(Seconds(**values["predicted"]), Seconds(**values["measured"]))
+
+    def summary(self) -> str:
+        """Both, and how far they are apart."""
+        parts = []
+        for name, predicted, measured in zip(Seconds._fields, self.predicted, self.measured, strict=True):
+            off = measured / predicted - 1
+            note = f"{abs(off):.1%} {'above' if off >= 0 else 'below'} what was predicted"
+            parts.append(f"{name} {measured:.2f}x as fast ({predicted:.2f}x predicted; {note})")
+        return "Measured on the result: " + ", ".join(parts) + "."
+
+
+def check_prediction(
+    model: PreTrainedModel, times: TimeTable, removed: Removal, *, rounds: int = ROUNDS, progress: bool = True
+) -> Check:
+    """Time a model without some of its units in turns with the whole one, and compare with what a table predicts."""
+    shortened = remove_blocks(model, removed, units=times.units, copy=False)
+    models = {WHOLE: model, "shortened": shortened}
+    prompts = {}
+    for name, one in models.items():
+        prompts[name] = random_prompt(one, times.workload.batch_size, times.workload.length)
+    seconds = seconds_in_turns(models, prompts, times.workload.new_tokens, rounds, progress, QUIETEST)
+    measured = speedup(Seconds(*seconds[WHOLE]), Seconds(*seconds["shortened"]))
+    predicted = times.without(find_units(model, times.units), removed)
+    return Check(speedup(times.whole, predicted), measured)
+
+
+def speedup(whole: Seconds, shorter: Seconds) -> Seconds:
+    """How many times as fast, for the prefill and for decoding."""
+    return Seconds(whole.prefill / shorter.prefill, whole.decode / shorter.decode)
+
+
+def one_of(whole: Seconds, without: Seconds, number: int) -> Seconds:
+    """What one unit takes, from the times with and without so many of them; never less than nothing."""
+    if number == 0:
+        return Seconds(0.0, 0.0)
+    prefill, decode = whole.prefill - without.prefill, whole.decode - without.decode
+    return Seconds(max(0.0, prefill / number), max(0.0, decode / number))
+
+
+def _usual_workload(model: PreTrainedModel) -> Workload:
+    """The default one; a shorter prompt where the model does not hold so many tokens."""
+    usual = Workload()
+    longest = context_length(model.config) or usual.length + usual.new_tokens + 1
+    return replace(usual, length=max(1, min(usual.length, longest - usual.new_tokens - 1)))
+
+
+def _without_some(model: PreTrainedModel, indices: Sequence[int], units: Units) -> tuple[int, PreTrainedModel]:
+    """The model without every second of some units, without one of them, or whole; and how many are gone."""
+    every_second = list(indices[1::2]) or list(indices)
+    for removed in (every_second, *([i] for i in reversed(indices))):
+        try:
+            return len(removed), remove_blocks(model, removed, units=units, copy=False)
+        except ValueError as error:
+            logger.debug("%s cannot be left out to time them: %s", removed, error)
+    return 0, model
+
+
+def check_table(times: TimeTable, units: Sequence[Block], path: str) -> None:
+    """Refuse a table of another model, or of other units. Raises ValueError."""
+    kinds = sorted({unit.kind for unit in units})
+    if times.units != units_of(units) or not {*kinds} <= {*times.kinds}:
+        raise ValueError(
+            f"{path} has times of {times.units} of the kinds {', '.join(times.kinds)}; the model's "
+            f"{units_of(units)} are of {', '.join(kinds)}: make a table for it with blockspin profile (--profile)"
+        )
