@@ -3,6 +3,7 @@
     python benchmarks/solvers.py                          # the problems of the documentation's table
     python benchmarks/solvers.py --families flat --sizes 80x24 --solvers exact --time-limit 120
     python benchmarks/solvers.py --hessian H.npy --sizes 24x6
+    python benchmarks/solvers.py --goals count,size,size+cache --sizes 80x20 126x32 160x40 252x63 --solvers exact
 
 Every solver is run once on a small problem before the clock starts, so that nothing is compiled within a measurement.
 """
@@ -15,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dwave_solvers import DWAVE
@@ -61,6 +63,26 @@ FAMILIES: dict[str, Callable[[int, np.random.Generator], Floats]] = {
     "factors": factors,
     "flat": flat,
 }
+
+
+def goal_of(name: str, blocks: int, removals: int) -> dict[str, Any]:
+    """What removes about as much as so many blocks, of which every second is of another sort, as attention and MLP.
+
+    count: so many blocks. size: their share of what attention (4 each) and MLP (11) have; sizes: of sizes all unlike.
+    cache: that share of what attention has alone. Several with a plus.
+    """
+    unlike = np.random.default_rng(7).integers(100, 1000, size=blocks).tolist()
+    weights = {"size": [(4, 11)[i % 2] for i in range(blocks)], "sizes": unlike}
+    weights["cache"] = [(10, 0)[i % 2] for i in range(blocks)]
+
+    goal: dict[str, Any] = {"remove": None, "budgets": []}
+    for part in name.split("+"):
+        if part == "count":
+            goal["remove"] = removals
+            continue
+        total = sum(weights[part])
+        goal["budgets"].append(bs.Budget(part, tuple(weights[part]), -(-total * removals // blocks), total))
+    return goal
 
 
 def measure(
@@ -113,6 +135,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--hessian", type=Path, help="a .npy file with a Hessian, instead of the families")
     parser.add_argument("--sizes", nargs="+", default=["80x8", "80x24", "80x40"], help="blocks x removals")
+    parser.add_argument("--goals", default="count", help="count, size, sizes, cache; several at once: size+cache")
     parser.add_argument("--solvers", nargs="+", default=["exact", "tabu", "anneal"])
     parser.add_argument("--states", type=int, default=100)
     parser.add_argument("--time-limit", type=float)
@@ -124,7 +147,8 @@ def main() -> None:
     warm = bs.RemovalProblem(flat(24, np.random.default_rng(1)), remove=10)
     measure(warm, [solver for solver in chosen.solvers if solver != "gurobi"], 5, None)
 
-    print(f"{os.cpu_count()} cores, {platform.machine()}; {chosen.states} states; seed {chosen.seed}\n")
+    load = f"load {os.getloadavg()[0]:.1f}"  # of other work too, which makes times longer
+    print(f"{os.cpu_count()} cores, {platform.machine()}, {load}; {chosen.states} states; seed {chosen.seed}\n")
     print("| problem | blocks x removals | solver | seconds | proven | gap | above best | of the proven states |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
 
@@ -135,9 +159,11 @@ def main() -> None:
                 h = np.load(chosen.hessian)
             else:
                 h = FAMILIES[name](blocks, np.random.default_rng(chosen.seed))
-            problem = bs.RemovalProblem(h, remove=removals)
-            results = measure(problem, chosen.solvers, chosen.states, chosen.time_limit)
-            print("\n".join(rows(name, size, results)), flush=True)
+            for goal in chosen.goals.split(","):
+                problem = bs.RemovalProblem(h, **goal_of(goal, blocks, removals))
+                results = measure(problem, chosen.solvers, chosen.states, chosen.time_limit)
+                said = size if goal == "count" else f"{size}, {goal}"
+                print("\n".join(rows(name, said, results)), flush=True)
 
 
 if __name__ == "__main__":
