@@ -31,7 +31,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockspin import baselines
 from blockspin.config import parse_indices
@@ -43,6 +43,7 @@ from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
 from blockspin.repairs import aims
 from blockspin.repairs.fitting import Fitting
+from blockspin.repairs.own_text import own_text
 from blockspin.repairs.projections import Projection, change, num_inputs, with_constant
 from blockspin.repairs.report import RepairReport, Step
 from blockspin.repairs.run import repair
@@ -59,7 +60,6 @@ SCORED_LENGTH = 256  # their tokens
 MIDDLE = 8  # blocks; removals of this size come first
 SAME, OTHER = ("chat", "novel"), ("pep", "code")
 OWN = "own"  # text that the model itself wrote
-OWN_AT_ONCE = 256  # samples of it
 
 
 # Variants of the repair that docs/log.md tells about.
@@ -173,20 +173,10 @@ class Texts:
                 made.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
             yield made[number]
 
-    def write(self, model: nn.Module, tokens: int) -> None:
-        """Let the model write so many tokens, as samples that begin with random tokens."""
-        torch.manual_seed(SEED)
-        device = next(model.parameters()).device
-        while sum(map(len, self.made[OWN])) < tokens:
-            start = torch.randint(len(self.tokenizer), (OWN_AT_ONCE, 1), device=device)
-            with torch.no_grad():
-                written = model.generate(  # type: ignore[operator]
-                    start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_length=self.length
-                )
-            for row in written.cpu():
-                end = (row[1:] == self.tokenizer.eos_token_id).nonzero()
-                sample = row[: int(end[0]) + 2] if len(end) else row
-                self.made[OWN] += [sample] if len(sample) > 1 else []
+    def write(self, model: PreTrainedModel, tokens: int) -> None:
+        """Let the model write so many tokens, where it has not yet."""
+        if sum(map(len, self.made[OWN])) < tokens:
+            self.made[OWN] = own_text(model, tokens, self.length, SEED)
         self.pieces = {**self.pieces, OWN: [""] * len(self.made[OWN])}
 
     def first(self, kind: str, number: int) -> list[Tensor]:
@@ -326,7 +316,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measured(
     job: Job,
-    original: nn.Module,
+    original: PreTrainedModel,
     texts: Texts,
     measured_on: Mapping[str, Sequence[Tensor]],
     arguments: argparse.Namespace,

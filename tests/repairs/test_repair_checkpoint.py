@@ -13,6 +13,7 @@ from conftest import Command, random_samples, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
 from blockspin.repairs.checkpoint import repair_checkpoint
+from blockspin.repairs.own_text import own_text
 from blockspin.repairs.run import repair
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.memory import remove_blocks
@@ -96,6 +97,20 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path], tm
     with pytest.raises(ValueError, match=r"was trained already"):
         repair_checkpoint(trained, whole, SAMPLES, tmp_path / "again", progress=False)
     assert not (tmp_path / "again").exists()
+
+
+def test_text_of_the_original_is_added(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, short = folders
+    report = repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", own_text_share=0.5, progress=False)
+    about = json.loads((tmp_path / "out" / "blockspin.json").read_text())["repair"]
+    given = sum(map(len, SAMPLES))
+    assert given <= about["own_tokens"] < 2 * given
+    assert report.tokens == pytest.approx(15 / 16 * (given + about["own_tokens"]), rel=0.02)  # the rest is held out
+
+    original = tf.AutoModelForCausalLM.from_pretrained(whole)
+    in_memory = remove_blocks(original, [2])
+    written = own_text(original, given, max(map(len, SAMPLES)))
+    assert repair(in_memory, original, [*SAMPLES, *written]) == report
 
 
 def test_weights_that_are_not_finite_leave_nothing_behind(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -307,6 +307,12 @@ def repair(
     batches: BatchSettings,
     loading: LoadingSettings,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Samples of the text.")] = 128,
+    own_text: Annotated[
+        float,
+        typer.Option(
+            "--own-text", min=0, max=0.9, help="Share of all text that the original writes itself, e.g. 0.33."
+        ),
+    ] = 0.0,
 ) -> None:
     """Give linear maps of a shortened model new weights, in closed form, so that it follows the original.
 
@@ -325,6 +331,7 @@ def repair(
         device_map=loading.place,
         batch_size=batches.batch_size,
         seed=drawing.seed,
+        own_text_share=own_text,
         trust_remote_code=loading.trust_remote_code,
     )
     console.print(report.summary(), f"The repaired model is in {out}.", sep="\n", soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from ..lock import locked
 from ..model.batches import BatchSize, frozen, input_device
 from ..model.blocks import find_stack
 from ..model.loading import load_model, local_folder
+from ..progress import console
 from ..surgery.card import add_repair
 from ..surgery.shards import layer_prefix
+from .own_text import own_text
 from .report import RepairReport
 from .run import repair
 
@@ -39,6 +42,7 @@ def repair_checkpoint(
     device_map: str | None = None,
     batch_size: BatchSize = "auto",
     seed: int = 0,
+    own_text_share: float = 0.0,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> RepairReport:
@@ -49,7 +53,8 @@ def repair_checkpoint(
     finished blocks are in `<target>-repair`, from which the same call continues after an interruption.
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
-    samples: 1-D int64 tensors of token ids.
+    samples: 1-D int64 tensors of token ids. own_text_share: how much of the text is written by the original itself, on
+    top of the samples; it is of all the kinds that the original knows.
 
     Raises:
         ValueError: the target exists, the source was not shortened by blockspin, or was repaired or trained already,
@@ -65,11 +70,12 @@ def repair_checkpoint(
 
     with locked(target):
         shortened = load(source)
-        old = dict(shortened.named_parameters())
+        old, whole = dict(shortened.named_parameters()), load(original)
+        written = _written(whole, samples, own_text_share, seed)
         report = repair(
             shortened,
-            load(original),
-            samples,
+            whole,
+            [*samples, *written],
             removed=removed,
             batch_size=batch_size,
             seed=seed,
@@ -82,10 +88,20 @@ def repair_checkpoint(
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
             _write_weights(source, temporary, shortened, changed)
             about = json.loads((source / _PROVENANCE).read_text())
-            write_json(temporary / _PROVENANCE, about | {"repair": {"original": str(original), **report.as_json()}})
+            repaired = {"original": str(original), "own_tokens": sum(map(len, written)), **report.as_json()}
+            write_json(temporary / _PROVENANCE, about | {"repair": repaired})
             add_repair(temporary, report.summary())
             _prove(load(temporary), shortened, _stored_bytes(temporary))
     return report
+
+
+def _written(original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
+    """Text of the original itself, which becomes this share of all."""
+    if share == 0:
+        return []
+    tokens = math.ceil(share / (1 - share) * sum(map(len, samples)))
+    with console.status(f"Writing {tokens:,} tokens of text"):
+        return own_text(original, tokens, max(map(len, samples)), seed)
 
 
 def removed_blocks(folder: Path) -> list[int]:

@@ -1,0 +1,52 @@
+"""Text that a model writes itself, against its predictions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+
+from blockspin.repairs.own_text import own_text
+
+
+def test_tokens_come_as_often_as_they_are_predicted() -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    model.generation_config.temperature = 0.01  # of the model's own settings none counts
+    samples = own_text(model, tokens=8000, length=2)
+    assert all(len(sample) == 2 for sample in samples)
+
+    with torch.no_grad():
+        predicted = model(input_ids=torch.arange(VOCABULARY)[:, None]).logits[:, 0].softmax(-1)  # (first, second)
+    firsts, seconds = torch.stack(samples).T
+    expected = predicted[firsts].mean(0)
+    found = torch.bincount(seconds, minlength=VOCABULARY) / len(seconds)
+    assert float((found - expected).abs().sum()) / 2 < 0.07  # about 0.04 by chance
+    assert len(set(firsts.tolist())) == VOCABULARY
+
+
+def test_text_ends_where_the_model_ends_it() -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [1, 5]
+    samples = own_text(model, tokens=2000, length=12)
+    assert sum(map(len, samples)) >= 2000
+    assert any(len(sample) < 12 for sample in samples)
+    for sample in samples:
+        inside, last = sample[1:-1].tolist(), int(sample[-1])
+        assert not {1, 5}.intersection(inside)
+        assert len(sample) == 12 or last in (1, 5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_seed_writes_the_same_and_leaves_the_generator_alone(name: str) -> None:
+    model = tiny_model(name)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, second = (own_text(model, tokens=300, length=8, seed=3) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert len(first) == len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(first, own_text(model, tokens=300, length=8, seed=4), strict=False)
+    )
