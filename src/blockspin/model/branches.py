@@ -31,6 +31,26 @@ class Part:
     passes_on: bool
 
 
+@dataclass(frozen=True)
+class BlockTrace:
+    """What a block did when it ran.
+
+    branches: its number of residual branches; 0: they could not be told apart, so the gate acts on the whole block.
+    outputs: the length of the tuple or list that it returns; 0: a bare tensor.
+    batch_dim: the dimension of the residual stream that counts samples.
+    passed: for each further output, the argument in which the next block takes it ("": it does not).
+    rests: it attends to images and does not run on text.
+    parts: for each branch the modules that serve it alone; empty where that was not asked for.
+    """
+
+    branches: int
+    outputs: int
+    batch_dim: int = 0
+    passed: tuple[str, ...] = ()
+    rests: bool = False
+    parts: tuple[tuple[Part, ...], ...] = ()
+
+
 def proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The number of residual branches; 0 unless gates of 0 make the block the identity and gates of 1 do nothing."""
     stream = stream_of(args, kwargs)

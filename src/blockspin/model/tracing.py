@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..problem import Block, Removal, Units, block_of
 from .batches import Batch, Room, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
-from .branches import ROUNDING, Part, find_parts, proven_branches, same, without_branches
+from .branches import ROUNDING, BlockTrace, Part, find_parts, proven_branches, same, without_branches
 from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
 from .offload import is_offloaded, remembered, resident
@@ -25,26 +25,6 @@ from .units import sublayers_of
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
 _TRACED_IDS = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8]]  # the first two differ in the last token only
 _TRIAL = Batch((0,), torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
-
-
-@dataclass(frozen=True)
-class BlockTrace:
-    """What a block did when it ran.
-
-    branches: its number of residual branches; 0: they could not be told apart, so the gate acts on the whole block.
-    outputs: the length of the tuple or list that it returns; 0: a bare tensor.
-    batch_dim: the dimension of the residual stream that counts samples.
-    passed: for each further output, the argument in which the next block takes it ("": it does not).
-    rests: it attends to images and does not run on text.
-    parts: for each branch the modules that serve it alone; empty where that was not asked for.
-    """
-
-    branches: int
-    outputs: int
-    batch_dim: int = 0
-    passed: tuple[str, ...] = ()
-    rests: bool = False
-    parts: tuple[tuple[Part, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,6 +203,8 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
             stream = stream_of(args, kwargs)
             with resident(layers[i]):
                 branches = proven_branches(run, args, kwargs)
+                wanted = units == "sublayers" and branches > 1
+                parts = find_parts(layers[i], lambda: run(*args, **kwargs), stream) if wanted else ()
                 output = run(*args, **kwargs)
             left = stream_in(output)
             if not isinstance(left, Tensor) or left.shape != stream.shape:
@@ -235,8 +217,6 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
             samples, shape = len(_TRACED_IDS), stream.shape
             batch_dim = shape.index(samples) if samples in shape else 0
             further = () if left is output else tuple(output[1:])
-            wanted = units == "sublayers" and branches > 1
-            parts = find_parts(layers[i], lambda: run(*args, **kwargs), stream) if wanted else ()
             traces[i] = BlockTrace(branches, 0 if left is output else len(output), batch_dim, parts=parts)
             ran.append(i)
             streams.append((stream, left))
@@ -257,13 +237,7 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
             traces[i] = BlockTrace(0, 0, rests=True)
         elif ran.count(i) != 1:
             raise ValueError(f"block {i} of {type(model).__name__} ran {ran.count(i)} times in one pass, not once")
-    for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
-        # What is no number is refused where the loss shows it, with a remedy.
-        if not torch.allclose(left.to(entered.device), entered, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}; where a setting "
-                "of its configuration does that (rescale_every of RWKV), load it with 0"
-            )
+    _check_unchanged_between(model, streams)
 
     in_order = [traces[i] for i in range(len(blocks))]
     found = blocks
@@ -284,6 +258,20 @@ def find_units(model: nn.Module, units: Units = "blocks") -> list[Block]:
         ValueError: as `find_blocks` and `trace_model` say.
     """
     return find_blocks(model) if units == "blocks" else list(trace_model(model, units).units)
+
+
+def _check_unchanged_between(model: nn.Module, streams: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse a model in which a block does not receive what the one before it returned.
+
+    streams: what entered and what left each block, in the order in which they ran.
+    """
+    for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
+        # What is no number is refused where the loss shows it, with a remedy.
+        if not torch.allclose(left.to(entered.device), entered, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}; where a setting "
+                "of its configuration does that (rescale_every of RWKV), load it with 0"
+            )
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
