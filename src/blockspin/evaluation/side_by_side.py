@@ -29,8 +29,6 @@ from .perplexity import (
 from .scores import Score, scores_table
 from .tasks import check_tasks, evaluate_tasks, result_files
 
-BATCH_SIZE = 8  # samples that are run together, where the settings leave it open
-
 
 @dataclass
 class SideBySide:
@@ -152,8 +150,7 @@ def _measure_together(
         loaded[name] = _load(source, config)
 
     if samples:
-        batch_size = BATCH_SIZE if config.batch_size == "auto" else int(config.batch_size)
-        rows = evaluate_models(loaded, sizes, samples, batch_size=batch_size)
+        rows = evaluate_models(loaded, sizes, samples, batch_size=config.batch_size)
         for row, source in zip(rows, result.models.values(), strict=True):
             result.evaluations.append(replace(row, removed=_removed_from(source, rows[0].num_blocks)))
         show(results_table(result.evaluations))

@@ -128,14 +128,12 @@ def split_model(model: nn.Module) -> SplitModel:
     return SplitModel(model, None, expected.shape[-1])
 
 
-def _decoders(model: Any) -> list[nn.Module]:
+def _decoders(model: Any) -> Iterator[nn.Module]:
     """The modules that may be the decoder, the most likely first: what the model says, or what holds its blocks."""
-    holder = model.get_submodule(find_stack(model).name.rpartition(".")[0])
-    candidates: list[nn.Module] = []
-    for module in (model.get_decoder(), model.base_model, holder):
-        if isinstance(module, nn.Module) and module is not model and module not in candidates:
-            candidates.append(module)
-    return candidates
+    for module in (model.get_decoder(), model.base_model):
+        if isinstance(module, nn.Module) and module is not model:
+            yield module
+    yield model.get_submodule(find_stack(model).name.rpartition(".")[0])
 
 
 def _agree(halves: SplitModel, token_ids: Tensor, expected: Tensor) -> bool:

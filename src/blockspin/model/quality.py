@@ -189,9 +189,9 @@ def compared(
         for first in range(0, len(hidden), together):
             group = slice(first, first + together)
             rows = torch.cat([states[tokens] for states in hidden[group]])  # (models * tokens, width)
-            log_probabilities = torch.split(ours.log_probabilities(rows), number)
-            for own, values in zip(log_probabilities, parts[group], strict=True):
-                values.append(measure(own, reference))
+            found = [measure(own, reference) for own in torch.split(ours.log_probabilities(rows), number)]
+            for values, value in zip(parts[group], found, strict=True):
+                values.append(value)
 
     # The tokens of a sample lie side by side.
     per_token = torch.stack([torch.cat(values) for values in parts]).double().cpu()  # (models, tokens, measures)
