@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from retraining import CHANGE_TOKENS, PREDICTED_TOKENS, STARTS
-from retraining_bench import FIRST, read_rows
+from retraining import CHANGE_TOKENS, LEAST, MOST, PREDICTED_TOKENS, STARTS
+from retraining_bench import CHOOSING, FIRST, read_rows
 
 from blockspin.comparison.figures import COLOURS, MARKERS, spearman
 from blockspin.tables import Column, Table, ranges
@@ -118,18 +118,26 @@ def of_starts(results: Results, goal: str) -> str:
 
 
 def against_plain_influence(results: Results, goal: str) -> str:
-    """How far the repaired first start is below a plain block influence, after as many tokens; paired by windows."""
+    """How far the first start is below a plain block influence, after as many tokens; paired by windows."""
     lines = []
-    ours = {"name": "main", "start": [goal, STARTS[0]], "repaired": True}
     theirs = {"name": "main", "start": [goal, STARTS[1]], "repaired": False}
-    for tokens in sorted({row["run"]["tokens"] for row in results.where(**ours)}):
-        line = [f"{tokens:,}"]
-        for text in TEXTS:
-            for measure in ("kl", "loss"):
-                a, b = (results.values(text, measure, **start, tokens=tokens) for start in (ours, theirs))
-                line.append("" if a is None or b is None else with_error(b - a))
-        lines.append(line)
-    return markdown(["tokens", "KL, chat", "loss, chat", "KL, other text", "loss, other text"], lines)
+    for repaired in (True, False):
+        ours = {"name": "main", "start": [goal, STARTS[0]], "repaired": repaired}
+        for tokens in sorted({row["run"]["tokens"] for row in results.where(**ours)}):
+            if not results.where(**theirs, tokens=tokens):
+                continue
+            line = [f"{STARTS[0]}, {'repaired' if repaired else 'plain'}", f"{tokens:,}"]
+            for text in TEXTS:
+                for measure in ("kl", "loss"):
+                    a = results.values(text, measure, **ours, tokens=tokens)
+                    b = results.values(text, measure, **theirs, tokens=tokens)
+                    assert a is not None
+                    assert b is not None
+                    line.append(with_error(b - a))
+            lines.append(line)
+    return markdown(
+        ["below a plain block influence", "tokens", "KL, chat", "loss, chat", "KL, other", "loss, other"], lines
+    )
 
 
 def of_changes(results: Results) -> str:
@@ -200,12 +208,13 @@ def figure(results: Results, goal: str) -> Figure:
                 if own:
                     tokens, shares, errors = (np.array(column) for column in zip(*own, strict=True))
                     label = method if repaired else None
-                    axes.errorbar(tokens / 1e6, shares, errors, color=colour, marker=marker, ls=style, label=label)
-        axes.set(title=f"{title}, {goal} of 30 blocks", xlabel="million tokens")
-        axes.set_xscale("symlog", linthresh=0.05)
+                    axes.errorbar(tokens, shares, errors, color=colour, marker=marker, ls=style, label=label)
+        axes.set(title=f"{title}, {goal} of 30 blocks", xlabel="tokens")
+        axes.set_xscale("symlog", linthresh=LEAST)
+        axes.set_xticks([0, LEAST, CHOOSING, MOST], ["0", f"{LEAST:,}", f"{CHOOSING:,}", f"{MOST:,}"])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(color="#E3E6EA")
-    axes.legend(title="solid: repaired")
+    axes.legend(title="solid or alone: repaired", loc="lower right")
     drawn.axes[0].set_ylabel("recovered share of the added loss")
     return drawn
 
