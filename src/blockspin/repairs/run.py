@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model import fingerprint
 from ..model.batches import BatchSize
+from ..model.offload import check_in_memory
 from ..model.quality import quality_of
 from ..model.tracing import trace_model
 from ..progress import track
@@ -56,9 +57,11 @@ def repair(
     partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
 
     Raises:
-        ValueError: the models do not belong together, weights are quantised, there is too little text, or a hidden
-            state is not finite.
+        ValueError: the models do not belong together, weights are quantised or offloaded, there is too little text, or
+            a hidden state is not finite.
     """
+    check_in_memory(shortened, "a repair")
+    check_in_memory(original, "a repair")
     kept = kept_blocks(shortened, original, removed)
     text = Text(samples, batch_size, seed)
     ours, theirs = trace_model(shortened), trace_model(original)
