@@ -33,6 +33,15 @@ def test_files_are_those_of_a_run_in_memory(energy: str, tiny_folder: Path, text
     assert streamed == in_memory
 
 
+def test_repair_is_left_out_and_that_is_said(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = compress(settings(tiny_folder, text_file, stream=True), tmp_path / "out")
+    assert rows[0].name == "original"
+    assert "repaired" not in [row.name for row in rows]
+    assert "will not be repaired" in " ".join(capsys.readouterr().err.split())
+
+
 def test_model_that_does_not_fit_is_streamed_and_that_is_said(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +63,6 @@ def test_stream_and_a_device_map_exclude_each_other(tiny_folder: Path, text_file
 def test_gradients_and_tasks_are_refused_before_anything_is_read(
     changes: dict[str, Any], tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"--stream\).*(--energy fitted|leave out --tasks)"):
+    with pytest.raises(ValueError, match=r"--stream.*(--energy fitted|leave out --tasks)"):
         compress(settings(tiny_folder, text_file, stream=True, **changes), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
