@@ -74,6 +74,13 @@ def test_too_little_text_leaves_the_choice_and_says_so(capsys: pytest.CaptureFix
     assert "too little text" in capsys.readouterr().err
 
 
+def test_quantised_weights_leave_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    model, before = tiny_model("llama"), selection_of((0,), (1,))
+    model.config.quantization_config = {"quant_method": "fp8"}
+    assert choose_repaired(model, before, SAMPLES, TEXT, EVERYTHING, progress=False) is before
+    assert "quantised" in capsys.readouterr().err
+
+
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, file = selection_of((0,), (1,), (2,)), tmp_path / "kept.jsonl"
     done: list[Removal] = []

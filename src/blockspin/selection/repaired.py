@@ -46,8 +46,8 @@ def choose_repaired(
 
     Each of the few best removals that were measured on all samples is built in memory, repaired with a part of
     `repair_samples`, and measured on `samples`, which the repair does not see. The trials keep what they have plain,
-    and tell what they have repaired. Where there is too little text for a repair, or the model's blocks stay on disk,
-    the selection stays as it is, and that is said.
+    and tell what they have repaired. Where there is too little text for a repair, the model's blocks stay on disk or
+    its weights are quantised, the selection stays as it is, and that is said.
 
     selection: its objective is "kl" or "loss". partial: a file that keeps what was measured, so that the same call
     continues.
@@ -55,9 +55,15 @@ def choose_repaired(
     Raises:
         ValueError: a hidden state is not finite, or a partial file is of another selection.
     """
-    text = [] if is_offloaded(model) else _enough(model, repair_samples, seed)
-    if not text:
-        reason = "its blocks are not in memory" if is_offloaded(model) else "there is too little text"
+    reason, text = "", []
+    if is_offloaded(model):
+        reason = "its blocks are not in memory"
+    elif getattr(model.config, "quantization_config", None) is not None:
+        reason = "its weights are quantised"
+    else:
+        text = _enough(model, repair_samples, seed)
+        reason = "" if text else "there is too little text"
+    if reason:
         console.print(f"The last candidates are compared without a repair: {reason}.", highlight=False)
         return selection
 
