@@ -125,7 +125,7 @@ def measure_costs(
             num_bytes=size,
             cache_bytes=_cache_bytes(model, prompt),
             prefill=batch_size * length / prefill,
-            decode=batch_size * new_tokens / max(decode, SHORTEST_SECONDS),
+            decode=batch_size * new_tokens / decode,
             prefill_flops=prefill_flops / (batch_size * length),
             decode_flops=decode_flops / batch_size,
             peak_bytes=_peak_bytes(model, prompt, 1 + new_tokens),
@@ -164,18 +164,17 @@ def seconds_in_turns(
     summary: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, tuple[float, float]]:
     """Seconds of each model's prefill and of decoding `new_tokens` tokens: medians over the rounds, or what else."""
-    prefill, decode = defaultdict(list), defaultdict(list)
+    first, whole = defaultdict(list), defaultdict(list)
     for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
         for name, model in models.items():
-            first = _timed(model, prompts[name], 1)  # the prefill gives the first token
-            whole = _timed(model, prompts[name], 1 + new_tokens)
-            prefill[name].append(first)
-            decode[name].append(whole - first)
+            first[name].append(_timed(model, prompts[name], 1))  # the prefill gives the first token
+            whole[name].append(_timed(model, prompts[name], 1 + new_tokens))
 
     # The first round warms up and is not counted.
     seconds = {}
     for name in models:
-        seconds[name] = summary(prefill[name][1:]), summary(decode[name][1:])
+        prefill = summary(first[name][1:])
+        seconds[name] = prefill, max(summary(whole[name][1:]) - prefill, SHORTEST_SECONDS)
     return seconds
 
 
