@@ -66,7 +66,7 @@ def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics
     """Work the queue until it is empty or the search must stop; completes pool, returns the least bound still open."""
     workers = num_workers()
     cut = np.array([worst(pool)])  # (1,) the lowest energy to beat, shared between threads
-    terms, roots = open_roots(terms, cut[0])
+    terms, roots = open_roots(terms, pool, cut[0])
 
     # (lower bound, number, node): the number decides between equal bounds.
     number = itertools.count()
@@ -97,10 +97,10 @@ def search_tree(terms: Terms, pool: Pool, stop: Stop) -> tuple[float, Statistics
     return least, {"nodes": nodes, "turns": turns}
 
 
-def open_roots(terms: Terms, cut: float) -> tuple[Terms, list[OpenNode]]:
+def open_roots(terms: Terms, pool: Pool, cut: float) -> tuple[Terms, list[OpenNode]]:
     """Where the search begins: at every corner of the budgets that the convex form of the whole problem leaves open.
 
-    Also returns the terms in which the budgets are those of the corners. cut: the lowest energy to beat.
+    Also returns the terms in which the budgets are those of the corners. pool: low removals; cut: the energy to beat.
     """
     terms, corners = corners_of(terms)
     nothing = np.full(len(terms.linear), FREE, np.int8)
@@ -108,8 +108,10 @@ def open_roots(terms: Terms, cut: float) -> tuple[Terms, list[OpenNode]]:
     if len(roots) == 1:
         return terms, roots
 
-    # One d is convex for all of them; only the prices differ.
-    shift = convex_shift(*terms._replace(least=corners[len(corners) // 2])[:7])
+    # One d is convex for all of them; only the prices differ. It is that of the corner which the best removal reaches.
+    (lowest,) = pool_rows(Pool(pool.energy[:1], pool.bits[:1], np.ones(1, np.int64)), len(terms.linear))
+    reached = np.flatnonzero(np.all(corners <= terms.weight @ lowest, axis=1))
+    shift = convex_shift(*terms._replace(least=corners[reached[0]])[:7])
     left = []
     for root in roots:
         relaxed, node = relaxed_below(terms._replace(least=root.least), nothing, shift)
