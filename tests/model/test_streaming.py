@@ -7,9 +7,10 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from torch import Tensor
 from blockspin.baselines.merging import sliding_window_merging
 from blockspin.baselines.scores import measure_activations
 from blockspin.energies import estimate_energies
+from blockspin.energies.fitted import MOST_CHECKS, fit_removals
 from blockspin.energies.removals import gauss_newton
 from blockspin.evaluation.cost import measure_costs
 from blockspin.evaluation.perplexity import evaluate_models, perplexity, results_table
+from blockspin.model import streaming
 from blockspin.model.blocks import find_blocks, find_stack
 from blockspin.model.fingerprint import of_results
 from blockspin.model.loading import load_model
@@ -31,7 +34,7 @@ from blockspin.model.offload import OffloadedTensor, offloaded_tensors
 from blockspin.model.passes import removal_passes
 from blockspin.model.placement import resaving_folder
 from blockspin.model.spill import spilled_states
-from blockspin.model.streaming import BatchInSweep, streamed_passes
+from blockspin.model.streaming import BatchInSweep, Job, streamed_passes
 from blockspin.model.tracing import TracedModel, trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.repairs.run import repair
@@ -304,3 +307,23 @@ def test_scores_from_hidden_states_are_those_of_the_model_in_memory(tmp_path: Pa
     assert np.array_equal(found.cosine, expected.cosine)
     assert np.array_equal(found.ratio, expected.ratio)
     assert np.array_equal(found.angle, expected.angle)
+
+
+def test_fitted_energies_measure_all_random_removals_in_one_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single removals, the first turns of all samples, then a sweep for each second turn and check of the lowest."""
+    streamed, samples = on_disk(tiny_model("llama"), tmp_path), random_samples()
+    sweeps: list[int] = []
+    sweep = streaming._one_sweep
+
+    def counting(traced: TracedModel, jobs: Sequence[Job], *others: Any) -> Any:
+        sweeps.append(len(jobs))
+        return sweep(traced, jobs, *others)
+
+    monkeypatch.setattr(streaming, "_one_sweep", counting)
+    found = fit_removals(streamed, samples, batch_size=2, progress=False)
+    used = len(set(found.sample.tolist()))
+    assert used > 1
+    assert sweeps[1] == used  # a job for each sample
+    assert len(sweeps) <= 2 + used + MOST_CHECKS

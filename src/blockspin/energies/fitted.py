@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
+from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Goal, RemovalProblem, Units, check_goal
+from ..problem import Block, Floats, Goal, Removal, RemovalProblem, Units, check_goal
 from ..progress import bar
 from .design import affordable, lowest_removals, problems_for, random_removals, unmeasured_lowest
 from .energies import Energies
@@ -155,25 +156,44 @@ def fit_removals(
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = problems_for(traced.units, known.singles, goal, protect)
     generator = np.random.default_rng(seed)
-    turns = 2 * len(used)
 
     with bar(progress) as display:
         task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
-        for turn in range(turns):
-            if turn < len(used):
-                wanted = random_removals(problems, known.singles, generator)
-            else:
-                best = _energies(known, traced)
-                forms = [best.hessian, best.resampled(generator).hessian]
-                wanted = lowest_removals(problems, forms, known, generator)
+        plans = _random_turns(known, problems, traced, budget, len(used), generator)
+        known.prepare(plans)
+        for sample, removals in enumerate(plans):
+            known.add(removals, sample)
+            display.update(task, completed=round(known.passes))
 
-            # What a turn spends too much or too little, the others share.
-            share = (budget - known.passes) / (turns - turn)
-            known.add(affordable(traced, wanted, share), turn % len(used))
+        for sample in range(len(used)):
+            best = _energies(known, traced)
+            forms = [best.hessian, best.resampled(generator).hessian]
+            wanted = lowest_removals(problems, forms, known, generator)
+            share = (budget - known.passes) / (len(used) - sample)
+            known.add(affordable(traced, wanted, share), sample)
             display.update(task, completed=round(known.passes))
 
     _measure_lowest(known, problems, traced, len(used))
     return replace(_energies(known, traced), metadata=metadata or {})
+
+
+def _random_turns(
+    known: Measurements,
+    problems: Sequence[RemovalProblem],
+    traced: TracedModel,
+    budget: float,
+    num_samples: int,
+    generator: np.random.Generator,
+) -> list[list[Removal]]:
+    """For each sample the random removals of the first of its two turns, of a budget of passes in all."""
+    plans = []
+    spent = known.passes
+    for turn in range(num_samples):
+        # What a turn spends too much or too little, the others share.
+        share = (budget - spent) / (2 * num_samples - turn)
+        plans.append(affordable(traced, random_removals(problems, known.singles, generator), share))
+        spent += num_passes(traced, [(), *plans[-1]])
+    return plans
 
 
 def _measure_lowest(

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..journal import Journal
 from ..model.batches import BatchSize
 from ..model.passes import num_passes
-from ..model.quality import kl, measured
+from ..model.quality import kl, measured, measured_in_sweeps
 from ..model.tracing import TracedModel
 from ..problem import Floats, Removal
+from ..processes import number
 
 SINGLES_SAMPLES = 2  # on which every single block is removed
 FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
@@ -54,6 +55,25 @@ class Measurements:
         each = [(block,) for block in range(traced.num_units)]
         self.singles: Floats = self._measured(each, first).mean(axis=1)
 
+    def prepare(self, plans: Sequence[Sequence[Removal]]) -> None:
+        """Measure what will be added of the first samples, in one sweep where the weights of blocks are offloaded.
+
+        plans: for each sample the removals. Elsewhere nothing is gained, and `add` measures them; several processes
+            share what it measures.
+        """
+        if not (self._traced.is_offloaded and self._traced.shares_passes) or number() > 1:
+            return
+
+        wanted: dict[int, list[Removal]] = {}
+        for sample, removals in enumerate(plans):
+            missing = [removed for removed in removals if (sample, removed) not in self._finished]
+            if missing:
+                wanted[sample] = missing
+
+        jobs = [(missing, self._tokens[sample]) for sample, missing in wanted.items()]
+        for (sample, missing), values in zip(wanted.items(), measured_in_sweeps(self._traced, jobs, kl), strict=True):
+            self._keep(missing, [sample], values)
+
     def add(self, removals: Sequence[Removal], sample: int) -> None:
         """Measure these removals on one sample.
 
@@ -87,13 +107,17 @@ class Measurements:
         if missing:
             tokens = [self._tokens[sample] for sample in samples]
             values = measured(self._traced, missing, tokens, kl, batch_size=self._batch_size)[..., 0]
-            self._remember(missing, samples, values)
-            self._journal.append({"samples": list(samples), "removals": missing, "kl": values.tolist()})
+            self._keep(missing, samples, values)
 
         found = np.zeros((len(removals), len(samples)))
         for row, removed in zip(found, removals, strict=True):
             row[:] = [self._finished[sample, removed] for sample in samples]
         return found
+
+    def _keep(self, removals: Sequence[Removal], samples: Sequence[int], values: Floats) -> None:
+        """Remember, in the journal too. values: (number of removals, number of samples)."""
+        self._remember(removals, samples, values)
+        self._journal.append({"samples": list(samples), "removals": removals, "kl": values.tolist()})
 
     def _remember(self, removals: Sequence[Removal], samples: Sequence[int], values: Floats) -> None:
         """values: (number of removals, number of samples)."""

@@ -30,6 +30,7 @@ from .batches import (
 )
 from .head import SplitModel, split_model
 from .passes import in_order_of_walk, over_removals
+from .streaming import Job, swept
 from .tracing import TracedModel
 
 Floats = NDArray[np.float64]
@@ -116,16 +117,7 @@ def measured(
     limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
 
     def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> Tensor:
-        """(removals, batch, measures)."""
-        _, whole = next(outputs)  # nothing removed comes first
-        whole = batch.used(whole)  # (tokens, width)
-        values: dict[int, Tensor] = {}
-        for group in _groups(batch, outputs, limit):
-            hidden = [states for _, states in group]
-            found = compared(traced.halves, hidden, traced.halves, whole, batch, measure)  # (group, batch, measures)
-            for (k, _), rows in zip(group, found, strict=True):
-                values[k] = rows
-        return torch.stack([values[k] for k in range(1, len(with_whole))])
+        return _against_whole(traced, batch, outputs, measure, limit)  # (removals, batch, measures)
 
     parts = over_removals(
         traced, with_whole, samples, run, batch_size=batch_size, memory_limit=limit, progress=progress
@@ -148,6 +140,40 @@ def _own_part(traced: TracedModel, removals: Sequence[Removal], batch: Batch) ->
 
     groups = [order[first : first + together] for first in range(0, len(order), together)]
     return [k for group in part(groups) for k in group]
+
+
+def measured_in_sweeps(
+    traced: TracedModel, wanted: Sequence[tuple[Sequence[Removal], Tensor]], measure: Measure
+) -> Iterator[Floats]:
+    """As `measured` for one sample after the other, each with removals of its own, but all share the reading of blocks.
+
+    Yields (number of removals, number of measures) for each. Only for offloaded models that share passes.
+
+    wanted: removals and the sample on which they are measured.
+    """
+    jobs = []
+    for removals, sample in wanted:
+        (batch,) = make_batches([sample], 1)
+        jobs.append(Job(batch, ((), *removals)))
+    limit = states_limit(input_device(traced.model))
+    with traced.halves.resident_head():
+        for batch, outputs in swept(traced, jobs):
+            yield _against_whole(traced, batch, outputs, measure, limit)[:, 0].numpy()
+
+
+def _against_whole(
+    traced: TracedModel, batch: Batch, outputs: Iterator[tuple[int, Tensor]], measure: Measure, limit: int
+) -> Tensor:
+    """(removals, batch, measures) of the outputs of a batch, of which the whole model's come first."""
+    _, whole = next(outputs)
+    whole = batch.used(whole)  # (tokens, width)
+    values: dict[int, Tensor] = {}
+    for group in _groups(batch, outputs, limit):
+        hidden = [states for _, states in group]
+        found = compared(traced.halves, hidden, traced.halves, whole, batch, measure)  # (group, batch, measures)
+        for (k, _), rows in zip(group, found, strict=True):
+            values[k] = rows
+    return torch.stack([values[k] for k in sorted(values)])
 
 
 def _groups(batch: Batch, outputs: Iterator[tuple[int, Tensor]], limit: int) -> Iterator[list[tuple[int, Tensor]]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import CompressConfig
-from ..energies.fitted import LEAST_TURN, PASSES_PER_BLOCK
+from ..energies.fitted import LEAST_TURN, MOST_CHECKS, PASSES_PER_BLOCK
 from ..energies.measurements import SINGLES_SAMPLES
 from ..memory import available_memory
 from ..model.batches import BatchSize, frozen, make_batches
@@ -63,8 +63,10 @@ def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) 
     number = len(samples.calibration)
     if config.energy == "fitted":
         budget = PASSES_PER_BLOCK * (traced.depth + 1)
-        turns = 2 * int((budget - SINGLES_SAMPLES * (traced.depth + 1)) / (2 * LEAST_TURN))
-        energies = 1.0 + min(turns, 2 * number)
+        used = int((budget - SINGLES_SAMPLES * (traced.depth + 1)) / (2 * LEAST_TURN))  # of the samples
+
+        # Single removals, all first turns, the second turns, and the lowest states in the end.
+        energies = 2.0 + min(used, number) + MOST_CHECKS
     elif config.energy == "secant":
         states = (traced.depth + 2) * _state_bytes(traced, samples.calibration)
         energies = math.ceil(states / (STATES_SHARE * available_memory()))
