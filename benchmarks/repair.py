@@ -21,15 +21,14 @@ import lzma
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from repair_methods import BASELINES, METHODS, OURS, OUTWARD, VARIANTS
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,16 +40,10 @@ from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
-from blockspin.repairs import aims
-from blockspin.repairs.fitting import Fitting
 from blockspin.repairs.own_text import own_text
-from blockspin.repairs.projections import Projection, change, num_inputs, with_constant
-from blockspin.repairs.report import RepairReport, Step
-from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 
-Repair = Callable[..., RepairReport | None]
 SEED = 42
 LENGTH = 512  # tokens of a sample at most
 PIECE = 2400  # characters of a document that a sample is cut from
@@ -60,82 +53,6 @@ SCORED_LENGTH = 256  # their tokens
 MIDDLE = 8  # blocks; removals of this size come first
 SAME, OTHER = ("chat", "novel"), ("pep", "code")
 OWN = "own"  # text that the model itself wrote
-
-
-# Variants of the repair that docs/log.md tells about.
-
-
-def aiming(share: Callable[[float], float], *models_and_samples: Any, **options: Any) -> RepairReport:
-    """Another share of what the removed blocks add as the aim of a block's earlier additions."""
-
-    def after(aim: aims.Aim, addition: int) -> Tensor:
-        additions = len(aim.streams) - 1
-        if addition == additions - 1:
-            return aim.wanted.get()
-        here, wanted = aim.streams[-1].get().float(), aim.wanted.get().float()
-        return aim.streams[addition + 1].get().float() + share((addition + 1) / additions) * (wanted - here)
-
-    with mock.patch.object(aims.Aim, "after", after):
-        return repair(*models_and_samples, **options)
-
-
-def together(*models_and_samples: Any, **options: Any) -> RepairReport:
-    """Earlier out-projections of a block bring their part of what all of its out-projections, fitted at once, would."""
-    alone = Fitting._refit_projection
-
-    def refit(self: Fitting, block: int, projection: Projection, wanted: Sequence[aims.Aim]) -> Step:
-        layer = self.walk.layer
-        later = [other for other in self.maps[self.walk.block].projections if other.addition > projection.addition]
-        if not later:
-            return alone(self, block, projection, wanted)
-        names = [each.name for each in (projection, *later)]
-        modules = [layer.get_submodule(name) for name in names]
-        sums = self._sums(sum(map(num_inputs, modules)), wanted)
-        for number, aim in enumerate(wanted):
-            seen = self.walk.look(number, names)
-            rows = [with_constant(layer.get_submodule(name), seen.inputs[name].flatten(0, -2)) for name in names]
-            aimed = aim.wanted.get().to(rows[0].device).float()
-            missing = (aimed - seen.additions[-1].float()) / projection.factor
-            self._add(sums, number, torch.cat(rows, dim=1), missing.flatten(0, 1), aimed.flatten(0, 1))
-        fit = self._solved(sums, self.ridge)
-        if fit.helps:
-            change(modules[0], fit.solution[: num_inputs(modules[0])])
-        return Step(block, projection.name, fit.before, fit.after, fit.helps)
-
-    with mock.patch.object(Fitting, "_refit_projection", refit):
-        return repair(*models_and_samples, **options)
-
-
-def nothing(*models_and_samples: Any, **options: Any) -> None:
-    """The plain shortened model."""
-
-
-OURS = "repair"
-OUTWARD = "out-projections only"
-BASELINES: dict[str, Repair] = {
-    "ReplaceMe": baselines.replaceme,
-    "ReplaceMe, cosine": partial(baselines.replaceme, cosine=True),
-    "LinearPatch": baselines.linear_patch,
-    "Ghosted Layers": baselines.ghosted_layers,
-}
-TRIED: dict[str, Repair] = {
-    "ridge 0.1": partial(repair, ridge=0.1),
-    "fitted together": together,
-    "ridge 1": partial(repair, ridge=1.0),
-    "reading ridge 0.1": partial(repair, reading_ridge=0.1),
-    "ridge 0.03": partial(repair, ridge=0.03),
-    "reading ridge 0.001": partial(repair, reading_ridge=0.001),
-    "aims share 1": partial(aiming, lambda share: 1.0),
-    "aims share 0": partial(aiming, lambda share: 0.0),
-}
-VARIANTS = list(TRIED)
-METHODS: dict[str, Repair] = {
-    "plain": nothing,
-    OURS: repair,
-    OUTWARD: partial(repair, reading_ridge=None),
-    **BASELINES,
-    **TRIED,
-}
 
 
 @dataclass(frozen=True)
@@ -326,15 +243,18 @@ def measured(
         texts.write(original, job.tokens // len(job.kinds))
     samples = [] if job.method == "plain" else texts.tokens(job.kinds, job.tokens)
     shortened = remove_blocks(original, job.removed, copy=False)
+
     start = time.perf_counter()
     report = METHODS[job.method](shortened, original, samples, batch_size=arguments.batch_size)
+    seconds = time.perf_counter() - start
+
     row: dict[str, Any] = {
         "key": job.key,
         "removed": ranges(job.removed),
         "method": job.method,
         "kinds": "+".join(job.kinds),
         "tokens": sum(map(len, samples)),
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
         "dtype": arguments.dtype,
     }
@@ -405,9 +325,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("repair.jsonl"))
     parser.add_argument("--table", type=Path, help="print the rows of this file and end")
     arguments = parser.parse_args()
+
     if arguments.table:
         print(table(arguments.table))
         return
+
     arguments.batch_size = arguments.batch_size or (64 if arguments.device == "cuda" else 8)
     if arguments.tiny:
         arguments.sizes, arguments.tokens, arguments.held_out = [8], [4096, 8192], 2

@@ -151,19 +151,8 @@ def compared(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether it runs")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample of the secant")
-    parser.add_argument("--short", type=int, default=32, help="tokens of a sample of the others")
-    parser.add_argument("--passes", type=float, default=120, help="passes over one sample of the fitted energies")
-    parser.add_argument("--budget", type=float, default=6, help="passes of the selection over all samples")
-    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
-    arguments = parser.parse_args()
-
-    vocabulary, width, depth = (2000, 32, 4) if arguments.tiny else (128_000, 512, 16)
+def random_model(vocabulary: int, width: int, depth: int, device: str) -> LlamaForCausalLM:
+    """A Llama of random weights, in float32 on a CPU, else in bfloat16."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -173,8 +162,28 @@ def main() -> None:
         num_key_value_heads=4,
     )
     torch.manual_seed(0)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    model = LlamaForCausalLM(config).to(arguments.device, dtype).eval()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: LlamaForCausalLM = LlamaForCausalLM(config).to(device, dtype).eval()
+    return model
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: whether it runs")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample of the secant")
+    parser.add_argument("--short", type=int, default=32, help="tokens of a sample of the others")
+    parser.add_argument("--passes", type=float, default=120, help="passes over one sample of the fitted energies")
+    parser.add_argument("--budget", type=float, default=6, help="passes of the selection over all samples")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    vocabulary, width, depth = (2000, 32, 4) if arguments.tiny else (128_000, 512, 16)
+    model = random_model(vocabulary, width, depth, arguments.device)
     long = torch.randint(vocabulary, (arguments.samples, arguments.length))
     short = torch.randint(vocabulary, (arguments.samples, arguments.short))
     memory = PeakMemory(arguments.device)

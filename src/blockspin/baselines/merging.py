@@ -59,41 +59,16 @@ def sliding_window_merging(
     check_in_memory(model, "sliding-window merging")
     goal = problem.remove
     traced = trace_model(model)
-    originals = list(  # of each batch, in parts that fit into memory
-        traced.room.results(make_batches(samples, batch_size), lambda batch: _last_hidden_states(traced, batch))
-    )
-    known: dict[Windows, float] = {}
-
-    def similarity(windows: Windows) -> float:
-        if windows in known:
-            return known[windows]
-        total = 0.0
-        with merged(traced, windows):
-            for batch, original in originals:
-                total += _cosines(_last_hidden_states(traced, batch), original, batch)
-        known[windows] = total / len(samples)
-        return known[windows]
-
-    def windows_at(threshold: float) -> Windows:
-        """What merges at a threshold: blocks lo to hi are the window that grows, `done` those before it."""
-        done: Windows = ()
-        hi = lo = traced.depth - 2
-        for block in range(hi - 1, -1, -1):
-            wanted = _can_join(traced, block, problem.protect) and _num_merged((*done, (lo, hi))) < goal
-            if wanted and similarity((*done, (block, hi))) >= threshold:
-                lo = block
-            else:
-                done = (*done, (lo, hi)) if lo < hi else done
-                hi = lo = block
-        return (*done, (lo, hi)) if lo < hi else done
+    similarity = _Similarity(traced, samples, batch_size)
 
     # At the lowest threshold everything merges that can; between it and 1 lies the highest at which M blocks go.
-    low, high, windows = -1.0, 1.0, windows_at(-1.0)
+    low, high = -1.0, 1.0
+    windows = _windows_at(low, traced, similarity, goal, problem.protect)
     if _num_merged(windows) < goal:
         raise ValueError(f"sliding-window merging can merge away {_num_merged(windows)} blocks, not {goal}")
     for _ in track(range(_BISECTIONS), "Sliding window", _BISECTIONS, show=progress):
         middle = (low + high) / 2
-        found = windows_at(middle)
+        found = _windows_at(middle, traced, similarity, goal, problem.protect)
         if _num_merged(found) == goal:
             low, windows = middle, found
         else:
@@ -154,6 +129,44 @@ def gone_from(windows: Windows) -> list[int]:
     for lo, hi in windows:
         gone += range(lo + 1, hi + 1)
     return sorted(gone)
+
+
+class _Similarity:
+    """How similar the model stays with windows merged: mean cosine over the samples; each is measured once."""
+
+    def __init__(self, traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> None:
+        self._traced, self._num_samples = traced, len(samples)
+        self._known: dict[Windows, float] = {}
+
+        # Each batch, in parts that fit into memory, with the original's states, (batch, length, width).
+        batches = make_batches(samples, batch_size)
+        self._originals = list(traced.room.results(batches, lambda batch: _last_hidden_states(traced, batch)))
+
+    def __call__(self, windows: Windows) -> float:
+        if windows in self._known:
+            return self._known[windows]
+        total = 0.0
+        with merged(self._traced, windows):
+            for batch, original in self._originals:
+                total += _cosines(_last_hidden_states(self._traced, batch), original, batch)
+        self._known[windows] = total / self._num_samples
+        return self._known[windows]
+
+
+def _windows_at(
+    threshold: float, traced: TracedModel, similarity: _Similarity, goal: int, protect: Sequence[int]
+) -> Windows:
+    """What merges at a threshold: blocks lo to hi are the window that grows, `done` those before it."""
+    done: Windows = ()
+    hi = lo = traced.depth - 2
+    for block in range(hi - 1, -1, -1):
+        wanted = _can_join(traced, block, protect) and _num_merged((*done, (lo, hi))) < goal
+        if wanted and similarity((*done, (block, hi))) >= threshold:
+            lo = block
+        else:
+            done = (*done, (lo, hi)) if lo < hi else done
+            hi = lo = block
+    return (*done, (lo, hi)) if lo < hi else done
 
 
 def _num_merged(windows: Windows) -> int:

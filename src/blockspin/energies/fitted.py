@@ -166,11 +166,7 @@ def fit_removals(
             display.update(task, completed=round(known.passes))
 
         for sample in range(len(used)):
-            best = _energies(known, traced)
-            forms = [best.hessian, best.resampled(generator).hessian]
-            wanted = lowest_removals(problems, forms, known, generator)
-            share = (budget - known.passes) / (len(used) - sample)
-            known.add(affordable(traced, wanted, share), sample)
+            known.add(_lowest_turn(known, problems, traced, budget, len(used) - sample, generator), sample)
             display.update(task, completed=round(known.passes))
 
     _measure_lowest(known, problems, traced, len(used))
@@ -194,6 +190,22 @@ def _random_turns(
         plans.append(affordable(traced, random_removals(problems, known.singles, generator), share))
         spent += num_passes(traced, [(), *plans[-1]])
     return plans
+
+
+def _lowest_turn(
+    known: Measurements,
+    problems: Sequence[RemovalProblem],
+    traced: TracedModel,
+    budget: float,
+    turns_left: int,
+    generator: np.random.Generator,
+) -> list[Removal]:
+    """The low states of a sample's second turn, of the form that fits all so far and of a replicate's form."""
+    best = _energies(known, traced)
+    forms = [best.hessian, best.resampled(generator).hessian]
+    wanted = lowest_removals(problems, forms, known, generator)
+    share = (budget - known.passes) / turns_left
+    return affordable(traced, wanted, share)
 
 
 def _measure_lowest(

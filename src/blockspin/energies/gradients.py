@@ -101,14 +101,10 @@ def estimate_gradients(
     """
     batches = make_batches(samples, batch_size)
     traced = trace_model(model, units)
-    matrix = np.zeros((len(samples), traced.num_units), dtype=np.float32)
-    losses = np.full(len(samples), np.nan, dtype=np.float32)
     label_seed = seed if labels == "model" else None
 
-    # A row of the journal is the loss of a sample, then its gradient.
     journal = Journal(partial, fingerprint.of_results(model, samples, labels, label_seed or 0, units))
-    for index, row in finished_rows(journal):
-        losses[index], matrix[index] = row[0], row[1:]
+    losses, matrix = _kept(journal, len(samples), traced.num_units)
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
     done = len(samples) - sum(len(batch.indices) for batch in remaining)
     room = Room(fallback=None if gradient_checkpointing else "gradient checkpointing")
@@ -124,6 +120,17 @@ def estimate_gradients(
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
 
     return Gradients(matrix, traced.units, losses, metadata or {})
+
+
+def _kept(journal: Journal, num_samples: int, num_units: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Losses (num_samples,) and A (num_samples, num_units) as far as the journal has them; other losses are NaN."""
+    losses = np.full(num_samples, np.nan, dtype=np.float32)
+    matrix = np.zeros((num_samples, num_units), dtype=np.float32)
+
+    # A row of the journal is the loss of a sample, then its gradient.
+    for index, row in finished_rows(journal):
+        losses[index], matrix[index] = row[0], row[1:]
+    return losses, matrix
 
 
 def gate_gradients(
