@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 import blockspin as bs
 from blockspin.problem import Block, Budget
 from blockspin.solvers import SOLVERS
+from blockspin.solvers.bounds import bound
 from blockspin.solvers.exact import relaxed_below
 from blockspin.solvers.moves import terms_of
-from blockspin.solvers.node import FREE, bound
+from blockspin.solvers.node import FREE
 
 OWN = ["exact", "enumerate", "tabu", "anneal"]
 PROVING = ["exact", "enumerate", "gurobi"]

@@ -14,11 +14,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..problem import Floats, RemovalProblem
+from ..problem import Floats, Ints, RemovalProblem
+from .bounds import tighten
 from .corners import corners_of
 from .moves import Pool, Terms, copied, heavy_first, merge, pool_rows, terms_of, worst
-from .node import FREE, Assignment, Node, Relaxed, propagate, refresh, tighten
+from .node import FREE, Assignment, Node, Relaxed, propagate, refresh
 from .relaxation import Shift, convex_shift, even_shift
 from .spectrum import SearchResult, Statistics
 from .stopping import Stop
@@ -150,13 +152,22 @@ def decide(terms: Terms, assignment: Assignment) -> int:
     return propagate(assignment, t.group, t.quota, t.exactly, t.weight, t.least, t.heavy, len(assignment))
 
 
-def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = None) -> tuple[Relaxed, Node]:
-    """The convex form of what is open below a node, and its relaxed solution; by default in its own relaxation.
+class OpenPart(NamedTuple):
+    """The energy and the constraints of the free variables, n of them, below a node."""
 
-    shift: of the whole problem, if nothing is decided.
-    """
-    guard = 0.5 * terms.resolution
+    block: Ints  # (n,) the problem's variables
+    q: Floats  # (n, n)
+    c: Floats  # (n,)
+    constant: float  # what the variables decided before contribute
+    group: Ints  # (n,) ascending
+    quota: Floats  # (groups,) how many still go
+    weight: Floats  # (budgets, n) of the budgets that still need something
+    least: Floats  # (budgets,) what they need
+    lacking: NDArray[np.bool_]  # (all budgets,) which they are
 
+
+def open_part(terms: Terms, assignment: Assignment) -> OpenPart:
+    """What is left of a problem where some variables are decided."""
     # The energy of the free variables: those that are removed add to its linear term and its constant.
     free, ones = np.flatnonzero(assignment == FREE), np.flatnonzero(assignment == 1)
     q = terms.quadratic[np.ix_(free, free)]
@@ -169,14 +180,23 @@ def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = No
     quota = (terms.quota - taken)[open_groups]
     weight, least = terms.weight[:, free], terms.least - terms.weight[:, ones].sum(axis=1)
     lacking = least > 0.0
-    weight, least = weight[lacking], least[lacking]
+    return OpenPart(free, q, c, constant, group, quota, weight[lacking], least[lacking], lacking)
+
+
+def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = None) -> tuple[Relaxed, Node]:
+    """The convex form of what is open below a node, and its relaxed solution; by default in its own relaxation.
+
+    shift: of the whole problem, if nothing is decided.
+    """
+    guard, part = 0.5 * terms.resolution, open_part(terms, assignment)
+    q, c, group, quota, weight, least = part.q, part.c, part.group, part.quota, part.weight, part.least
 
     # d makes the energy convex and leaves it as it is on binaries. Where the best d has numbers so large that rounding
     # would spoil the bounds, the plainest one does.
     if shift is None:
         d, x, price = convex_shift(q, c, group, quota, terms.exactly, weight, least)
     else:
-        d, x, price = shift.d, shift.x, shift.price[lacking]
+        d, x, price = shift.d, shift.x, shift.price[part.lacking]
     if safe_steps(q - np.diag(d), c + d, guard) < 10:
         d = even_shift(q)
     a, b = q - np.diag(d), c + d
@@ -187,7 +207,7 @@ def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = No
     heavy = heavy_first(group, weight)
 
     # Without exact counts a slack takes up what is left of the one group.
-    top = np.ones(len(free))
+    top = np.ones(len(c))
     if not terms.exactly:
         a, b, group = np.pad(a, (0, 1)), np.append(b, 0.0), np.append(group, 0)
         weight = np.pad(weight, ((0, 0), (0, 1)))
@@ -206,9 +226,9 @@ def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = No
         dearest=dearest,
         first=np.searchsorted(group, np.arange(len(quota) + 1)),
         diagonal=np.diag(a).copy(),
-        num_binary=len(free),
-        block=free,
-        constant=constant,
+        num_binary=len(c),
+        block=part.block,
+        constant=part.constant,
         guard=guard,
         refresh=safe_steps(a, b, guard),
     )

@@ -107,24 +107,10 @@ def _interior_point(
     mu = float(np.sum(z * slack)) / p / 2.0
 
     for _ in range(rounds):
-        # Newton's equations for Z slack = mu, reduced to the multipliers: (W Z W^T) o (W slack^-1 W^T), elementwise
-        # because every constraint has rank one; every budget adds a row and a column.
         inverse = np.linalg.inv(slack)
-        wz, wi = w @ z, w @ inverse
-        system, right = (wz @ w.T) * (wi @ w.T), 1.0 - mu * np.einsum("ip,ip->i", wi, w)
-        if budgets:
-            mixed, own = np.zeros((len(w), budgets)), np.diag(surplus / price)
-            for k in range(budgets):
-                moved = z @ heavy[k] @ inverse  # (p, p)
-                mixed[:, k] = np.einsum("ip,ip->i", w @ moved, w)
-                for j in range(budgets):
-                    own[j, k] += float(np.sum(heavy[j] * moved))
-            given = np.einsum("kij,ij->k", heavy, inverse)  # (budgets,)
-            system = np.block([[system, mixed], [mixed.T, (own + own.T) / 2.0]])
-            right = np.append(right, least - mu * given + mu / price)
-
+        system, right = _newton_system(w, z, inverse, heavy, least, price, surplus, mu)
         try:
-            solution = np.linalg.solve(system, right)
+            solution = np.asarray(np.linalg.solve(system, right), dtype=np.float64)
         except np.linalg.LinAlgError:
             break
 
@@ -148,6 +134,31 @@ def _interior_point(
             break
 
     return u, w @ z @ w.T, price
+
+
+def _newton_system(
+    w: Floats, z: Floats, inverse: Floats, heavy: Floats, least: Floats, price: Floats, surplus: Floats, mu: float
+) -> tuple[Floats, Floats]:
+    """Newton's equations for Z slack = mu, reduced to the multipliers: a matrix and a right-hand side.
+
+    (W Z W^T) o (W slack^-1 W^T), elementwise because every constraint has rank one; every budget adds a row
+    and a column.
+    """
+    wz, wi = w @ z, w @ inverse
+    system, right = (wz @ w.T) * (wi @ w.T), 1.0 - mu * np.einsum("ip,ip->i", wi, w)
+    budgets = len(least)
+    if not budgets:
+        return system, right
+
+    mixed, own = np.zeros((len(w), budgets)), np.diag(surplus / price)
+    for k in range(budgets):
+        moved = z @ heavy[k] @ inverse  # (p, p)
+        mixed[:, k] = np.einsum("ip,ip->i", w @ moved, w)
+        for j in range(budgets):
+            own[j, k] += float(np.sum(heavy[j] * moved))
+    given = np.einsum("kij,ij->k", heavy, inverse)  # (budgets,)
+    system = np.block([[system, mixed], [mixed.T, (own + own.T) / 2.0]])
+    return system, np.append(right, least - mu * given + mu / price)
 
 
 def _largest_ratio(values: Floats, change: Floats) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import Floats, Ints
+from .bounds import tighten
 from .compiled import compiled
 from .moves import Pool, Terms, offer_removal, worst
-from .node import FREE, Assignment, Node, Relaxed, tighten
+from .node import FREE, Assignment, Node, Relaxed
 
 
 @compiled
