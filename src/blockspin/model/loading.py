@@ -167,27 +167,58 @@ def load_model(
     source = ordinary_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code)
     on_cpu = device_map == "cpu" or not torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": "float32" if dtype == "auto" and on_cpu else dtype}
+    if dtype == "auto" and on_cpu:
+        dtype = "float32"
     if quantization is not None:
-        arguments["quantization_config"] = quantization
         device_map = device_map or (None if on_cpu else default_device())
 
     # Where transformers finds the place, it may choose the disk.
     placement = Placement(device_map, resaving_folder(0) if device_map in _SPREADING else None)
     if device_map in (None, STREAM):
-        placement = _placement(source, config, arguments["dtype"], device_map == STREAM, trust_remote_code)
-    arguments |= {"device_map": placement.device_map, "offload_folder": placement.folder}
+        placement = _placement(source, config, dtype, device_map == STREAM, trust_remote_code)
+
+    model = _opened(source, config, placement, dtype, quantization, trust_remote_code)
+    placement.delete_with(model)
+    if device_map in _SPREADING and is_offloaded(model):
+        console.print(
+            f"{source} does not fit on the GPUs: some weights stay in the host's memory or on disk, and are read from "
+            "there again and again. Nothing is timed.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _opened(
+    source: str | Path,
+    config: PretrainedConfig,
+    placement: Placement,
+    dtype: str,
+    quantization: Any,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The model as transformers opens it, with all of its weights where they belong.
+
+    Raises:
+        ValueError: transformers cannot open it, or its weights are not whole.
+    """
+    arguments: dict[str, Any] = {"device_map": placement.device_map, "offload_folder": placement.folder}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
     if getattr(config, _RESCALING, 0):
         arguments[_RESCALING] = 0
+
+    # Broken files of weights are refused before transformers reads them.
     if Path(source).is_dir():
-        paths = [path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"]
-        read_headers(paths)
+        read_headers([path for path in weight_paths(Path(source)) if path.suffix == ".safetensors"])
 
     opening = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with silenced():
             model, loading_info = opening.from_pretrained(
                 source,
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # reported below, in one line
@@ -199,16 +230,8 @@ def load_model(
     except Exception as error:  # model code and quantisers raise errors of many kinds
         raise ValueError(f"cannot load the model {str(source)!r}: {first_line(error)}") from error
     check_complete(reported(loading_info), model, source)
-    placement.delete_with(model)
-    if device_map in _SPREADING and is_offloaded(model):
-        console.print(
-            f"{source} does not fit on the GPUs: some weights stay in the host's memory or on disk, and are read from "
-            "there again and again. Nothing is timed.",
-            highlight=False,
-            soft_wrap=True,
-        )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    opened: PreTrainedModel = model
+    return opened
 
 
 def _placement(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import CompressConfig
 from ..costs.targets import goals_of
@@ -25,11 +25,13 @@ from ..machine import describe_machine
 from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
-from ..problem import check_goal
+from ..problem import RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
-from ..solvers.candidates import random_candidate, states_as_candidates
+from ..selection.result import Selection
+from ..solvers import Spectrum
+from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
 from ..surgery.card import add_results
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable, protect_what_must_stay
@@ -38,6 +40,7 @@ from .plan import plan_with
 from .preflight import check_before, check_streaming, open_run
 from .report import write_run_report
 from .stages import (
+    Samples,
     checkpoint_stage,
     energies_stage,
     evaluate_removals,
@@ -103,17 +106,12 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = from_main(lambda: load_samples(config, tokenizer, model_config))
 
-    # Text for the training must be there too, and the tasks.
-    if config.distill is not None and config.distill.data is not None:
-        next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
+    # What is used last must be there too: text for the training, and the tasks.
+    _check_training_text(config, tokenizer)
     score = scorer(config, tokenizer, out / "scores")
 
     # The settings are recorded once nothing is left that could refuse them but the model itself.
-    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
-    if is_offloaded(model):
-        check_streaming(config)
-        plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
-        console.print(plan.estimate(), soft_wrap=True, highlight=False)
+    model = _model_to_shorten(config, samples, tokenizer, out)
     units = find_units(model, config.units)
     if config.remove is not None:
         check_goal(units, config.remove, config.protect)
@@ -124,14 +122,9 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
     check_goal(units, config.remove, config.protect, budgets)
 
+    path = out / "energies.safetensors"
     energies = energies_stage(
-        config,
-        model,
-        samples.calibration,
-        out / "energies.safetensors",
-        origin(config),
-        goal=config.remove,
-        protect=config.protect,
+        config, model, samples.calibration, path, origin(config), goal=config.remove, protect=config.protect
     )
 
     # The removals of lowest energy, among those that a configuration can express.
@@ -158,15 +151,49 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     from_main(lambda: checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint"))
 
     # The report: what was chosen between the lowest state and a random removal.
-    chosen = replace(selection.chosen, source=f"chosen ({selection.chosen.source})")
-    drawn = (random_candidate(problem, config.seed + k) for k in range(_RANDOM_DRAWS))
-    lowest = removable.first_of(states_as_candidates(spectrum))
-    compared = [*lowest, chosen, *removable.first_of(drawn)]
+    compared = _compared(config, problem, spectrum, selection, removable)
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     where = measured_on(config, samples.evaluation)
     from_main(lambda: add_results(out / "checkpoint", results_table(rows), where))
     from_main(lambda: write_rows(rows, out))
     return rows
+
+
+def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the start of the text for the training, where it has text of its own.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if config.distill is not None and config.distill.data is not None:
+        next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
+
+
+def _model_to_shorten(
+    config: CompressConfig, samples: Samples, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> PreTrainedModel:
+    """The original; where its blocks stay on disk, it is said how long the run will take.
+
+    Raises:
+        ValueError: it cannot be opened, or a setting needs it in memory.
+    """
+    remote = config.trust_remote_code
+    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    if is_offloaded(model):
+        check_streaming(config)
+        plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
+        console.print(plan.estimate(), soft_wrap=True, highlight=False)
+    return model
+
+
+def _compared(
+    config: CompressConfig, problem: RemovalProblem, spectrum: Spectrum, selection: Selection, removable: Removable
+) -> list[Candidate]:
+    """The removals of the report: the lowest state that can be saved, the choice and a random one."""
+    lowest = removable.first_of(states_as_candidates(spectrum))
+    chosen = replace(selection.chosen, source=f"chosen ({selection.chosen.source})")
+    drawn = (random_candidate(problem, config.seed + k) for k in range(_RANDOM_DRAWS))
+    return [*lowest, chosen, *removable.first_of(drawn)]
 
 
 def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:

@@ -87,10 +87,7 @@ def repair_checkpoint(
         with replacing(target) as temporary:
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
             _write_weights(source, temporary, shortened, changed)
-            about = json.loads((source / _PROVENANCE).read_text())
-            repaired = {"original": str(original), "own_tokens": sum(map(len, written)), **report.as_json()}
-            write_json(temporary / _PROVENANCE, about | {"repair": repaired})
-            add_repair(temporary, report.summary())
+            _record(temporary, report, original, own_tokens=sum(map(len, written)))
             _prove(load(temporary), shortened, _stored_bytes(temporary))
     return report
 
@@ -154,6 +151,14 @@ def _stored_names(files: Sequence[Path], model: PreTrainedModel, changed: Mappin
     inside = {name: tuple(tensor.shape) for name, tensor in stack.layers.named_parameters()}
     prefix = layer_prefix(shapes, stack.name, len(stack.layers), inside)
     return {prefix + name.removeprefix(stack.name): tensor for name, tensor in changed.items()}
+
+
+def _record(folder: Path, report: RepairReport, original: str | Path, own_tokens: int) -> None:
+    """Tell about a repair in `blockspin.json` and in the model card. own_tokens: how many the original has written."""
+    about = json.loads((folder / _PROVENANCE).read_text())
+    repair_entry = {"original": str(original), "own_tokens": own_tokens, **report.as_json()}
+    write_json(folder / _PROVENANCE, about | {"repair": repair_entry})
+    add_repair(folder, report.summary())
 
 
 def _stored_bytes(folder: Path) -> int:

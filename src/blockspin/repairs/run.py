@@ -67,11 +67,8 @@ def repair(
     ours, theirs = trace_model(shortened), trace_model(original)
     maps = find_maps(ours)
     text.check_enough(_widest(ours.layers, maps))
-    identity = ""
-    if partial is not None:
-        settings = (kept, ridge, reading_ridge, batch_size, seed)
-        identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), *settings)
-    finished = FinishedBlocks(partial, identity)
+    settings = (kept, ridge, reading_ridge, batch_size, seed)
+    finished = _finished_before(partial, shortened, original, samples, settings)
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
     old = _weights(ours.layers, maps)
@@ -81,20 +78,11 @@ def repair(
         through_original = Walk(theirs, text.batches, shelf)
         steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
+
     undone = not kl_after < kl_before
     _put_back(old if undone else [])
     finished.remove()
-
-    return RepairReport(
-        removed=tuple(i for i in range(theirs.depth) if i not in kept),
-        tokens=text.num_tokens,
-        steps=tuple(steps),
-        untouched=tuple(block for block, found in zip(kept, maps, strict=True) if not found.projections),
-        kl_before=kl_before,
-        kl_after=kl_before if undone else kl_after,
-        undone=undone,
-        passes=_passes(fitting.walk, through_original, text),
-    )
+    return _report(fitting, through_original, kept, steps, kl_before, kl_before if undone else kl_after, undone)
 
 
 def least_tokens(model: nn.Module) -> int:
@@ -105,6 +93,20 @@ def least_tokens(model: nn.Module) -> int:
     """
     traced = trace_model(model)
     return TOKENS_PER_INPUT * _widest(traced.layers, find_maps(traced))
+
+
+def _finished_before(
+    partial: str | Path | None,
+    shortened: nn.Module,
+    original: nn.Module,
+    samples: Sequence[Tensor],
+    settings: Sequence[object],
+) -> FinishedBlocks:
+    """The blocks that an earlier call with the same models, samples and settings has finished."""
+    identity = ""
+    if partial is not None:
+        identity = fingerprint.of_results(shortened, samples, fingerprint.of_model(original), *settings)
+    return FinishedBlocks(partial, identity)
 
 
 def _repair_blocks(
@@ -130,6 +132,33 @@ def _repair_blocks(
         steps += done
         ours.step()
     return steps
+
+
+def _report(
+    fitting: Fitting,
+    theirs: Walk,
+    kept: Sequence[int],
+    steps: Sequence[Step],
+    kl_before: float,
+    kl_after: float,
+    undone: bool,
+) -> RepairReport:
+    """What was done, when both walks are at their ends. kept: the blocks that are left."""
+    untouched = []
+    for block, found in zip(kept, fitting.maps, strict=True):
+        if not found.projections:
+            untouched.append(block)
+
+    return RepairReport(
+        removed=tuple(block for block in range(theirs.depth) if block not in kept),
+        tokens=fitting.text.num_tokens,
+        steps=tuple(steps),
+        untouched=tuple(untouched),
+        kl_before=kl_before,
+        kl_after=kl_after,
+        undone=undone,
+        passes=_passes(fitting.walk, theirs, fitting.text),
+    )
 
 
 def _passes(ours: Walk, theirs: Walk, text: Text) -> float:

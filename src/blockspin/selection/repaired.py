@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,8 @@ def choose_repaired(
     Raises:
         ValueError: a hidden state is not finite, or a partial file is of another selection.
     """
-    reason, text = "", []
-    if is_offloaded(model):
-        reason = "its blocks are not in memory"
-    elif getattr(model.config, "quantization_config", None) is not None:
-        reason = "its weights are quantised"
-    else:
-        text = _enough(model, repair_samples, seed)
-        reason = "" if text else "there is too little text"
-    if reason:
-        console.print(f"The last candidates are compared without a repair: {reason}.", highlight=False)
+    text = _text_to_fit(model, repair_samples, seed)
+    if not text:
         return selection
 
     last = finalists(selection, removable)
@@ -83,10 +75,21 @@ def choose_repaired(
         known[trial.removed] = entry
         journal.append(entry)
 
+    return _with_repaired(selection, last, known)
+
+
+def _with_repaired(
+    selection: Selection, last: Sequence[Trial], known: Mapping[Removal, Mapping[str, Any]]
+) -> Selection:
+    """The selection with the best of the last trials as its choice, and what was measured after repairs beside it.
+
+    known: the entry of the journal for each of the last trials.
+    """
     trials = []
     for trial in selection.trials:
         of_trial = known.get(trial.removed)
         trials.append(trial if of_trial is None else replace(trial, repaired=of_trial["value"]))
+
     best = min(last, key=lambda trial: (known[trial.removed]["value"], trial.loss))
     return replace(
         selection,
@@ -118,6 +121,21 @@ def finalists(selection: Selection, removable: Callable[[Removal], bool]) -> lis
         far = all(len(blocks.difference(other.removed)) > 1 for other in apart)
         (apart if far else near).append(trial)
     return [*apart, *near][:FINALISTS]
+
+
+def _text_to_fit(model: nn.Module, samples: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """The samples that the last candidates are repaired with; none, and why is said, where they cannot be repaired."""
+    reason, text = "", []
+    if is_offloaded(model):
+        reason = "its blocks are not in memory"
+    elif getattr(model.config, "quantization_config", None) is not None:
+        reason = "its weights are quantised"
+    else:
+        text = _enough(model, samples, seed)
+        reason = "" if text else "there is too little text"
+    if reason:
+        console.print(f"The last candidates are compared without a repair: {reason}.", highlight=False)
+    return text
 
 
 def _enough(model: nn.Module, samples: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -90,18 +90,9 @@ def select_with_energies(
         progress=progress,
     )
     selection = _best_possible(selection, removable)
-    if repair_samples and problem.units == "blocks" and not is_offloaded(model):
-        selection = choose_repaired(
-            model,
-            selection,
-            samples,
-            repair_samples,
-            removable,
-            batch_size=batch_size,
-            seed=seed,
-            partial=None if partial is None else repaired_beside(partial),
-            progress=progress,
-        )
+    selection = _best_repaired(
+        model, problem, selection, samples, repair_samples, removable, batch_size, seed, partial, progress
+    )
     return selection, trust
 
 
@@ -111,6 +102,34 @@ def _best_possible(selection: Selection, removable: Removable) -> Selection:
         return selection
     best = next(trial for trial in selection.trials if removable(trial.removed))
     return replace(selection, chosen=Candidate(best.removed, best.source, best.energy, best.loss))
+
+
+def _best_repaired(
+    model: nn.Module,
+    problem: RemovalProblem,
+    selection: Selection,
+    samples: Sequence[Tensor],
+    repair_samples: Sequence[Tensor],
+    removable: Removable,
+    batch_size: BatchSize,
+    seed: int,
+    partial: Path | None,
+    progress: bool,
+) -> Selection:
+    """With the best after a repair as the choice, where one is wanted, whole blocks go and the model is in memory."""
+    if not repair_samples or problem.units != "blocks" or is_offloaded(model):
+        return selection
+    return choose_repaired(
+        model,
+        selection,
+        samples,
+        repair_samples,
+        removable,
+        batch_size=batch_size,
+        seed=seed,
+        partial=None if partial is None else repaired_beside(partial),
+        progress=progress,
+    )
 
 
 def select(
