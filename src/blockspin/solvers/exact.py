@@ -233,19 +233,23 @@ def relaxed_below(terms: Terms, assignment: Assignment, shift: Shift | None = No
         refresh=safe_steps(a, b, guard),
     )
 
-    v = len(b)
-    price = np.minimum(price, dearest)
+    return relaxed, _first_node(relaxed, x, np.minimum(price, dearest))
+
+
+def _first_node(relaxed: Relaxed, x: Floats, price: Floats) -> Node:
+    """Nothing decided, at the relaxed solution x (v,) and its prices (budgets,)."""
+    v = len(relaxed.b)
     node = Node(
         assignment=np.full(v, FREE, np.int8),
         z=x,
         gradient=np.zeros(v),
-        order=np.argsort(group, kind="stable"),
+        order=np.argsort(relaxed.group, kind="stable"),
         price=price,
-        stride=np.maximum(FIRST_STRIDE * price, 1e-6 * dearest),
+        stride=np.maximum(FIRST_STRIDE * price, 1e-6 * relaxed.dearest),
         steps=np.zeros(1, np.int64),
     )
     refresh(relaxed, node)
-    return relaxed, node
+    return node
 
 
 def safe_steps(a: Floats, b: Floats, guard: float) -> int:
