@@ -179,9 +179,11 @@ def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
             label=label,
         )
 
-    best = selection.trials[0]
-    if best.energy is not None:
-        axes.plot(best.energy, best.loss, "o", color=BLUE, ms=11, label=f"chosen: {ranges(best.removed)}", zorder=4)
+    # Not always the lowest: the choice looks at what is expected on other text, and after a repair.
+    best, chosen = selection.trials[0], selection.chosen
+    if chosen.energy is not None and chosen.loss is not None:
+        label = f"chosen: {ranges(chosen.removed)}"
+        axes.plot(chosen.energy, chosen.loss, "o", color=BLUE, ms=11, label=label, zorder=4)
 
     # Removals that are far worse would press the others together.
     near = [trial for trial in selection.trials if trial.loss <= FAR * best.loss and trial.energy is not None]
