@@ -103,7 +103,12 @@ def test_runs_are_told_without_folders(tiny_folder: Path, text_file: Path, tmp_p
 def test_origins(tmp_path: Path) -> None:
     assert public_name(str(tmp_path / "a" / "model")) == "model"
     assert public_name("someone/model") == "someone/model"
-    assert [goal_text(goal) for goal in (8, 0.25, {"moe": 2, "mlp": 1})] == ["8", "25%", "moe=2,mlp=1"]
+    assert [goal_text(goal) for goal in (8, 0.25, {"moe": 2, "mlp": 1}, None)] == [
+        "--remove 8",
+        "--remove 25%",
+        "--remove moe=2,mlp=1",
+        "",
+    ]
     given = {"model": "/a/b", "remove": 8, "calibration": "/c/d e.txt", "states": 6, "protect": (1, 2), "seed": 42}
     assert public_settings(given)["protect"] == [1, 2]
     options = command_options(public_settings(given))

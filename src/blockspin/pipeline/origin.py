@@ -52,7 +52,7 @@ def goal_text(goal: Goal | None) -> str:
     """A goal as the option --remove; nothing where targets decide."""
     if goal is None:
         return ""
-    return f"--remove {_as_typed(goal)} "
+    return f"--remove {_as_typed(goal)}"
 
 
 def _as_typed(goal: Goal) -> str:

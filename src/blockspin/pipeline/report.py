@@ -202,7 +202,7 @@ def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
 def _origin(config: CompressConfig, about: dict[str, str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(asdict(config))
-    goal, options = goal_text(config.remove), command_options(settings)
-    command = f"blockspin compress {settings['model']} {goal}{options} --out DIR"
+    words = ["blockspin compress", settings["model"], goal_text(config.remove), command_options(settings), "--out DIR"]
+    command = " ".join(filter(None, words))
     parts = [page.facts(about), page.code(command), page.code(yaml.safe_dump(settings, sort_keys=False))]
     return page.section("How this was made", parts, "machine, data, settings, command")
