@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,39 +151,37 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     assert sum(waited) < 1
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond a few blocks, as on a disk that is full."""
+    """Inside, no file may grow beyond a few blocks, as on a disk that is full; not even the tests' own log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_full_disk_while_pruning(
-    refuses: Any, request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_full_disk_while_pruning(refuses: Any, tiny_folder: Path, tmp_path: Path, kind: str) -> None:
     if kind == "bin":
         torch.save(load_file(tiny_folder / "model.safetensors"), tiny_folder / "pytorch_model.bin")
         (tiny_folder / "model.safetensors").unlink()
-    request.getfixturevalue("small_disk")
-    line = refuses("prune", tiny_folder, "--blocks", 1, "--out", tmp_path / "short")
+    with small_disk():
+        line = refuses("prune", tiny_folder, "--blocks", 1, "--out", tmp_path / "short")
     assert "cannot write" in line
     assert "File too large" in line
 
 
-def test_a_full_disk_while_training(
-    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_while_training(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Whether it is met when a checkpoint is written on the way, or the result: one line, and later it continues."""
     assert command("prune", tiny_folder, "--blocks", "1,2", "--out", tmp_path / "short")[0] == 0
     sizes = ("--max-length", 16, "--max-steps", 4, "--batch-size", 2)
     training = ("distill", tmp_path / "short", "--teacher", tiny_folder, "--data", text_file, *sizes)
-    request.getfixturevalue("small_disk")
     for save_steps in (2, 100):
         out = tmp_path / f"taught-{save_steps}"
-        code, printed = command(*training, "--save-steps", save_steps, "--out", out)
+        with small_disk():
+            code, printed = command(*training, "--save-steps", save_steps, "--out", out)
         errors = [line for line in printed.splitlines() if line.startswith("Error:")]
         assert (code, len(errors), "cannot write" in printed) == (2, 1, True), printed
         assert not out.exists()
