@@ -54,9 +54,10 @@ def compare(
 ) -> Comparison:
     """Choose blocks with every method for every goal, and measure each choice; all of it in the folder `out`.
 
-    ENERGY.safetensors and spectrum-GOAL-ENERGY.json, for the paper's energy and that of the settings, are as those of a
-    run of `compress`; comparison.json holds the rest. The same call again continues where it was: a finished method is
-    not run twice, and more goals may be added. Where a launcher has started several processes, they share the work.
+    ENERGY.safetensors (fitted-GOAL.safetensors, as these are made for a goal) and spectrum-GOAL-ENERGY.json, for the
+    paper's energy and that of the settings, are as those of a run of `compress`; comparison.json holds the rest. The
+    same call again continues where it was: a finished method is not run twice, and more goals may be added. Where a
+    launcher has started several processes, they share the work.
 
     goals: name -> what to remove, e.g. {"8": 8}; `config.remove` is not used.
     against: removals that are known already (`known_removals`); those that meet a goal have a row of their own.

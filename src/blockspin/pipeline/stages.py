@@ -158,6 +158,7 @@ def pose_problem(
     Raises:
         ValueError: no removal meets them.
     """
+    # Forms that are fitted for one goal say so; of other kinds there is nothing to warn of.
     made_for = energies.metadata.get("goal", str(remove))
     if made_for != str(remove):
         console.print(
@@ -167,6 +168,7 @@ def pose_problem(
             soft_wrap=True,
             highlight=False,
         )
+
     share = remove if isinstance(remove, float) else None
     return RemovalProblem(
         energies.hessian,

@@ -30,6 +30,8 @@ def own_text(model: PreTrainedModel, tokens: int, length: int, seed: int = 0) ->
         eos_token_id=ends,
         pad_token_id=0,
     )
+
+    # Text after text until there is enough; they are drawn by a generator of their own.
     vocabulary = model.get_input_embeddings().num_embeddings
     samples: list[Tensor] = []
     with torch.random.fork_rng(), frozen(model), torch.no_grad():
