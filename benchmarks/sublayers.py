@@ -6,7 +6,8 @@
 Bytes are those of the weights, in 16 bits, and of the key-value cache of 8 sequences of 4,096 tokens: what the whole
 blocks hold, a tenth to four tenths of the model, is what the sub-layers must reach. Every method may take as many
 forward passes over one sample: ours for the energies and the choice, BlockPruner's and FinerCut's greedy searches as
-many samples as that allows, EvoPress as its budget; LLM-Drop's scores take one. Everything is measured on held-out
+many samples as that allows, EvoPress as its budget; LLM-Drop's scores take one. Our energies are made for each share,
+for blocks and for sub-layers with as many passes. Everything is measured on held-out
 conversations and on text of three other kinds, before and after the repair. A row is kept as soon as it is there, and
 what has one is not run again; the most important rows come first, and none begins after --seconds.
 
@@ -21,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from blockspin.baselines.scores import from_scores
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.tracing import find_units
-from blockspin.problem import Block, RemovalProblem, Units
+from blockspin.problem import Block, Budget, RemovalProblem, Units
 from blockspin.repairs.run import repair
 from blockspin.selection.pool import cheap_choices, pool_of
 from blockspin.selection.select import run_selection
@@ -79,47 +80,56 @@ class Setup:
     seed: int
     partial: Path
 
-    def energies(self, units: Units) -> Fitted:
-        """Fitted for all shares at once, with as many passes for blocks as for sub-layers."""
+    @property
+    def fitting_passes(self) -> float:
+        """Passes over one sample for the energies of a share, as many for blocks as for sub-layers."""
         number = FITTING * (len(find_units(self.model, "sublayers")) + 1)
+        return min(number, self.passes)
+
+    def energies(self, share: int, units: Units) -> Fitted:
+        """Fitted to removals that meet the budget of a share."""
+        count, budgets = self.goal(share, units)
         return fit_removals(
             self.model,
             self.samples[:FIT_SAMPLES],
+            goal=count,
+            budgets=budgets,
             units=units,
-            passes=min(number, self.passes),
+            passes=self.fitting_passes,
             seed=self.seed,
-            partial=self.partial.with_name(f"{self.partial.stem}-{units}-{self.seed}.jsonl"),
+            partial=self.partial.with_name(f"{self.partial.stem}-{units}-{share}-{self.seed}.jsonl"),
             progress=False,
         )
 
-    def problem(self, share: int, units: Units, hessian: Any = None) -> RemovalProblem:
+    def goal(self, share: int, units: Units) -> tuple[int | None, list[Budget]]:
         """So many per cent of the blocks, or sub-layers of as many bytes."""
         blocks = find_units(self.model)
         count = round(share / 100 * len(blocks))
         if units == "blocks":
-            form = np.eye(len(blocks)) if hessian is None else hessian
-            return RemovalProblem(form, count, blocks=blocks)
+            return count, []
+        weight = tuple([bytes_of(self.model, unit) for unit in find_units(self.model, units)])
+        return None, [Budget("bytes", weight, math.ceil(count / len(blocks) * sum(weight)), sum(weight), "B")]
 
-        sublayers = find_units(self.model, units)
-        weighed = [replace(unit, num_parameters=bytes_of(self.model, unit)) for unit in sublayers]
-        form = np.eye(len(sublayers)) if hessian is None else hessian
-        return RemovalProblem(form, blocks=weighed, remove_parameters=count / len(blocks))
+    def problem(self, share: int, units: Units, hessian: Any = None) -> RemovalProblem:
+        """The removals that meet the budget of a share; without energies for methods that read none."""
+        count, budgets = self.goal(share, units)
+        found = find_units(self.model, units)
+        return RemovalProblem(np.eye(len(found)) if hessian is None else hessian, count, blocks=found, budgets=budgets)
 
 
 def ours(setup: Setup, share: int, units: Units) -> Candidate:
     """Energies, their lowest states, and a choice among them and what cheap scores choose."""
-    found = setup.energies(units)
+    found = setup.energies(share, units)
     problem = setup.problem(share, units, found.hessian)
     spectrum = solve(problem, states=100, time_limit=20, seed=setup.seed)
     samples = setup.samples[FIT_SAMPLES:]
     activations = baselines.measure_activations(setup.model, samples, units=units)
-    spent = FITTING * (len(find_units(setup.model, "sublayers")) + 1)
     return run_selection(
         setup.model,
         pool_of(problem, spectrum, cheap_choices(problem, activations)),
         samples,
         problem=problem,
-        budget=max(4.0, (setup.passes - spent) / len(samples)),
+        budget=max(4.0, (setup.passes - setup.fitting_passes) / len(samples)),
         progress=False,
     ).chosen
 

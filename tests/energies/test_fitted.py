@@ -4,7 +4,7 @@ models built without the blocks, goals, files, resuming and errors."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from conftest import VOCABULARY, random_samples, tiny_model
 from numpy.typing import NDArray
 
 from blockspin.comparison.figures import spearman
-from blockspin.energies import Energies
-from blockspin.energies.design import CHECKED, unmeasured_lowest
+from blockspin.energies import Energies, estimate_energies
+from blockspin.energies.design import CHECKED, problems_for, random_removals, unmeasured_lowest
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.energies.measurements import SINGLES_SAMPLES, Measurements
 from blockspin.energies.quadratic import RATIOS, fit_quadratic, resemblance
 from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import measured
-from blockspin.problem import Block, Removal, RemovalProblem
+from blockspin.problem import Block, Budget, Removal, RemovalProblem
 from blockspin.solvers import solve
 from blockspin.surgery.memory import remove_blocks
 
@@ -207,6 +207,57 @@ def test_only_removals_that_meet_the_goal_are_measured() -> None:
     assert (half.removed.sum(axis=1) >= 3).all()  # the blocks are equally large
     with pytest.raises(ValueError, match="only 3 of 6"):
         fit_removals(model, SAMPLES, goal=4, protect=[0, 1, 2], progress=False)
+
+
+WEIGHTS = (1, 3, 2, 5, 4, 2)  # of the six blocks
+BUDGET = Budget("--target-size 59%", WEIGHTS, least=7, total=17)
+
+
+def just_enough(budget: Budget, least_blocks: int = 1) -> list[Removal]:
+    """Every removal that meets a budget and no longer does with any of its blocks put back."""
+    found: list[Removal] = []
+    for size in range(least_blocks, len(budget.weight)):
+        for removed in combinations(range(len(budget.weight)), size):
+            gone = sum(budget.weight[i] for i in removed)
+            if 0 <= gone - budget.least < min(budget.weight[i] for i in removed):
+                found.append(removed)
+    return found
+
+
+def test_draws_meet_a_budget_without_a_block_to_spare() -> None:
+    blocks = [Block(i, "attention+mlp", 1) for i in range(6)]
+    singles = np.array([0.1, 0.2, 0.3, 0.2, 0.1, 0.2])
+    problems = problems_for(blocks, singles, None, [], [BUDGET])
+    drawn = islice(random_removals(problems, singles, np.random.default_rng(0)), 2000)
+    assert {*drawn} == {*just_enough(BUDGET)}
+
+
+def test_energies_for_a_budget_order_what_just_meets_it() -> None:
+    model = six_blocks()
+    found = fit_removals(model, SAMPLES, budgets=[BUDGET], passes=PASSES, progress=False)
+    assert (found.removed @ np.array(WEIGHTS) >= BUDGET.least).all()
+
+    tokens = [len(sample) - 1 for sample in SAMPLES]
+    removals = just_enough(BUDGET)
+    true = [float(np.average(divergences(model, removed), weights=tokens)) for removed in removals]
+    problem = RemovalProblem(found.hessian, blocks=found.blocks, budgets=[BUDGET])
+    assert spearman(true, [problem.energy(removed) for removed in removals]) > 0.8
+    assert solve(problem, states=1).states[0].removed in removals
+
+    with pytest.raises(ValueError, match="--target-size 59%: out of reach"):
+        fit_removals(model, SAMPLES, budgets=[BUDGET], protect=[1, 3, 4], progress=False)
+
+
+def test_energies_record_what_they_are_made_for(tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    found = estimate_energies("fitted", six_blocks(), SAMPLES, goal=3, budgets=[BUDGET], partial=partial)
+    assert found.metadata["goal"] == "3, --target-size 59%"
+    assert isinstance(found, Fitted)
+    assert (found.removed.sum(axis=1) == 3).all()
+
+    other = replace(BUDGET, least=8)
+    with pytest.raises(ValueError, match="another model"):
+        estimate_energies("fitted", six_blocks(), SAMPLES, goal=3, budgets=[other], partial=partial)
 
 
 def test_what_is_lowest_has_been_measured() -> None:

@@ -63,6 +63,27 @@ def test_each_stage_has_its_command(command: Command, tiny_folder: Path, text_fi
     assert "perplexity" in printed
 
 
+def test_energies_are_made_for_a_target_and_say_so(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    energies = tmp_path / "energies.safetensors"
+    code, printed = command(
+        *("energies", tiny_folder, "--calibration", text_file, "--energy-samples", 4, "--max-length", 16),
+        *("--units", "sublayers", "--target-params", "80%", "--out", energies),
+    )
+    assert code == 0, printed
+    found = bs.load_energies(energies)
+    assert found.metadata["goal"] == "--target-params 80%"
+
+    code, printed = command("solve", energies, "--target-params", "80%")
+    assert (code, "are fitted to removals for" in printed) == (0, False), printed
+    code, printed = command("solve", energies, "--target-params", "70%")
+    assert code == 0, printed
+    assert "are fitted to removals for --target-params 80% and say less of others" in " ".join(printed.split())
+    code, printed = command("solve", energies, "--sweep", "params", "--points", 3)
+    assert (code, printed.count("are fitted to removals for")) == (0, 1), printed
+
+
 def test_bad_goals_are_refused_before_anything_is_measured(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -108,12 +108,14 @@ def energies(
     energy: EnergySettings,
     data: DataSettings,
     loading: LoadingSettings,
+    targets: TargetSettings,
     out: Out = Path("energies.safetensors"),
     remove: Annotated[
         str | None,
         typer.Option(
             "--remove",
-            help="What they are for (8, 25%, moe=2): `fitted` energies are more accurate for one goal than for all.",
+            help="What they are for (8, 25%, moe=2); targets may say it too: `fitted` energies are more accurate for "
+            "one goal than for all.",
         ),
     ] = None,
 ) -> None:
@@ -121,15 +123,21 @@ def energies(
 
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
     """
+    from ..costs.targets import goals_of, read_times
+    from ..model.tracing import find_units
     from ..pipeline.stages import energies_stage
 
-    goal = None if remove is None else parse_remove(remove)
-
+    goal, times = None if remove is None else parse_remove(remove), read_times(targets)
     with locked(out):
         refuse_existing(out)
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
         metadata = {"model": model, "calibration": calibration}
-        result = energies_stage(energy, open_model(model, loading), samples, out, metadata, goal=goal)
+
+        opened, budgets = open_model(model, loading), []
+        if targets.has_targets:
+            remote = loading.trust_remote_code
+            budgets = goals_of(targets, model, find_units(opened, energy.units), times, trust_remote_code=remote)
+        result = energies_stage(energy, opened, samples, out, metadata, goal=goal, budgets=budgets)
     console.print(f"{energy.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import GRADIENT_ENERGIES
 from ..model.batches import BatchSize
-from ..problem import Goal, Units
+from ..problem import Budget, Goal, Units, goal_name
 from .energies import Energies
 from .fitted import fit_removals
 from .gradients import estimate_gradients
@@ -38,6 +38,7 @@ def estimate_energies(
     batch_size: BatchSize = "auto",
     units: Units = "blocks",
     goal: Goal | None = None,
+    budgets: Sequence[Budget] = (),
     protect: Iterable[int] = (),
     gradient_checkpointing: bool = False,
     partial: str | Path | None = None,
@@ -47,8 +48,8 @@ def estimate_energies(
     """The energies of a model by the name of their kind, one of `ENERGIES`.
 
     units: what one spin stands for: a block, or each of its residual branches.
-    goal, protect: what the energies are for. Only `fitted` ones need to know: for one goal they are more accurate than
-        for all. None: any number of blocks.
+    goal, budgets, protect: what the energies are for. Only `fitted` ones need to know: for one goal they are more
+        accurate than for all, and their metadata record it. With neither goal nor budgets: any number of blocks.
 
     Raises:
         ValueError: unknown name, unusable samples or model, or a partial file of something else.
@@ -61,9 +62,9 @@ def estimate_energies(
     about = {**(metadata or {}), "energy": energy}
     if energy in GRADIENT_ENERGIES:
         options["gradient_checkpointing"] = gradient_checkpointing
-    elif energy == "fitted" and goal is not None:
-        options |= {"goal": goal, "protect": protect}
-        about["goal"] = str(goal)
+    elif energy == "fitted" and (goal is not None or budgets):
+        options |= {"goal": goal, "budgets": budgets, "protect": protect}
+        about["goal"] = goal_name(goal, budgets)
     return ENERGIES[energy](
         model,
         samples,

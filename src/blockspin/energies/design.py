@@ -8,9 +8,9 @@ import numpy as np
 
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel
-from ..problem import Block, Floats, Goal, Removal, RemovalProblem
+from ..problem import Block, Budget, Floats, Goal, Removal, RemovalProblem
 from ..solvers import solve
-from ..solvers.candidates import fill
+from ..solvers.candidates import fill, without_spare
 from .measurements import Measurements, logarithms
 
 BIASES = (0.5, 1.0, 2.0)  # how strongly random removals avoid blocks whose removal alone costs much
@@ -20,20 +20,24 @@ CHECK_SECONDS = 20.0  # for finding them
 
 
 def problems_for(
-    blocks: Sequence[Block], singles: Floats, goal: Goal | None, protect: Sequence[int]
+    blocks: Sequence[Block],
+    singles: Floats,
+    goal: Goal | None,
+    protect: Sequence[int],
+    budgets: Sequence[Budget] = (),
 ) -> list[RemovalProblem]:
-    """The goal as a problem; without a goal one for every number of blocks from an eighth to a half of them.
+    """Goal and budgets as one problem; with neither, one for every number of blocks from an eighth to a half of them.
 
     singles: (N,) what removing each block alone costs; the problem's energy is the sum of the logarithms.
 
     Raises:
-        ValueError: no removal meets the goal.
+        ValueError: no removal meets them.
     """
     form = np.diag(logarithms(singles))
     if isinstance(goal, float):
-        return [RemovalProblem(form, blocks=blocks, protect=protect, remove_parameters=goal)]
-    if goal is not None:
-        return [RemovalProblem(form, goal, blocks=blocks, protect=protect)]
+        return [RemovalProblem(form, blocks=blocks, protect=protect, remove_parameters=goal, budgets=budgets)]
+    if goal is not None or budgets:
+        return [RemovalProblem(form, goal, blocks=blocks, protect=protect, budgets=budgets)]
 
     n = len(blocks)
     most = min(max(1, n // 2), n - len(set(protect)))
@@ -44,17 +48,18 @@ def problems_for(
 def random_removals(
     problems: Sequence[RemovalProblem], singles: Floats, generator: np.random.Generator
 ) -> Iterator[Removal]:
-    """Removals that meet the goal of one of the problems, without end; blocks whose removal costs little go more often.
+    """Removals that just meet the goal of one of the problems, without end; what costs little goes more often.
 
     The chance that a block is the next to go is proportional to its single KL to the power of minus the bias: the order
-    of scores with Gumbel noise is such a drawing.
+    of scores with Gumbel noise is such a drawing. Budgets are met without a block more than they need, so that the
+    depth is that of the removals of least energy.
     """
     costs = logarithms(singles)
     while True:
         problem = problems[int(generator.integers(len(problems)))]
         bias = float(generator.choice(BIASES))
-        order = np.argsort(bias * costs - generator.gumbel(size=len(costs)))
-        yield fill(problem, order.tolist())
+        order = np.argsort(bias * costs - generator.gumbel(size=len(costs))).tolist()
+        yield without_spare(problem, fill(problem, order), order)
 
 
 def lowest_removals(

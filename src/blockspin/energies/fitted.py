@@ -22,7 +22,7 @@ from ..model import fingerprint
 from ..model.batches import BatchSize
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Block, Floats, Goal, Removal, RemovalProblem, Units, check_goal
+from ..problem import Block, Budget, Floats, Goal, Removal, RemovalProblem, Units, check_goal
 from ..progress import bar
 from .design import affordable, lowest_removals, problems_for, random_removals, unmeasured_lowest
 from .energies import Energies
@@ -116,6 +116,7 @@ def fit_removals(
     samples: Sequence[Tensor],
     *,
     goal: Goal | None = None,
+    budgets: Sequence[Budget] = (),
     protect: Iterable[int] = (),
     passes: float | None = None,
     seed: int = 0,
@@ -133,8 +134,9 @@ def fit_removals(
     At last what is lowest is measured where it has not been: far from everything measured a form can be far too low.
 
     samples: as many of them are used as have turns of `LEAST_TURN` passes at least.
-    goal, protect: the form is made for removals that meet the goal; by default for those of an eighth to a half of the
-        blocks. Protected blocks are in none of them.
+    goal, budgets, protect: the form is made for removals that meet the goal and all budgets (weights of the units) and
+        are not deeper than that takes; with neither, for those of an eighth to a half of the units. Protected units are
+        in none of them.
     passes: forward passes over one sample, but for the last few; by default `PASSES_PER_BLOCK` for each block and one
         for the whole.
     batch_size: of the single removals; the others are measured on one sample at a time.
@@ -146,15 +148,15 @@ def fit_removals(
             or infinite, or a partial file of something else.
     """
     traced, protect = trace_model(model, units), tuple(protect)
-    if goal is not None:
-        check_goal(traced.units, goal, protect)
+    if goal is not None or budgets:
+        check_goal(traced.units, goal, protect, budgets)
 
     budget = PASSES_PER_BLOCK * (traced.num_units + 1) if passes is None else passes
     used = _affordable_samples(samples, budget, traced.num_units)
 
-    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, protect, units)
+    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, budgets, protect, units)
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
-    problems = problems_for(traced.units, known.singles, goal, protect)
+    problems = problems_for(traced.units, known.singles, goal, protect, budgets)
     generator = np.random.default_rng(seed)
 
     with bar(progress) as display:

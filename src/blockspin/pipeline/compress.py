@@ -124,7 +124,14 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     path = out / "energies.safetensors"
     energies = energies_stage(
-        config, model, samples.calibration, path, origin(config), goal=config.remove, protect=config.protect
+        config,
+        model,
+        samples.calibration,
+        path,
+        origin(config),
+        goal=config.remove,
+        budgets=budgets,
+        protect=config.protect,
     )
 
     # The removals of lowest energy, among those that a configuration can express.

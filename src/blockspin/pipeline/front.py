@@ -15,7 +15,7 @@ from ..files import replacing, write_json
 from ..problem import Budget, Goal, Removal
 from ..progress import track
 from ..tables import Column, Table, ranges
-from .stages import find_states, pose_problem
+from .stages import find_states, note_goal, problem_of
 
 DEEPEST = 0.5  # the share of what the units have together that the last point takes away
 BLUE, LINE = "#0072B2", "#E3E6EA"
@@ -51,13 +51,14 @@ def pareto_front(
     Raises:
         ValueError: the other goals are out of reach, or even the first point is.
     """
+    note_goal(energies, "any budget")
     found: list[Point] = []
     most = DEEPEST * sum(swept.weight)
     for number in track(range(1, points + 1), "Front", points):
         least = max(1, round(most * number / points))
         budget = replace(swept, goal=f"{swept.goal}, point {number}", least=least)
         try:
-            problem = pose_problem(energies, remove, settings, [*budgets, budget])
+            problem = problem_of(energies, remove, settings, [*budgets, budget])
         except ValueError:
             if not found:
                 raise

@@ -24,7 +24,7 @@ from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
 from ..model.offload import check_in_memory, is_offloaded
 from ..model.tracing import trace_model
-from ..problem import Block, Budget, Goal, Removal, RemovalProblem, units_of
+from ..problem import Block, Budget, Goal, Removal, RemovalProblem, goal_name, units_of
 from ..processes import from_main, is_main
 from ..progress import console
 from ..selection.repaired import repaired_beside
@@ -108,11 +108,12 @@ def energies_stage(
     path: Path,
     metadata: dict[str, str],
     goal: Goal | None = None,
+    budgets: Sequence[Budget] = (),
     protect: Sequence[int] = (),
 ) -> Energies:
     """The energies file: read, or computed, continuing where an interrupted run stopped.
 
-    goal, protect: what the energies are for, of `estimate_energies`.
+    goal, budgets, protect: what the energies are for, of `estimate_energies`.
     """
     with _journal(path) as partial:
         if not from_main(path.is_file):
@@ -123,6 +124,7 @@ def energies_stage(
                 batch_size=settings.batch_size,
                 units=settings.units,
                 goal=goal,
+                budgets=budgets,
                 protect=protect,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 partial=partial,
@@ -153,22 +155,32 @@ def _journal(path: Path) -> Iterator[Path]:
 def pose_problem(
     energies: Energies, remove: Goal | None, settings: SolvingSettings, budgets: Sequence[Budget] = ()
 ) -> RemovalProblem:
-    """The removal problem for a goal as the settings state it, and for budgets.
+    """The removal problem for a goal as the settings state it, and for budgets; energies for another goal are named.
 
     Raises:
         ValueError: no removal meets them.
     """
-    # Forms that are fitted for one goal say so; of other kinds there is nothing to warn of.
-    made_for = energies.metadata.get("goal", str(remove))
-    if made_for != str(remove):
+    note_goal(energies, goal_name(remove, budgets))
+    return problem_of(energies, remove, settings, budgets)
+
+
+def note_goal(energies: Energies, wanted: str) -> None:
+    """Say so where energies are made for another goal than the one that is wanted, of `goal_name`."""
+    # Forms that are fitted for one goal record it; of other kinds there is nothing to say.
+    made_for = energies.metadata.get("goal", wanted)
+    if made_for != wanted:
         console.print(
-            f"These energies are fitted to removals of {made_for} and say less of others: for "
-            f"{'these targets' if remove is None else remove} compute them with --remove, or without --remove for any "
-            "number of blocks.",
+            f"These energies are fitted to removals for {made_for} and say less of others: for {wanted} compute them "
+            "with the options of that goal (blockspin energies --remove, --target-...), or with none for any number.",
             soft_wrap=True,
             highlight=False,
         )
 
+
+def problem_of(
+    energies: Energies, remove: Goal | None, settings: SolvingSettings, budgets: Sequence[Budget] = ()
+) -> RemovalProblem:
+    """As `pose_problem`, without a word."""
     share = remove if isinstance(remove, float) else None
     return RemovalProblem(
         energies.hessian,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .constraints import Budget, Floats, Ints, Removal, completion
-from .goals import Goal, check_goal
+from .goals import Goal, check_goal, goal_name
 from .problem import RemovalProblem
 from .units import Block, Sublayer, Units, block_of, units_of
 from .views import Reduced
@@ -22,5 +22,6 @@ __all__ = [
     "block_of",
     "check_goal",
     "completion",
+    "goal_name",
     "units_of",
 ]

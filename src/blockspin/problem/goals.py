@@ -33,6 +33,12 @@ def check_goal(
     constraints_of(remove, budgets, len(blocks), blocks, checked_protect(protect, len(blocks)))
 
 
+def goal_name(goal: Goal | None, budgets: Sequence[Budget] = ()) -> str:
+    """A goal and budgets in a few words, by which two are told apart: "8", "8, --target-size 5GB"; "" for neither."""
+    numbers = [] if goal is None else [str(goal)]
+    return ", ".join([*numbers, *(budget.goal for budget in budgets)])
+
+
 def checked_protect(protect: Iterable[int], num_blocks: int) -> Removal:
     """The protected blocks, sorted. Raises ValueError where one is no index of a block."""
     indices = sorted({whole(i, "protect") for i in protect})

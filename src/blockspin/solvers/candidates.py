@@ -78,6 +78,18 @@ def fill(problem: RemovalProblem, order: Iterable[int]) -> Removal:
     return tuple(sorted(removed))
 
 
+def without_spare(problem: RemovalProblem, removed: Iterable[int], order: Iterable[int]) -> Removal:
+    """An allowed removal less the blocks that its budgets do without; the last in the order of preference stay first.
+
+    With an exact number of blocks there are none.
+    """
+    left = set(removed)
+    for block in reversed([block for block in order if block in left]):
+        if problem.allows(left - {block}):
+            left.remove(block)
+    return tuple(sorted(left))
+
+
 def random_candidate(problem: RemovalProblem, seed: int = 0) -> Candidate:
     """A removal drawn at random among those that the problem allows: the baseline that every method must beat."""
     order = np.random.default_rng(seed).permutation(problem.num_blocks).tolist()
