@@ -37,7 +37,6 @@ from blockspin.model.spill import spilled_states
 from blockspin.model.streaming import BatchInSweep, Job, streamed_passes
 from blockspin.model.tracing import TracedModel, trace_model
 from blockspin.problem import RemovalProblem
-from blockspin.repairs.run import repair
 from blockspin.selection.select import run_selection
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import states_as_candidates
@@ -283,8 +282,6 @@ def test_what_needs_the_weights_is_refused(tmp_path: Path) -> None:
         remove_blocks(model, [1])
     with pytest.raises(ValueError, match=r"sliding-window merging needs all weights .*--device-map cpu"):
         sliding_window_merging(model, samples, problem)
-    with pytest.raises(ValueError, match=r"a repair needs all weights .*--device-map cpu"):
-        repair(remove_blocks(tiny_model("llama"), [1]), model, samples, removed=[1])
     with pytest.raises(ValueError, match=r"a measurement of speed needs all weights .*--device-map cpu"):
         measure_costs({"model": model}, [1])
 

@@ -16,13 +16,16 @@ from blockspin.pipeline.compress import compress
 
 def run(model: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """What a run leaves behind, without what differs between any two runs."""
-    compress(settings(model, text, repair=False, **changes), out)
+    compress(settings(model, text, choose_repaired=False, **changes), out)
     selection = json.loads((out / "candidates.json").read_text())
     rows = json.loads((out / "evaluation.json").read_text())
     selection.pop("seconds")
     for row in rows:
         row.pop("tokens_per_second")
-    weights = {path.name: path.read_bytes() for path in (out / "checkpoint").glob("*.safetensors")}
+    weights = {}
+    for folder in ("checkpoint", "repaired"):
+        for path in (out / folder).glob("*.safetensors"):
+            weights[f"{folder}/{path.name}"] = path.read_bytes()
     return {"energies": (out / "energies.safetensors").read_bytes(), "selection": selection, "rows": rows} | weights
 
 
@@ -31,15 +34,7 @@ def test_files_are_those_of_a_run_in_memory(energy: str, tiny_folder: Path, text
     in_memory = run(tiny_folder, text_file, tmp_path / "plain", energy=energy)
     streamed = run(tiny_folder, text_file, tmp_path / "streamed", energy=energy, stream=True)
     assert streamed == in_memory
-
-
-def test_repair_is_left_out_and_that_is_said(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = compress(settings(tiny_folder, text_file, stream=True), tmp_path / "out")
-    assert rows[0].name == "original"
-    assert "repaired" not in [row.name for row in rows]
-    assert "will not be repaired" in " ".join(capsys.readouterr().err.split())
+    assert "repaired/model.safetensors" in streamed
 
 
 def test_model_that_does_not_fit_is_streamed_and_that_is_said(

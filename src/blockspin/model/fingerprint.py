@@ -16,6 +16,7 @@ from .gguf import ordinary_source
 from .loading import load_config
 from .offload import offloaded_by_name, remembered
 
+OF_WEIGHTS = "fingerprint"  # what an offloaded model remembers it as
 _LENGTH = 20  # hexadecimal digits of a fingerprint
 _CHUNK = 1024  # 64-bit words of a weight that are hashed by their sum
 _SMALL_FILE = 2**26  # bytes; of other files than weights, larger ones do not count
@@ -86,7 +87,7 @@ def _of_weights(model: nn.Module) -> str:
 
     Offloaded weights are read for it, so that it is that of the same model in memory.
     """
-    return remembered(model, "fingerprint", lambda: _computed(model))
+    return remembered(model, OF_WEIGHTS, lambda: _computed(model))
 
 
 def _computed(model: nn.Module) -> str:

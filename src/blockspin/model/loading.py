@@ -32,6 +32,7 @@ from .placement import (
     Placement,
     blocks_apart,
     default_device,
+    delete_with,
     place_of_blocks,
     resaved_bytes,
     resaving_folder,
@@ -178,7 +179,8 @@ def load_model(
         placement = _placement(source, config, dtype, device_map == STREAM, trust_remote_code)
 
     model = _opened(source, config, placement, dtype, quantization, trust_remote_code)
-    placement.delete_with(model)
+    if placement.folder is not None:
+        delete_with(model, placement.folder)
     if device_map in _SPREADING and is_offloaded(model):
         console.print(
             f"{source} does not fit on the GPUs: some weights stay in the host's memory or on disk, and are read from "
@@ -257,22 +259,6 @@ def _placement(
 
     needed = resaved_bytes(model, dtype, weight_paths(local_folder(source))) if apart == "disk" else 0
     return Placement(blocks_apart(model, device, apart), resaving_folder(needed))
-
-
-def is_streamed(source: str | Path, place: str | None, *, dtype: str = "auto", trust_remote_code: bool = False) -> bool:
-    """Whether `load_model` would leave the blocks on disk, or in the host's memory beside a GPU.
-
-    place: its `device_map`.
-
-    Raises:
-        ValueError: the model cannot be opened.
-    """
-    if place is not None:
-        return place == STREAM
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    model = model_without_weights(config, trust_remote_code=trust_remote_code)
-    wanted = "float32" if dtype == "auto" and default_device() == "cpu" else dtype
-    return place_of_blocks(model, wanted, default_device(), stream=False) is not None
 
 
 def check_device(device_map: str | None) -> None:

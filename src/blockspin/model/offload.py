@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import named_module_tensors
+from safetensors import safe_open
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -98,7 +100,8 @@ def offloaded_by_name(model: nn.Module) -> dict[str, OffloadedTensor]:
 def remembered(model: nn.Module, what: Hashable, compute: Callable[[], T]) -> T:
     """What was computed of an offloaded model before, by name, else computed now; of other models always computed.
 
-    It takes a reading of all weights, which do not change where they lie. The model keeps it, so that it goes with it.
+    It takes a reading of all weights, which change only by `replace_weights`. The model keeps it, so that it goes with
+    it.
     """
     if not is_offloaded(model):
         return compute()
@@ -106,6 +109,60 @@ def remembered(model: nn.Module, what: Hashable, compute: Callable[[], T]) -> T:
     if what not in memory:
         memory[what] = compute()
     return memory[what]
+
+
+def forget(model: nn.Module, what: Hashable) -> None:
+    """Have `remembered` compute something anew, because the weights were replaced."""
+    vars(model).get(_MEMORY, {}).pop(what, None)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file. name: there."""
+
+    path: Path
+    name: str
+
+    def load(self) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            found: Tensor = file.get_tensor(self.name)
+        return found
+
+
+@dataclass(frozen=True)
+class _WithReplaced(Mapping[str, Tensor]):
+    """The weights of a hook, some of them from other files than the model's. before: what they were."""
+
+    before: Mapping[str, Tensor]
+    replaced: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.replaced[key].load() if key in self.replaced else self.before[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.before)
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+
+def replace_weights(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """From now on, load some of the offloaded tensors of a module from other files.
+
+    stored: by names in the module; those that are not offloaded are left alone.
+    """
+    for name, tensor in offloaded_by_name(module).items():
+        if name in stored:
+            if not isinstance(tensor.hook.weights_map, _WithReplaced):
+                tensor.hook.weights_map = _WithReplaced(tensor.hook.weights_map)
+            tensor.hook.weights_map.replaced[tensor.key] = stored[name]
+
+
+def restore_weights(module: nn.Module) -> None:
+    """Undo `replace_weights`."""
+    for _, hook in offloading_hooks(module):
+        if isinstance(hook.weights_map, _WithReplaced):
+            hook.weights_map = hook.weights_map.before
 
 
 def running_device(module: nn.Module) -> torch.device:

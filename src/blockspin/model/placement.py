@@ -35,11 +35,6 @@ class Placement:
     device_map: str | dict[str, str] | None
     folder: Path | None = None
 
-    def delete_with(self, model: nn.Module) -> None:
-        """Delete the folder when the model is gone, at the latest when the process ends."""
-        if self.folder is not None:
-            weakref.finalize(model, shutil.rmtree, self.folder, ignore_errors=True)
-
 
 def default_device() -> str:
     """Where a model runs that nobody has placed; of several processes, each has a GPU of its own."""
@@ -123,6 +118,11 @@ def _inside_stack(name: str) -> str:
     """What follows the name of a list of layers in the name of a tensor: "3.mlp.up_proj.weight"."""
     match = re.search(r"(?:^|\.)(\d+\..+)$", name)
     return match.group(1) if match else name
+
+
+def delete_with(model: nn.Module, folder: Path) -> None:
+    """Delete a folder when a model is gone, at the latest when the process ends."""
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
 
 
 def resaving_folder(needed: int) -> Path:

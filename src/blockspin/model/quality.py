@@ -29,9 +29,10 @@ from .batches import (
     standard_error,
 )
 from .head import SplitModel, split_model
-from .passes import in_order_of_walk, over_removals
+from .offload import is_offloaded
+from .passes import in_order_of_walk, over_removals, removal_passes
 from .streaming import Job, swept
-from .tracing import TracedModel
+from .tracing import TracedModel, trace_model
 
 Floats = NDArray[np.float64]
 
@@ -301,6 +302,8 @@ def values_of(
     Raises:
         ValueError: unusable samples, or a value that is NaN or infinite.
     """
+    if is_offloaded(model) or is_offloaded(original):
+        return _values_in_sweeps(trace_model(model), trace_model(original), samples, measure, batch_size)
     ours, theirs = split_model(model), split_model(original)
 
     def run(batch: Batch) -> list[list[float]]:
@@ -313,6 +316,21 @@ def values_of(
     with frozen(model), frozen(original), ours.resident_head(), theirs.resident_head(), torch.no_grad():
         for batch, found in Room().shared_results(make_batches(samples, batch_size), run):
             values |= zip(batch.indices, found, strict=True)
+    return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
+
+
+def _values_in_sweeps(
+    ours: TracedModel, theirs: TracedModel, samples: Sequence[Tensor], measure: Measure, batch_size: BatchSize
+) -> Floats:
+    """As `values_of`, where weights are offloaded: those of each model are read once for all samples."""
+    values: dict[int, list[float]] = {}
+    with torch.no_grad():  # around both generators, which end in any order
+        own = removal_passes(ours, [()], samples, batch_size=batch_size)
+        whole = removal_passes(theirs, [()], samples, batch_size=batch_size)
+        for (batch, of_ours), (_, of_theirs) in zip(own, whole, strict=True):
+            hidden, reference = (batch.used(next(outputs)[1]) for outputs in (of_ours, of_theirs))  # (tokens, width)
+            found = compared(ours.halves, [hidden], theirs.halves, reference, batch, measure)[0]
+            values |= zip(batch.indices, found.tolist(), strict=True)
     return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
 
 

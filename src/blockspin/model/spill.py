@@ -70,7 +70,7 @@ class SpilledStates:
         self.in_file = max(self.in_file, offset + tensor.nbytes)
 
         self._file.seek(offset)
-        rest = memoryview(_octets(tensor.cpu().contiguous()))
+        rest = memoryview(octets(tensor.cpu().contiguous()))
         while rest:
             rest = rest[self._file.write(rest) :]
         return InFile(offset, tensor.shape, tensor.dtype, tensor.device)
@@ -78,7 +78,7 @@ class SpilledStates:
     def _read(self, kept: InFile) -> Tensor:
         tensor = torch.empty(kept.shape, dtype=kept.dtype)
         self._file.seek(kept.offset)
-        rest = memoryview(_octets(tensor))
+        rest = memoryview(octets(tensor))
         while rest:
             rest = rest[self._file.readinto(rest) :]  # type: ignore[attr-defined]
         return tensor.to(kept.device)
@@ -112,7 +112,7 @@ def check_spill_room(needed: int) -> None:
         )
 
 
-def _octets(tensor: Tensor) -> memoryview:
+def octets(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
     octets: memoryview = tensor.flatten().view(torch.uint8).numpy().data
     return octets

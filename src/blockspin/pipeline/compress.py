@@ -22,7 +22,7 @@ from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
-from ..model.loading import is_streamed, load_config, load_model, load_tokenizer
+from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
 from ..problem import RemovalProblem, check_goal
@@ -84,12 +84,11 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     out = Path(out)
     with locked(out):
         from_main(lambda: open_run(config, out))
-        repairs = from_main(lambda: _repairs(config))
         rows = from_main(lambda: read_rows(out)) or shorten(config, out)
 
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         names = [row.name for row in rows]
-        if repairs and "repaired" not in names:
+        if config.repair and "repaired" not in names:
             rows.append(repair_stage(config, out, chosen.removed))
             from_main(lambda: write_rows(rows, out))
         if config.distill is not None and "distilled" not in names:
@@ -209,20 +208,6 @@ def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:
     name = public_name(source)
     size = f"{len(samples)} samples ({sum(map(len, samples)):,} tokens)"
     return f"Measured on {size} of {name} that nothing was chosen on; ± one standard error."
-
-
-def _repairs(config: CompressConfig) -> bool:
-    """Whether the smaller model is to be repaired; where there is no room for that, it is said."""
-    remote = config.trust_remote_code
-    if not config.repair or not is_streamed(config.model, config.place, dtype=config.dtype, trust_remote_code=remote):
-        return config.repair
-    console.print(
-        "The smaller model will not be repaired: that takes both models in memory. `blockspin repair` does it on a "
-        "larger machine.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return False
 
 
 def read_rows(out: Path) -> list[Evaluation]:

@@ -166,7 +166,6 @@ def plan_with(
     """As `plan_run`, with the model and the samples at hand."""
     reading, often = 0.0, dict[str, float]()
     if traced.is_offloaded:
-        config = replace(config, repair=False)  # for which there is no room
         speed, reading = timed_block(traced, samples.calibration, config.batch_size)
         often = count_sweeps(config, traced, samples)
     else:
@@ -328,7 +327,7 @@ def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> in
     if traced.is_offloaded:
         inside = {id(p) for p in traced.layers.parameters()}
         weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
-        weights += memory_of_sweeps(traced, samples)
+        weights += memory_of_sweeps(config, traced, samples)
     else:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
     batch = make_batches([*samples.calibration, *samples.selection, *samples.evaluation], config.batch_size)[0]

@@ -18,9 +18,12 @@ from ..model.batches import BatchSize, frozen, make_batches
 from ..model.offload import load_weights, offloaded_tensors, resident
 from ..model.streaming import STATES_SHARE
 from ..model.tracing import TracedModel, block_calls
+from ..repairs.least_squares import bytes_of_sums
+from ..repairs.shelf import COPIES
 from .stages import Samples
 
 SWEEPS_PER_PASS = 1.5  # of a selection, measured on small models: a round of a race is a sweep, however few are in it
+REPAIR_SWEEPS = 16.0  # eight of the original, and of the shortened model eight, one for the proof, one for its row
 FLOAT = 4  # bytes
 
 
@@ -73,27 +76,48 @@ def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) 
     else:
         batches = len(make_batches(samples.calibration, config.batch_size))
         energies = batches * (traced.depth + 1 if config.energy == "gauss-newton" else 1)
-    return {
+    sweeps = {
         "energies": energies,
         "cheap baselines": 1.0,
         "selection": SWEEPS_PER_PASS * config.budget,
         "evaluation": 1.0,
     }
+    return sweeps | {"repair": REPAIR_SWEEPS} if config.repair else sweeps
 
 
-def memory_of_sweeps(traced: TracedModel, samples: Samples) -> int:
-    """Bytes of two blocks, one that runs and one that is read, and of the hidden states that share a sweep."""
+def memory_of_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
+    """Bytes of two blocks, one that runs and one that is read, and of the hidden states that share a sweep; a repair
+    has the sums of the widest linear map besides, and hidden states of its own."""
     largest = 0
     for layer in traced.layers:
         own = sum(
             getattr(t.owner, t.name).numel() * getattr(t.owner, t.name).itemsize for t in offloaded_tensors(layer)
         )
         largest = max(largest, own)
-    states = (traced.depth + 2) * _state_bytes(traced, samples.calibration)
-    return int(2 * largest + min(states, STATES_SHARE * available_memory()))
+    room = STATES_SHARE * available_memory()
+    needed = min((traced.depth + 2) * _state_bytes(traced, samples.calibration), room)
+    if config.repair:
+        states = COPIES * _state_bytes(traced, [*samples.calibration, *samples.selection])
+        needed = max(needed, min(states, room) + _bytes_of_sums(traced))
+    return int(2 * largest + needed)
+
+
+def _bytes_of_sums(traced: TracedModel) -> int:
+    """What the sums of the widest linear map into the residual stream take, and their solution."""
+    width = _width(traced)
+    widest = 0
+    for parameter in traced.layers.parameters():
+        if parameter.ndim == 2 and width in parameter.shape:
+            widest = max(widest, *parameter.shape)
+    return bytes_of_sums(widest, width)
 
 
 def _state_bytes(traced: TracedModel, samples: Sequence[Tensor]) -> int:
     """Bytes of the hidden states of samples at one block."""
+    return FLOAT * _width(traced) * sum(map(len, samples))
+
+
+def _width(traced: TracedModel) -> int:
+    """Of the hidden states."""
     width: int = traced.model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
-    return FLOAT * width * sum(map(len, samples))
+    return width

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..model.offload import resident
 from .shelf import Held
 from .walk import Walk
 
@@ -54,7 +55,8 @@ def aims_at(theirs: Walk, block: int, end: int, branches: tuple[int, ...] = (), 
     # The successor may have lost its first branches too.
     goals = list(theirs.streams)
     if first > 0:
-        goals = [theirs.shelf.keep(theirs.look(number).additions[first - 1]) for number in range(len(goals))]
+        with resident(theirs.layer):
+            goals = [theirs.shelf.keep(theirs.look(number).additions[first - 1]) for number in range(len(goals))]
 
     aims = []
     for enters, middle, last, wanted in zip(entering, between, after, goals, strict=True):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,12 +18,16 @@ from ..lock import locked
 from ..model.batches import BatchSize, frozen, input_device
 from ..model.blocks import find_stack
 from ..model.loading import load_model, local_folder
+from ..model.offload import StoredTensor, check_in_memory
+from ..model.spill import octets
+from ..model.weights import WeightFile, read_headers, tensor_shapes
 from ..progress import console
 from ..surgery.card import add_repair
 from ..surgery.shards import layer_prefix
+from .finished import FinishedBlocks
 from .own_text import own_text
 from .report import RepairReport
-from .run import repair
+from .run import run_repair
 
 _PROVENANCE = "blockspin.json"
 _CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
@@ -50,7 +53,8 @@ def repair_checkpoint(
 
     Shard by shard the changed tensors are replaced, in the dtype in which they are stored; all else is copied, and
     `blockspin.json` tells about the repair. Before the target appears, it is loaded and run. While the repair lasts,
-    finished blocks are in `<target>-repair`, from which the same call continues after an interruption.
+    finished blocks are in `<target>-repair`, from which the same call continues after an interruption. Blocks may stay
+    on disk (`device_map="stream"`, see `load_model`): the repair reads them one by one.
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
     samples: 1-D int64 tensors of token ids. own_text_share: how much of the text is written by the original itself, on
@@ -69,33 +73,45 @@ def repair_checkpoint(
         return load_model(folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
 
     with locked(target):
-        shortened = load(source)
-        old, whole = dict(shortened.named_parameters()), load(original)
+        shortened, whole = load(source), load(original)
         written = _written(whole, samples, own_text_share, seed)
-        report = repair(
+        report, finished = run_repair(
             shortened,
             whole,
             [*samples, *written],
+            target.with_name(f"{target.name}-repair"),
             removed=removed,
             batch_size=batch_size,
             seed=seed,
-            partial=target.with_name(f"{target.name}-repair"),
             progress=progress,
         )
-        changed = {name: p.detach() for name, p in shortened.named_parameters() if p is not old[name]}
-
         with replacing(target) as temporary:
-            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors"))
-            _write_weights(source, temporary, shortened, changed)
+            shutil.copytree(source, temporary, copy_function=shutil.copyfile)
+            if not report.undone:
+                _write_weights(temporary, shortened, _new_weights(shortened, report, finished))
             _record(temporary, report, original, own_tokens=sum(map(len, written)))
             _prove(load(temporary), shortened, _stored_bytes(temporary))
+        finished.remove()
     return report
+
+
+def _new_weights(model: PreTrainedModel, report: RepairReport, finished: FinishedBlocks) -> dict[str, StoredTensor]:
+    """The new tensors of a repaired model, by their names in it."""
+    stack = find_stack(model)
+    depth = len(stack.layers) + len(report.removed)
+    kept = [block for block in range(depth) if block not in report.removed]
+    found = {}
+    for position, block in enumerate(kept):
+        for name, tensor in finished.stored(block).items():
+            found[f"{stack.name}.{position}.{name}"] = tensor
+    return found
 
 
 def _written(original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
     """Text of the original itself, which becomes this share of all."""
     if share == 0:
         return []
+    check_in_memory(original, "text that the original writes itself (--own-text)")
     tokens = math.ceil(share / (1 - share) * sum(map(len, samples)))
     with console.status(f"Writing {tokens:,} tokens of text"):
         return own_text(original, tokens, max(map(len, samples)), seed)
@@ -122,34 +138,28 @@ def removed_blocks(folder: Path) -> list[int]:
     return list(about["removed"])
 
 
-def _write_weights(source: Path, target: Path, model: PreTrainedModel, changed: Mapping[str, Tensor]) -> None:
-    """Copy the weight files of `source`, with the changed tensors of `model` in them."""
-    files = sorted(source.glob("*.safetensors"))
+def _write_weights(folder: Path, model: PreTrainedModel, changed: Mapping[str, StoredTensor]) -> None:
+    """Write new tensors of `model` over the old ones in the weight files of a folder, one at a time."""
+    files = read_headers(sorted(folder.glob("*.safetensors")))
     new = _stored_names(files, model, changed)
-    missing = set(new)
     for file in files:
-        with safe_open(file, framework="pt") as shard:
-            tensors: dict[str, Tensor] = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-            metadata = shard.metadata()
-        for name in tensors.keys() & new.keys():
-            assert tensors[name].shape == new[name].shape, name
-            tensors[name] = new[name].to("cpu", tensors[name].dtype).contiguous()
-        missing -= tensors.keys()
-        save_file(tensors, target / file.name, metadata=metadata)
-    if missing:
-        raise ValueError(f"{source} keeps {sorted(missing)[0]} under another name; load the model and use `bs.repair`")
+        with file.path.open("r+b") as shard:
+            for name in file.tensors.keys() & new.keys():
+                old, tensor = StoredTensor(file.path, name).load(), new.pop(name).load()
+                assert tensor.shape == old.shape, name
+                shard.seek(file.start + file.tensors[name]["data_offsets"][0])
+                shard.write(octets(tensor.to(old.dtype).contiguous()))
+    if new:
+        raise ValueError(f"the checkpoint keeps {min(new)} under another name; load the model and use `bs.repair`")
 
 
-def _stored_names(files: Sequence[Path], model: PreTrainedModel, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored_names(
+    files: Sequence[WeightFile], model: PreTrainedModel, changed: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
     """The changed tensors by their names in the checkpoint, which may call the stack of layers in another way."""
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                shapes[name] = shard.get_slice(name).get_shape()
     stack = find_stack(model)
     inside = {name: tuple(tensor.shape) for name, tensor in stack.layers.named_parameters()}
-    prefix = layer_prefix(shapes, stack.name, len(stack.layers), inside)
+    prefix = layer_prefix(tensor_shapes(files), stack.name, len(stack.layers), inside)
     return {prefix + name.removeprefix(stack.name): tensor for name, tensor in changed.items()}
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ..files import replacing
 from ..journal import Journal
+from ..model.offload import StoredTensor
 from .report import Step
 
 
@@ -33,24 +35,35 @@ class FinishedBlocks:
         """Give `layer` the weights of a finished block, and return its steps; None: it is not finished."""
         if block not in self._steps:
             return None
-        for name, tensor in load_file(self._weights(block)).items():
+        for name, stored in self.stored(block).items():
             parameter = layer.get_parameter(name)
             owner, _, leaf = name.rpartition(".")
-            new = nn.Parameter(tensor.to(parameter.device), parameter.requires_grad)
+            new = nn.Parameter(stored.load().to(parameter.device), parameter.requires_grad)
             setattr(layer.get_submodule(owner), leaf, new)
         return self._steps[block]
 
     def add(self, block: int, layer: nn.Module, steps: Sequence[Step]) -> None:
-        """Keep a block; when this returns, it is on disk."""
+        """Keep the new weights of a block; when this returns, they are on disk."""
         if self.folder is None:
             return
         weights = {}
         for step in steps:
-            for name, parameter in layer.get_submodule(step.projection).named_parameters():
+            module = layer.get_submodule(step.projection)
+            for name, parameter in module.named_parameters() if step.kept else []:
                 weights[f"{step.projection}.{name}"] = parameter.detach().contiguous()
         with replacing(self._weights(block)) as temporary:
             save_file(weights, temporary)
         self._journal.append({"block": block, "steps": [asdict(step) for step in steps]})
+        self._steps[block] = list(steps)
+
+    def stored(self, block: int) -> dict[str, StoredTensor]:
+        """The new weights of a finished block, by their names in it; none where the block was not changed."""
+        if block not in self._steps:
+            return {}
+        path = self._weights(block)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        return {name: StoredTensor(path, name) for name in names}
 
     def remove(self) -> None:
         """Delete what is on disk."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.tracing import TracedModel
 from .aims import Aim
 from .least_squares import Fit, NormalEquations, solve
-from .projections import Projection, change, find_projections, matrix, num_inputs, with_constant
-from .readings import Reading, find_readings
+from .projections import Projection, change, look_at_blocks, matrix, num_inputs, projections_of, with_constant
+from .readings import Reading, readings_of
 from .report import Step
 from .walk import Walk
 
@@ -87,11 +88,16 @@ def find_maps(traced: TracedModel) -> list[Maps]:
     Raises:
         ValueError: the weights of one are quantised.
     """
-    found = []
-    for projections, readings in zip(find_projections(traced), find_readings(traced), strict=True):
+    found = [Maps((), ()) for _ in traced.layers]
+
+    def look(block: int, run: Callable[[], Any], stream: Tensor) -> None:
+        projections = projections_of(traced, block, run, stream)
         outward = {projection.name for projection in projections}
+        readings = readings_of(traced, block, run, stream)
         inward = [reading for reading in readings if not outward.intersection(reading.names)]
-        found.append(Maps(projections, inward))
+        found[block] = Maps(projections, inward)
+
+    look_at_blocks(traced, look)
     return found
 
 

@@ -68,9 +68,13 @@ class NormalEquations:
 
 def place_of_sums(inputs: int, outputs: int, device: torch.device) -> torch.device:
     """Where the sums of a map are kept and solved: on the device that it runs on, or on the host if they do not fit."""
-    needed = _COPIES * torch.float64.itemsize * inputs * (inputs + outputs)  # bytes
-    fits = device.type == "cpu" or needed < free_memory(device)
+    fits = device.type == "cpu" or bytes_of_sums(inputs, outputs) < free_memory(device)
     return device if fits else torch.device("cpu")
+
+
+def bytes_of_sums(inputs: int, outputs: int) -> int:
+    """What the sums of a map and their solution take."""
+    return _COPIES * torch.float64.itemsize * inputs * (inputs + outputs)
 
 
 @dataclass(frozen=True)

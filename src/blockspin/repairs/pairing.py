@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ..model.blocks import check_removal, find_stack
+from ..model.offload import offloaded_by_name
 from ..model.tracing import trace_model
 
 
@@ -23,16 +25,14 @@ def kept_blocks(shortened: nn.Module, original: nn.Module, removed: Sequence[int
         ValueError: the models do not belong together, no block is gone, or weights were changed already or are not
             finite.
     """
-    ours, theirs = find_stack(shortened).layers, find_stack(original).layers
-    if len(ours) > len(theirs) or ours.state_dict().keys() == theirs.state_dict().keys():
+    ours, theirs = _Weights(shortened, "shortened model"), _Weights(original, "original")
+    if len(ours.layers) > len(theirs.layers) or ours.layers.state_dict().keys() == theirs.layers.state_dict().keys():
         raise ValueError(
-            f"the shortened model has {len(ours)} blocks and the original {len(theirs)}: no block is gone; name the "
-            "shortened model first and the original second"
+            f"the shortened model has {len(ours.layers)} blocks and the original {len(theirs.layers)}: no block is "
+            "gone; name the shortened model first and the original second"
         )
-    for model, which in ((shortened, "shortened model"), (original, "original")):
-        for name, parameter in model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ValueError(f"the weights {name} of the {which} are not finite; check the checkpoint")
+    ours.check_finite()
+    theirs.check_finite()
     if not _equal(_embedding(shortened), _embedding(original)):
         raise ValueError(
             "the two models have different token embeddings: the one was not made of the other (--original)"
@@ -41,17 +41,57 @@ def kept_blocks(shortened: nn.Module, original: nn.Module, removed: Sequence[int
     if removed is None:
         kept = _matched(ours, theirs)
     else:
-        removed = check_removal(removed, len(theirs))
-        kept = [i for i in range(len(theirs)) if i not in removed]
-        if len(kept) != len(ours):
+        removed = check_removal(removed, len(theirs.layers))
+        kept = [i for i in range(len(theirs.layers)) if i not in removed]
+        if len(kept) != len(ours.layers):
             raise ValueError(
                 f"without the blocks {list(removed)} the original has {len(kept)} blocks, but the shortened model "
-                f"{len(ours)}; check what was removed"
+                f"{len(ours.layers)}; check what was removed"
             )
-    for position, block in enumerate(kept):
-        if not _same_weights(ours[position], theirs[block]):
-            raise ValueError(_differs(position, f"block {block}"))
+        for position, block in enumerate(kept):
+            if not _same_weights(ours.of_block(position), theirs.of_block(block)):
+                raise ValueError(_differs(position, f"block {block}"))
     return kept
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a model, of which offloaded ones are read block by block. which: the model, for messages."""
+
+    model: nn.Module
+    which: str
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        return find_stack(self.model).layers
+
+    def check_finite(self) -> None:
+        """Refuse weights that are not finite; offloaded ones of blocks are refused when they are read.
+
+        Raises:
+            ValueError: names them.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type != "meta":
+                self._check(name, parameter)
+
+    def of_block(self, block: int) -> dict[str, Tensor]:
+        """All tensors of a block, by their names in it.
+
+        Raises:
+            ValueError: an offloaded one is not finite.
+        """
+        layer: nn.Module = self.layers[block]
+        found: dict[str, Tensor] = dict(layer.state_dict())
+        for name, tensor in offloaded_by_name(layer).items():
+            found[name] = tensor.load()
+            self._check(f"{find_stack(self.model).name}.{block}.{name}", found[name])
+        return found
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"the weights {name} of the {self.which} are not finite; check the checkpoint")
 
 
 @dataclass(frozen=True)
@@ -93,15 +133,17 @@ def kept_branches(shortened: nn.Module, original: nn.Module, kept: Sequence[int]
     return found
 
 
-def _matched(ours: nn.ModuleList, theirs: nn.ModuleList) -> list[int]:
+def _matched(ours: _Weights, theirs: _Weights) -> list[int]:
     """The first blocks of the original, in order, that equal those of the shortened model."""
     kept: list[int] = []
-    for position, layer in enumerate(ours):
+    for position in range(len(ours.layers)):
+        weights = ours.of_block(position)
         start = kept[-1] + 1 if kept else 0
-        equal = [i for i in range(start, len(theirs)) if _same_weights(layer, theirs[i])]
-        if not equal:
+        equal = (i for i in range(start, len(theirs.layers)) if _same_weights(weights, theirs.of_block(i)))
+        first = next(equal, None)
+        if first is None:
             raise ValueError(_differs(position, "any block"))
-        kept.append(equal[0])
+        kept.append(first)
     return kept
 
 
@@ -114,14 +156,14 @@ def _differs(position: int, block: str) -> str:
 
 
 def _embedding(model: nn.Module) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    loaded = offloaded_by_name(embedding)
+    return loaded["weight"].load() if "weight" in loaded else embedding.get_parameter("weight")
 
 
-def _same_weights(a: nn.Module, b: nn.Module) -> bool:
+def _same_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     """Whether all tensors of one block are equal to those that the other has by the same names."""
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() <= second.keys() and all(_equal(tensor, second[name]) for name, tensor in first.items())
+    return ours.keys() <= theirs.keys() and all(_equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

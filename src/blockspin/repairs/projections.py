@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.batches import frozen, input_device
+from ..model.blocks import find_stack
 from ..model.branches import followed, noise_like
+from ..model.offload import resident
 from ..model.residual import patched_forward, stream_of
 from ..model.tracing import TracedModel
 
@@ -59,22 +61,34 @@ def find_projections(traced: TracedModel) -> list[list[Projection]]:
     Raises:
         ValueError: the weights of an out-projection are quantised.
     """
-    shared = shared_weights(traced.model)
     found: list[list[Projection]] = [[] for _ in traced.layers]
 
-    def searching(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    def look(block: int, run: Callable[[], Any], stream: Tensor) -> None:
+        found[block] = projections_of(traced, block, run, stream)
+
+    look_at_blocks(traced, look)
+    return found
+
+
+def look_at_blocks(traced: TracedModel, look: Callable[[int, Callable[[], Any], Tensor], None]) -> None:
+    """Run a few tokens through a model, and let `look` see each block, whose weights are read once for it.
+
+    look: is given the block, a function that runs it, and the stream that enters it, (batch, length, width).
+    """
+
+    def looking(block: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            found[i] = _projections(traced, i, lambda: run(*args, **kwargs), stream_of(args, kwargs), shared)
-            return run(*args, **kwargs)
+            with resident(traced.layers[block]):
+                look(block, lambda: run(*args, **kwargs), stream_of(args, kwargs))
+                return run(*args, **kwargs)
 
         return forward
 
     with frozen(traced.model), torch.no_grad(), ExitStack() as patches:
         for i, layer in enumerate(traced.layers):
-            patches.enter_context(patched_forward(layer, searching(i, layer.forward)))
+            patches.enter_context(patched_forward(layer, looking(i, layer.forward)))
         token_ids = torch.tensor(WATCHED_IDS, device=input_device(traced.model))
         traced.model(input_ids=token_ids, use_cache=False)
-    return found
 
 
 @contextmanager
@@ -147,11 +161,9 @@ def _followed(traced: TracedModel, block: int, run: Callable[[], Any], stream: T
     return output, additions if traced.traces[block].branches else additions[-1:]
 
 
-def _projections(
-    traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor, shared: set[int]
-) -> list[Projection]:
+def projections_of(traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor) -> list[Projection]:
     """The out-projections of one block. run: runs it on a few tokens, which enter as `stream`."""
-    layer = traced.layers[block]
+    layer, shared = traced.layers[block], shared_weights(traced, block)
     outputs: dict[str, Tensor] = {}  # of each linear map that runs, in this order
 
     def keeping(name: str) -> Callable[..., None]:
@@ -178,7 +190,7 @@ def _projections(
         finally:
             handle.remove()
         projection = _explained(name, unchanged, changed, noise)
-        if projection is not None and id(module.weight) not in shared:
+        if projection is not None and f"{name}.weight" not in shared:
             check_weights(module, name, block)
             found.append(projection)
     return found
@@ -198,10 +210,17 @@ def _explained(name: str, unchanged: list[Tensor], changed: list[Tensor], noise:
     return None
 
 
-def shared_weights(model: nn.Module) -> set[int]:
-    """The identities of parameters that several places of a model share."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, number in uses.items() if number > 1}
+def shared_weights(traced: TracedModel, block: int) -> set[str]:
+    """The parameters of a block that another place of the model has too, by their names in the block."""
+    uses = Counter(id(p) for _, p in traced.model.named_parameters(remove_duplicate=False))
+    own = traced.layers[block].named_parameters(remove_duplicate=False)
+    shared = {name for name, p in own if uses[id(p)] > 1}
+
+    # Of offloaded ones, each place has an empty tensor of its own.
+    stack = find_stack(traced.model).name
+    for pair in getattr(traced.model, "all_tied_weights_keys", {}).items():
+        shared.update(name.removeprefix(f"{stack}.{block}.") for name in pair)
+    return shared
 
 
 def check_weights(module: nn.Module, name: str, block: int) -> None:

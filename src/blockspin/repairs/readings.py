@@ -7,14 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model.batches import frozen, input_device
-from ..model.residual import ResidualBranches, patched_forward, stream_of
+from ..model.residual import ResidualBranches
 from ..model.tracing import TracedModel
-from .projections import WATCHED_IDS, check_weights, shared_weights
+from .projections import check_weights, look_at_blocks, shared_weights
 
 
 @dataclass(frozen=True)
@@ -58,28 +56,24 @@ def find_readings(traced: TracedModel) -> list[list[Reading]]:
     Raises:
         ValueError: the weights of such a map are quantised.
     """
-    shared = shared_weights(traced.model)
     found: list[list[Reading]] = [[] for _ in traced.layers]
 
-    def searching(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output, seen = _watched(traced.layers[i], lambda: run(*args, **kwargs), stream_of(args, kwargs))
-            told_apart = traced.traces[i].branches > 0
-            found[i] = _grouped(traced.layers[i], i, seen, shared, told_apart)
-            return output
+    def look(block: int, run: Callable[[], Any], stream: Tensor) -> None:
+        found[block] = readings_of(traced, block, run, stream)
 
-        return forward
-
-    with frozen(traced.model), torch.no_grad(), ExitStack() as patches:
-        for i, layer in enumerate(traced.layers):
-            patches.enter_context(patched_forward(layer, searching(i, layer.forward)))
-        token_ids = torch.tensor(WATCHED_IDS, device=input_device(traced.model))
-        traced.model(input_ids=token_ids, use_cache=False)
+    look_at_blocks(traced, look)
     return found
 
 
-def _watched(layer: nn.Module, run: Callable[[], Any], stream: Tensor) -> tuple[Any, _Seen]:
-    """What a block returns, and what it did with its stream."""
+def readings_of(traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor) -> list[Reading]:
+    """The in-projections of one block. run: runs it on a few tokens, which enter as `stream`."""
+    seen = _watched(traced.layers[block], run, stream)
+    told_apart = traced.traces[block].branches > 0
+    return _grouped(traced.layers[block], block, seen, shared_weights(traced, block), told_apart)
+
+
+def _watched(layer: nn.Module, run: Callable[[], Any], stream: Tensor) -> _Seen:
+    """What a block does with its stream."""
     seen = _Seen({}, {})
     branches = ResidualBranches(stream, lambda branch: branch)
 
@@ -107,16 +101,19 @@ def _watched(layer: nn.Module, run: Callable[[], Any], stream: Tensor) -> tuple[
             elif name:
                 hooks.callback(module.register_forward_hook(leaving(name), with_kwargs=True).remove)
         with branches:
-            output = run()
-    return output, seen
+            run()
+    return seen
 
 
-def _grouped(layer: nn.Module, block: int, seen: _Seen, shared: set[int], told_apart: bool) -> list[Reading]:
-    """The in-projections of one block by what they read. told_apart: whether its additions are known."""
+def _grouped(layer: nn.Module, block: int, seen: _Seen, shared: set[str], told_apart: bool) -> list[Reading]:
+    """The in-projections of one block by what they read.
+
+    shared: weights that another place has too. told_apart: whether the additions of the block are known.
+    """
     together: dict[tuple[str, int], list[str]] = {}
     for name, (norm, additions) in seen.read.items():
         module: Any = layer.get_submodule(name)
-        if id(module.weight) in shared or (additions and not told_apart):
+        if f"{name}.weight" in shared or (additions and not told_apart):
             continue
         check_weights(module, name, block)
         together.setdefault((norm, additions), []).append(name)

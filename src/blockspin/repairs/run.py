@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..model import fingerprint
 from ..model.batches import BatchSize
-from ..model.offload import check_in_memory
+from ..model.offload import check_in_memory, forget, is_offloaded, replace_weights, resident, restore_weights
+from ..model.placement import delete_with, resaving_folder
 from ..model.quality import quality_of
 from ..model.tracing import trace_model
 from ..progress import track
@@ -22,6 +23,8 @@ from .projections import num_inputs
 from .report import RepairReport, Step
 from .shelf import open_shelf
 from .walk import Walk
+
+_TANGLED = "a repair of a model whose blocks take more from each other than hidden states"
 
 
 def repair(
@@ -55,16 +58,62 @@ def repair(
     that read the stream; None leaves them alone.
     seed: draws the samples that are held out.
     partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
+    Weights of either model may be offloaded: one block of each is in memory. New ones of an offloaded `shortened` stay in
+    `partial`, or in the folder for temporary files, until the model is gone.
 
     Raises:
-        ValueError: the models do not belong together, weights are quantised or offloaded, there is too little text, or
-            a hidden state is not finite.
+        ValueError: the models do not belong together, weights are quantised, or offloaded where blocks take more from
+            each other than hidden states, there is too little text, or a hidden state is not finite.
     """
-    check_in_memory(shortened, "a repair")
-    check_in_memory(original, "a repair")
+    if partial is None and is_offloaded(shortened):
+        partial = resaving_folder(0)
+        delete_with(shortened, partial)
+
+    report, finished = run_repair(
+        shortened,
+        original,
+        samples,
+        partial,
+        removed=removed,
+        ridge=ridge,
+        reading_ridge=reading_ridge,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+
+    if finished.folder is not None and is_offloaded(shortened):
+        delete_with(shortened, finished.folder)
+    else:
+        finished.remove()
+    return report
+
+
+def run_repair(
+    shortened: nn.Module,
+    original: nn.Module,
+    samples: Sequence[Tensor],
+    partial: str | Path | None,
+    *,
+    removed: Sequence[int] | None,
+    batch_size: BatchSize,
+    seed: int,
+    progress: bool,
+    ridge: float = RIDGE,
+    reading_ridge: float | None = READING_RIDGE,
+) -> tuple[RepairReport, FinishedBlocks]:
+    """As `repair`. What `partial` holds stays there, and is returned besides.
+
+    Raises:
+        ValueError: as `repair`.
+    """
+    ours, theirs = trace_model(shortened), trace_model(original)
+    for traced in (ours, theirs):
+        if traced.is_offloaded and not traced.shares_passes:
+            check_in_memory(traced.model, _TANGLED)
+
     kept = kept_blocks(shortened, original, removed)
     text = Text(samples, batch_size, seed)
-    ours, theirs = trace_model(shortened), trace_model(original)
     maps = find_maps(ours)
     text.check_enough(_widest(ours.layers, maps))
     settings = (kept, ridge, reading_ridge, batch_size, seed)
@@ -77,12 +126,15 @@ def repair(
         fitting = Fitting(Walk(ours, text.batches, shelf), maps, text, ridge, reading_ridge)
         through_original = Walk(theirs, text.batches, shelf)
         steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
+    forget(shortened, fingerprint.OF_WEIGHTS)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
 
     undone = not kl_after < kl_before
-    _put_back(old if undone else [])
-    finished.remove()
-    return _report(fitting, through_original, kept, steps, kl_before, kl_before if undone else kl_after, undone)
+    if undone:
+        _put_back(old)
+        restore_weights(ours.layers)
+    report = _report(fitting, through_original, kept, steps, kl_before, kl_before if undone else kl_after, undone)
+    return report, finished
 
 
 def least_tokens(model: nn.Module) -> int:
@@ -125,12 +177,15 @@ def _repair_blocks(
             ours.follow(theirs)
             continue
 
-        done = finished.restore(block.index, ours.layer)
-        if done is None:
-            done = fitting.refit(block.index, aims)
-            finished.add(block.index, ours.layer, done)
-        steps += done
-        ours.step()
+        layer = ours.layer
+        with resident(layer):
+            done = finished.restore(block.index, layer)
+            if done is None:
+                done = fitting.refit(block.index, aims)
+                finished.add(block.index, layer, done)
+            steps += done
+            ours.step()
+        replace_weights(layer, finished.stored(block.index))
     return steps
 
 

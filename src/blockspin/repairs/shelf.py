@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import available_memory, free_memory
-from ..model.batches import Batch
+from ..model.batches import Batch, input_device
 from ..model.spill import SpilledStates, check_spill_room, spilled_states
 
 COPIES = 8  # of all hidden states at most: those of both models at a block, the aims, and what is being made of them
@@ -59,7 +59,7 @@ def open_shelf(model: nn.Module, batches: Sequence[Batch], memory_limit: int | N
         ValueError: the disk has no room for the file.
     """
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    device = embedding.device
+    device = input_device(model)
     tokens = sum(batch.token_ids.numel() for batch in batches)
     needed = COPIES * tokens * embedding.shape[1] * embedding.element_size()  # bytes
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..model.batches import Batch, frozen
+from ..model.offload import resident
 from ..model.residual import kept_streams
 from ..model.tracing import TracedModel, resumed, skipped
 from .projections import Observation, observed
@@ -22,13 +23,15 @@ class Walk:
     ran: how many blocks have run on a batch so far.
 
     Where a block takes more from the blocks before it than their hidden states, a pass starts at the first block again.
+    Offloaded weights of a block are read once to go through it; for a look or two, make it `resident` first.
     """
 
     def __init__(self, traced: TracedModel, batches: Sequence[Batch], shelf: Shelf) -> None:
         self.traced, self.batches, self.shelf = traced, batches, shelf
         self.block = 0
         self.ran = 0
-        self.streams = [self._embedded(batch) for batch in batches]
+        with resident(traced.layers[0]):
+            self.streams = [self._embedded(batch) for batch in batches]
 
     @property
     def depth(self) -> int:
@@ -72,10 +75,11 @@ class Walk:
     def step(self) -> list[list[Held]]:
         """Go through the block. Returns for each batch the residual stream after each of its additions but the last."""
         between = []
-        for number in range(len(self.batches)):
-            additions = [self.shelf.keep(addition) for addition in self.look(number).additions]
-            between.append(additions[:-1])
-            self.streams[number] = additions[-1]
+        with resident(self.layer):
+            for number in range(len(self.batches)):
+                additions = [self.shelf.keep(addition) for addition in self.look(number).additions]
+                between.append(additions[:-1])
+                self.streams[number] = additions[-1]
         self.block += 1
         return between
 
