@@ -58,8 +58,8 @@ def repair(
     that read the stream; None leaves them alone.
     seed: draws the samples that are held out.
     partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
-    Weights of either model may be offloaded: one block of each is in memory. New ones of an offloaded `shortened` stay in
-    `partial`, or in the folder for temporary files, until the model is gone.
+    Weights of either model may be offloaded: one block of each is in memory. New ones of an offloaded `shortened` stay
+    in `partial`, or in the folder for temporary files, until the model is gone.
 
     Raises:
         ValueError: the models do not belong together, weights are quantised, or offloaded where blocks take more from
