@@ -3,7 +3,9 @@
 For each draw of the calibration data and each number of removals: how well the fitted energies order random removals
 and their own lowest states on text not used before, and what each method chooses at the same cost, in forward passes
 over one sample. SLEB and EvoPress, which search by measuring, get as many passes as our energies and choice together:
-EvoPress as its budget, SLEB as more samples. The others cost less. Run it with
+EvoPress as its budget, SLEB as more samples. The others cost less. With the part "repaired", what every method has
+chosen is repaired with the same text and measured again, beside what blockspin chooses where its last candidates are
+compared after a repair. Run it with
 
     python benchmarks/real_model.py --chat conversations.jsonl.gz --text text.jsonl.xz --out real_model.json
 
@@ -16,39 +18,36 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from real_model_text import FIT_SAMPLES, Texts, read
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from blockspin import baselines
-from blockspin.data.calibration import tokenise
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.passes import passes_of_walk
-from blockspin.model.quality import kl, measured
+from blockspin.model.quality import kl, measured, values_of
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Floats, Removal, RemovalProblem
+from blockspin.repairs.run import repair
 from blockspin.selection.result import Selection
 from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import Candidate, fill
 from blockspin.surgery.feasible import Removable
+from blockspin.surgery.memory import remove_blocks
+from blockspin.tables import ranges
 
-FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
-SHARE = FIT_SAMPLES + CHOICE_SAMPLES  # of a draw
-HELD_OUT_LENGTH = 128  # tokens
 LOW, RANDOM = 20, 20
-WINDOWS = 8  # of one length, taken from one text
-
-Texts = dict[str, list[Tensor]]
 
 
 @dataclass
@@ -70,6 +69,29 @@ class HeldOut:
                 found = measured(trace_model(self.model), new, samples, kl, batch_size=16)[..., 0]
                 self.values |= {(text, removed): row for removed, row in zip(new, found, strict=True)}
         return {text: np.array([self.values[text, removed] for removed in removals]) for text in self.texts}
+
+
+@dataclass
+class Repaired:
+    """KL divergences on held-out text after a repair with the same samples, each measured once and kept in a file."""
+
+    model: PreTrainedModel
+    texts: Texts
+    samples: list[Tensor]
+    path: Path
+
+    def measure(self, removed: Removal) -> dict[str, Floats]:
+        """Text -> the divergence on each of its samples."""
+        rows: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        name = ranges(removed)
+        if name not in rows:
+            shortened = remove_blocks(self.model, removed, copy=False)
+            report = repair(shortened, self.model, self.samples, removed=removed)
+            rows[name] = {"tokens": report.tokens, "passes": report.passes}
+            for text, held_out in self.texts.items():
+                rows[name][text] = values_of(shortened, self.model, held_out, kl)[:, 0].tolist()
+            write_json(self.path, rows)
+        return {text: np.array(rows[name][text]) for text in self.texts}
 
 
 def correlation(a: Floats, b: Floats) -> float:
@@ -120,9 +142,19 @@ def cost_of(found: Fitted) -> float:
 
 
 def ours(
-    model: nn.Module, found: Fitted, remove: int, samples: list[Tensor], seed: int, passes: float = 1000.0
+    model: nn.Module,
+    found: Fitted,
+    remove: int,
+    samples: list[Tensor],
+    seed: int,
+    passes: float = 1000.0,
+    repairing: Sequence[Tensor] = (),
+    partial: Path | None = None,
 ) -> Selection:
-    """What blockspin chooses. The energies have seen the first samples, the choice sees the others."""
+    """What blockspin chooses. The energies have seen the first samples, the choice sees the others.
+
+    repairing: what the last candidates are repaired with. partial: keeps what was measured.
+    """
     problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
     for_energies, for_choice = samples[:FIT_SAMPLES], samples[FIT_SAMPLES:]
     selection, _ = select_with_energies(
@@ -134,6 +166,8 @@ def ours(
         for_energies,
         Removable(model.config),
         budget=(passes - cost_of(found)) / len(for_choice),
+        repair_samples=repairing,
+        partial=partial,
         seed=seed,
         progress=False,
     )
@@ -168,32 +202,26 @@ def compared(removed: Removal, reference: Removal, held_out: HeldOut) -> dict[st
     """Text -> KL of a removal, how far it is above that of a reference, and the standard error of that."""
     row: dict[str, Any] = {"removed": removed}
     for text, values in held_out.measure([removed, reference]).items():
-        above = values[0] - values[1]
-        row[text] = [float(values[0].mean()), float(above.mean()), float(above.std(ddof=1) / len(above) ** 0.5)]
+        row[text] = beside(values[0], values[1])
     return row
 
 
-def windows(source: str, tokenizer: PreTrainedTokenizerBase, length: int, number: int) -> list[Tensor]:
-    """(length,) token ids each: the beginnings of texts that are long enough, then later parts of the same texts."""
-    cut: list[list[Tensor]] = []
-    for ids in tokenise(source, tokenizer, length, seed=0, split="train", truncate=False):
-        starts = np.linspace(0, len(ids) - length, WINDOWS).astype(np.int64) if len(ids) >= WINDOWS * length else [0]
-        if len(ids) >= length:
-            cut.append([torch.tensor(ids[start : start + length]) for start in starts])
-    in_turn = [text[k] for k in range(WINDOWS) for text in cut if k < len(text)]
-    return in_turn[:number]
+def beside(values: Floats, reference: Floats) -> list[float]:
+    """The mean over samples, how far it is above that of a reference, and the standard error of that."""
+    above = values - reference
+    return [float(values.mean()), float(above.mean()), float(above.std(ddof=1) / len(above) ** 0.5)]
 
 
-def draws_of(kind: str, chat: Iterator[Tensor], text: Iterator[Tensor], number: int) -> list[list[Tensor]]:
-    """The samples of each draw: conversations, other text, or as much of both, mixed."""
-    result = []
-    for _ in range(number):
-        turns = {"chat": [chat], "text": [text], "mix": [chat, text]}[kind]
-        each = SHARE // len(turns)
-        result.append(
-            [sample for group in zip(*(islice(turn, each) for turn in turns), strict=True) for sample in group]
-        )
-    return result
+def test_repaired(results: Results, label: str, chosen: Removal, repaired: Repaired) -> None:
+    """What each method of a draw has chosen, after a repair, beside what blockspin chooses for it."""
+    values = repaired.measure(chosen)
+    methods = {name: row["removed"] for name, row in results.rows[label].items() if "chat" in row}
+    for name, removed in {"blockspin, chosen repaired": chosen, **methods}.items():
+        if results.lack(label, f"repaired: {name}"):
+            row: dict[str, Any] = {"removed": removed}
+            for text, own in repaired.measure(tuple(removed)).items():
+                row[f"{text}, repaired"] = beside(own, values[text])
+            results.add(label, f"repaired: {name}", row)
 
 
 @dataclass(frozen=True)
@@ -232,18 +260,13 @@ def run_ours(
     activations = baselines.measure_activations(model, draw.samples)
     goals = (remove, None) if arguments.any_size else (remove,)
     for goal, passes in product(goals, arguments.energy_passes):
-        kept = arguments.out.with_name(f"{arguments.out.stem}-{goal or 'any'}-{draw.seed}-{passes:g}.jsonl")
-        for_energies = draw.samples[:FIT_SAMPLES]
-        found = fit_removals(
-            model, for_energies, goal=goal, passes=passes, seed=draw.seed, partial=kept, progress=False
-        )  # from the file after the first time
-
+        found = energies_of(arguments, model, draw, goal, passes)
         which = f"{'any' if goal is None else 'this'} size, {passes:g}"
         problem = RemovalProblem(found.hessian, remove, blocks=found.blocks)
-        if results.lack(draw.label, f"energies, {which}"):
+        if "energies" in arguments.parts and results.lack(draw.label, f"energies, {which}"):
             influence = baselines.block_influence(problem, activations).removed
             results.add(draw.label, f"energies, {which}", test_energies(found, remove, held_out, influence))
-        if not arguments.energies_only and results.lack(draw.label, f"blockspin, {which}"):
+        if "choices" in arguments.parts and results.lack(draw.label, f"blockspin, {which}"):
             selection = ours(model, found, remove, draw.samples, draw.seed, arguments.passes)
             lowest = selection.trials[0].removed
             row = compared(selection.chosen.removed, lowest, held_out)
@@ -251,21 +274,51 @@ def run_ours(
             results.add(draw.label, f"blockspin, {which}", row)
 
 
-def run(arguments: argparse.Namespace, model: nn.Module, draws: list[list[Tensor]], held_out: HeldOut) -> None:
-    """Everything for each draw and number of removals."""
+def energies_of(arguments: argparse.Namespace, model: nn.Module, draw: Draw, goal: int | None, passes: float) -> Fitted:
+    """Fitted to the first samples of a draw; from a file after the first time."""
+    return fit_removals(
+        model,
+        draw.samples[:FIT_SAMPLES],
+        goal=goal,
+        passes=passes,
+        seed=draw.seed,
+        partial=beside_results(arguments.out, goal or "any", draw.seed, f"{passes:g}"),
+        progress=False,
+    )
+
+
+def beside_results(out: Path, *parts: object) -> Path:
+    """A file for what is measured on the way."""
+    return out.with_name("-".join(map(str, (out.stem, *parts))) + ".jsonl")
+
+
+def run(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    draws: list[list[Tensor]],
+    held_out: HeldOut,
+    repairing: list[Tensor],
+) -> None:
+    """Everything for each draw and number of removals. repairing: what removals are repaired with."""
     results = Results(arguments.out)
+    repaired = Repaired(model, held_out.texts, repairing, arguments.out.with_suffix(".repaired.json"))
     for number, remove in product(arguments.draws, arguments.remove):
         label = f"M={remove} draw={number} {arguments.calibration} {arguments.length}"
         draw = Draw(label, draws[number], number)
         run_ours(arguments, model, results, held_out, draw, remove)
-        if arguments.energies_only:
-            continue
-
-        first = f"blockspin, this size, {arguments.energy_passes[0]:g}"
-        reference = tuple(results.rows[label][first]["removed"])
-        for name, method in methods(model, remove, draw.samples, draw.seed, arguments.passes).items():
-            if results.lack(label, name):
-                results.add(label, name, compared(method().removed, reference, held_out))
+        if "choices" in arguments.parts:
+            first = f"blockspin, this size, {arguments.energy_passes[0]:g}"
+            reference = tuple(results.rows[label][first]["removed"])
+            for name, method in methods(model, remove, draw.samples, draw.seed, arguments.passes).items():
+                if results.lack(label, name):
+                    results.add(label, name, compared(method().removed, reference, held_out))
+        if "repaired" in arguments.parts:
+            found = energies_of(arguments, model, draw, remove, arguments.energy_passes[0])
+            kept = beside_results(arguments.out, "choice", remove, draw.seed)
+            selection = ours(
+                model, found, remove, draw.samples, draw.seed, arguments.passes, repairing=repairing, partial=kept
+            )
+            test_repaired(results, label, selection.chosen.removed, repaired)
 
 
 def main() -> None:
@@ -280,7 +333,9 @@ def main() -> None:
     parser.add_argument("--energy-passes", type=float, nargs="+", default=[744.0], help="one form for each number")
     parser.add_argument("--passes", type=float, default=1000.0, help="over one sample, of energies and choice together")
     parser.add_argument("--any-size", action="store_true", help="energies for all numbers of blocks at once, too")
-    parser.add_argument("--energies-only", action="store_true", help="leave the choices out")
+    parts = ("energies", "choices", "repaired")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="what to measure")
+    parser.add_argument("--repair-tokens", type=int, default=16_384, help="conversations, and as much calibration text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     parser.add_argument("--held-out", type=int, default=32, help="samples of each held-out text")
     parser.add_argument("--model", default="smollm2", help="another model, to try the script itself")
@@ -289,15 +344,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
 
-    # Of the conversations the first are held out, and each draw takes the next.
-    number, share = arguments.held_out, SHARE * (1 + max(arguments.draws))
-    chat = windows(arguments.chat, tokenizer, HELD_OUT_LENGTH, number + share)
-    held_out = HeldOut(model, {"chat": chat[:number]})
-    held_out.texts["text"] = windows(arguments.text, tokenizer, HELD_OUT_LENGTH, number)
-    other = windows(arguments.calibration_text, tokenizer, HELD_OUT_LENGTH, share) if arguments.calibration_text else []
-    rest = [iter([sample[: arguments.length] for sample in samples]) for samples in (chat[number:], other)]
-    draws = draws_of(arguments.calibration, rest[0], rest[1], 1 + max(arguments.draws))
-    run(arguments, model, draws, held_out)
+    held_out, draws, repairing = read(arguments, tokenizer)
+    run(arguments, model, draws, HeldOut(model, held_out), repairing)
 
 
 if __name__ == "__main__":

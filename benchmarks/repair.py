@@ -200,7 +200,8 @@ def jobs(arguments: argparse.Namespace, found: Mapping[str, Removal]) -> list[Jo
         listed += [Job(removed, name, SAME, tokens) for name in names for removed in tried]
     rest = [removed for removed in found.values() if removed not in main]
     listed += [Job(removed, name, SAME, most) for removed in rest for name in ("plain", OURS, *BASELINES)]
-    return list(dict.fromkeys(listed))
+    wanted = [job for job in listed if any(part in job.key for part in arguments.only)]
+    return list(dict.fromkeys(wanted))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -314,6 +315,7 @@ def main() -> None:
         "--sleb", action=argparse.BooleanOptionalAction, default=False, help="SLEB's choices too: a minute on a GPU"
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[16_384, 65_536, 250_000], help="to fit to")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose key has one of these in it: '| repair |'")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sample at most")
     parser.add_argument("--held-out", type=int, default=48, help="samples of each held-out kind")
     parser.add_argument("--batch-size", type=int, help="8, or 64 on a GPU")

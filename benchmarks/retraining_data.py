@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from real_model import CHOICE_SAMPLES, FIT_SAMPLES, ours
+from real_model import ours
+from real_model_text import CHOICE_SAMPLES, FIT_SAMPLES
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
