@@ -48,7 +48,7 @@ from blockspin.tables import ranges
 
 CONTEXT, SEQUENCES = 4096, 8  # of the cache whose bytes count
 ITEM = 2  # bytes of a weight and of a number in the cache
-FITTING = 12  # passes over one sample for the energies, for each of the units and one for the whole, of sub-layers
+FITTING = 6  # passes over one sample for the energies, for each of the units and one for the whole, of sub-layers
 ALL_PASSES = 1000.0  # over one sample: of the energies and the choice together, for each share
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 KINDS = ("chat", "novel", "pep", "code")
@@ -129,6 +129,7 @@ def ours(setup: Setup, share: int, units: Units) -> Candidate:
         pool_of(problem, spectrum, cheap_choices(problem, activations)),
         samples,
         problem=problem,
+        fitted=found,
         budget=max(4.0, (setup.passes - setup.fitting_passes) / len(samples)),
         progress=False,
     ).chosen

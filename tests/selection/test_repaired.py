@@ -9,7 +9,8 @@ import pytest
 from conftest import random_samples, tiny_model
 
 from blockspin.model.quality import quality_of
-from blockspin.problem import Removal
+from blockspin.model.tracing import find_units
+from blockspin.problem import Removal, Units
 from blockspin.repairs.run import repair
 from blockspin.selection import repaired
 from blockspin.selection.repaired import choose_repaired, finalists
@@ -24,19 +25,19 @@ MODEL = tiny_model("llama")
 EVERYTHING = Removable(MODEL.config)
 
 
-def selection_of(*removals: Removal) -> Selection:
+def selection_of(*removals: Removal, units: Units = "blocks") -> Selection:
     """A selection whose trials are these removals of the tiny model, in this order."""
     trials = []
     for removed in removals:
-        kl = quality_of(remove_blocks(MODEL, removed, copy=False), MODEL, SAMPLES).kl
+        kl = quality_of(remove_blocks(MODEL, removed, units=units, copy=False), MODEL, SAMPLES).kl
         trials.append(Trial(removed, "test", None, kl, None, len(SAMPLES), 0.0, None))
     chosen = Candidate(removals[0], "test", None, trials[0].loss)
     return Selection(chosen, tuple(trials), "kl", 10.0, 1.0)
 
 
-def repaired_kl(removed: Removal) -> float:
+def repaired_kl(removed: Removal, units: Units = "blocks") -> float:
     """What a repair by hand leaves; the tiny model's widest map has 48 inputs, so 3 * 96 tokens are fitted to."""
-    shortened = remove_blocks(MODEL, removed)
+    shortened = remove_blocks(MODEL, removed, units=units)
     repair(shortened, MODEL, TEXT[:12])
     return quality_of(shortened, MODEL, SAMPLES).kl
 
@@ -56,6 +57,18 @@ def test_the_best_after_a_repair_is_chosen() -> None:
     assert found.repair_passes > 4 * 1.75  # each is measured beside the original
     assert f"{expected[best]:.4f} after a repair" in found.summary()
     assert "repaired" in found.table().text(120)
+
+
+def test_sub_layers_are_repaired_too() -> None:
+    removals: list[Removal] = [(1, 3), (2, 5), (4, 7)]
+    expected = {removed: repaired_kl(removed, "sublayers") for removed in removals}
+    removals.sort(key=lambda removed: -expected[removed])  # the worst is the choice so far
+    removable = Removable(MODEL.config, find_units(MODEL, "sublayers"))
+
+    found = choose_repaired(MODEL, selection_of(*removals, units="sublayers"), SAMPLES, TEXT, removable, progress=False)
+    assert found.chosen.removed == removals[-1]
+    for trial in found.trials:
+        assert trial.repaired == pytest.approx(expected[trial.removed], rel=1e-4)
 
 
 def test_finalists_differ_where_they_can() -> None:

@@ -91,7 +91,7 @@ def select_with_energies(
     )
     selection = _best_possible(selection, removable)
     selection = _best_repaired(
-        model, problem, selection, samples, repair_samples, removable, batch_size, seed, partial, progress
+        model, selection, samples, repair_samples, removable, batch_size, seed, partial, progress
     )
     return selection, trust
 
@@ -106,7 +106,6 @@ def _best_possible(selection: Selection, removable: Removable) -> Selection:
 
 def _best_repaired(
     model: nn.Module,
-    problem: RemovalProblem,
     selection: Selection,
     samples: Sequence[Tensor],
     repair_samples: Sequence[Tensor],
@@ -116,8 +115,8 @@ def _best_repaired(
     partial: Path | None,
     progress: bool,
 ) -> Selection:
-    """With the best after a repair as the choice, where one is wanted, whole blocks go and the model is in memory."""
-    if not repair_samples or problem.units != "blocks" or is_offloaded(model):
+    """With the best after a repair as the choice, where one is wanted and the model is in memory."""
+    if not repair_samples or is_offloaded(model):
         return selection
     return choose_repaired(
         model,
