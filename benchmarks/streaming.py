@@ -1,9 +1,10 @@
 """A model compressed within less memory than its weights take, next to the same run in memory.
 
-python benchmarks/streaming.py [--layers 24] [--width 2048] [--limit-gib 2] [--folder DIR] [--tiny]
+python benchmarks/streaming.py [--layers 24] [--width 2048] [--limit-gib 2] [--repair] [--folder DIR] [--tiny]
 
 A Llama of random weights in float32 is compressed twice, each time by `compress` in a fresh process: in memory, and
-with --stream in a control group that is killed beyond the limit (Linux, as root). The files must be equal. Stage by
+with --stream in a control group that is killed beyond the limit (Linux, as root). The files must be equal; with
+--repair those of the repaired model too, which needs more text (--samples 16 --length 128 for a width of 512). Stage by
 stage the times stand side by side, with the sweeps that were made and what one reading of the weights takes.
 """
 
@@ -43,6 +44,7 @@ STAGES = {
     "selection_stage": "choice",
     "checkpoint_stage": "checkpoint",
     "evaluate_removals": "evaluation",
+    "repair_stage": "repair",
 }
 
 
@@ -82,7 +84,7 @@ def make_model(folder: Path, layers: int, width: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(folder: Path, stream: bool, samples: int, length: int) -> None:
+def run(folder: Path, stream: bool, samples: int, length: int, repair: bool) -> None:
     """Compress the model into `in-memory` or `streamed` beside it, and write what it took to a file there."""
     sweeps = 0
     counted = offload.resident_in_turn
@@ -117,7 +119,8 @@ def run(folder: Path, stream: bool, samples: int, length: int) -> None:
         batch_size=samples,
         budget=6,
         max_candidates=6,
-        repair=False,
+        repair=repair,
+        choose_repaired=False,
         stream=stream,
         device_map=None if stream else "cpu",
     )
@@ -147,8 +150,8 @@ def places(folder: Path) -> dict[str, str]:
     return rest | {f"model.layers.{i}": "disk" for i in range(layers)}
 
 
-def child(mode: str, folder: Path, samples: int, length: int, limit: int | None) -> None:
-    """Run a mode of this script in a fresh process, within a limit in bytes.
+def child(mode: str, given: argparse.Namespace, limit: int | None = None) -> None:
+    """Run a mode of this script with these arguments in a fresh process, within a limit in bytes.
 
     Raises:
         RuntimeError: it failed, or was killed for its memory.
@@ -159,8 +162,9 @@ def child(mode: str, folder: Path, samples: int, length: int, limit: int | None)
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    command = [sys.executable, __file__, "--mode", mode, "--folder", str(folder.parent)]
-    command += ["--samples", str(samples), "--length", str(length)]
+    command = [sys.executable, __file__, "--mode", mode, "--folder", str(given.folder)]
+    command += ["--samples", str(given.samples), "--length", str(given.length)]
+    command += ["--repair"] if given.repair else []
     done = subprocess.run(command, preexec_fn=join)
     if group is not None:
         group.rmdir()
@@ -178,14 +182,15 @@ def make_group(limit: int) -> Path:
 
 
 def equal_files(folder: Path) -> bool:
-    """Whether both runs made the same energies, choice, checkpoint and losses."""
+    """Whether both runs made the same energies, choice, losses, checkpoint and, where there is one, repaired model."""
     found = []
     for name in ("in-memory", "streamed"):
         out = folder.with_name(name)
         selection = json.loads((out / "candidates.json").read_text())
         selection.pop("seconds")
         losses = [row["sample_losses"] for row in json.loads((out / "evaluation.json").read_text())]
-        weights = [path.read_bytes() for path in sorted((out / "checkpoint").glob("*.safetensors"))]
+        files = [*(out / "checkpoint").glob("*.safetensors"), *(out / "repaired").glob("*.safetensors")]
+        weights = [path.read_bytes() for path in sorted(files)]
         found.append((selection, losses, (out / "energies.safetensors").read_bytes(), weights))
     return found[0] == found[1]
 
@@ -197,6 +202,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=4)
     arguments.add_argument("--length", type=int, default=32)
     arguments.add_argument("--limit-gib", type=float, default=2)
+    arguments.add_argument("--repair", action="store_true", help="repair the smaller model as well")
     arguments.add_argument("--folder", type=Path, default=Path("streaming-benchmark"))
     arguments.add_argument("--tiny", action="store_true", help="a model of a few kB, without a limit")
     arguments.add_argument("--mode", choices=("in-memory", "streamed", "reading"))
@@ -207,7 +213,7 @@ def main() -> None:
         (given.folder / "reading.json").write_text(json.dumps(reading(model)))
         return
     if given.mode:
-        run(model, given.mode == "streamed", given.samples, given.length)
+        run(model, given.mode == "streamed", given.samples, given.length, given.repair)
         return
 
     if not model.is_dir():
@@ -216,15 +222,17 @@ def main() -> None:
     for name in ("in-memory", "streamed"):
         shutil.rmtree(given.folder / name, ignore_errors=True)
     limit = None if given.tiny else int(given.limit_gib * 2**30)
-    child("reading", model, given.samples, given.length, limit)
-    child("in-memory", model, given.samples, given.length, None)
-    child("streamed", model, given.samples, given.length, limit)
+    child("reading", given, limit)
+    child("in-memory", given)
+    child("streamed", given, limit)
 
     taken = {}
     for name in ("in-memory", "streamed"):
         taken[name] = json.loads((given.folder / name / "taken.json").read_text())
     rows = []
     for stage in STAGES.values():
+        if stage not in taken["in-memory"]:
+            continue
         cells = [stage]
         for clock in (0, 1):
             plain, streamed = (taken[name][stage][clock] for name in taken)

@@ -26,6 +26,7 @@ from blockspin.energies.fitted import MOST_CHECKS, fit_removals
 from blockspin.energies.removals import gauss_newton
 from blockspin.evaluation.cost import measure_costs
 from blockspin.evaluation.perplexity import evaluate_models, perplexity, results_table
+from blockspin.memory import OutOfMemory
 from blockspin.model import streaming
 from blockspin.model.blocks import find_blocks, find_stack
 from blockspin.model.fingerprint import of_results
@@ -171,6 +172,39 @@ def test_resumes_with_what_sweeps_before_a_kill_have_measured(tmp_path: Path, mo
     found = gauss_newton(model, samples, batch_size=1, partial=tmp_path / "partial.jsonl", progress=False)
     assert np.allclose(found.hessian, expected, rtol=1e-5)  # the samples that are left are batched anew
     assert len(swept_again) == 3  # of five samples, two batches of one were done
+
+
+def little_memory(model: tf.PreTrainedModel, tokens: int) -> None:
+    """From now on, block 2 runs out of memory on more than so many tokens."""
+
+    def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[0] * args[0].shape[1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    model.model.layers[2].mlp.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("limit", [None, 0])  # of hidden states: in one sweep, or a sweep for each batch
+def test_a_sweep_that_does_not_fit_starts_again_with_halves(
+    limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, samples = on_disk(tiny_model("llama"), tmp_path), random_samples()
+    expected = estimate_energies("secant", model, samples, batch_size=4, progress=False).hessian
+    activations = measure_activations(model, samples, batch_size=4)
+    assert "Out of memory" not in capsys.readouterr().err
+
+    if limit is not None:
+        monkeypatch.setattr("blockspin.model.streaming.STATES_SHARE", limit)
+    little_memory(model, 12)  # the longest sample
+    found = estimate_energies("secant", model, samples, batch_size=4, progress=False).hessian
+    assert "at a time from here on" in capsys.readouterr().err
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-8)
+    assert np.allclose(measure_activations(model, samples, batch_size=4).angle, activations.angle, rtol=1e-5)
+    assert "Out of memory" not in capsys.readouterr().err  # what fits is remembered
+
+    assert {p.device.type for p in find_stack(model).layers.parameters()} == {"meta"}
+    with pytest.raises(OutOfMemory, match=r"one sample of 20 tokens.*--max-length"):
+        estimate_energies("secant", model, random_samples((20, 20)), progress=False)
 
 
 def interrupted_after(

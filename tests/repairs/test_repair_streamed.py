@@ -15,6 +15,7 @@ from conftest import random_samples, tiny_model
 from tiny import tiny_config, tiny_random_model
 from torch import Tensor
 
+from blockspin.memory import OutOfMemory
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model
 from blockspin.model.offload import offloaded_by_name, offloading_hooks
@@ -171,6 +172,51 @@ def test_a_repair_that_was_cut_off_continues(tmp_path: Path, monkeypatch: pytest
     repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", progress=False)
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "unbroken")
     assert not (tmp_path / "out-repair").exists()
+
+
+@pytest.mark.parametrize(("place", "kept"), [("cpu", False), ("cpu", True), ("stream", True)])
+def test_batches_that_do_not_fit_are_halved(
+    place: str, kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory runs out late, at the last block: what was done before is done again, or taken from the disk.
+
+    kept: whether finished blocks are there.
+    """
+    whole, short = folders("llama", tmp_path)
+    expected, original = load_model(short, device_map=place), load_model(whole, device_map=place)
+    repair(expected, original, SAMPLES, batch_size=16)
+
+    found = load_model(short, device_map=place)
+    calls = 0
+
+    def once(layer: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal calls
+        large = args[0].shape == (16, 24, 32)
+        calls += large
+        if large and calls == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    find_stack(found).layers[2].register_forward_pre_hook(once)
+    report = repair(found, original, SAMPLES, batch_size=16, partial=tmp_path / "partial" if kept else None)
+    assert calls == 9
+    assert "Out of memory with 16 x 24 tokens: 8 at a time from here on" in capsys.readouterr().err
+    assert any(step.kept for step in report.steps if step.block == 3)
+    expected_weights = weights_of(expected)
+    for name, tensor in weights_of(found).items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_that_does_not_fit_ends_with_a_remedy(tmp_path: Path) -> None:
+    whole, short = folders("llama", tmp_path)
+    shortened, original = (load_model(folder, device_map="stream") for folder in (short, whole))
+
+    def always(layer: Any, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[1] == 24:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    find_stack(shortened).layers[2].register_forward_pre_hook(always)
+    with pytest.raises(OutOfMemory, match=r"one sample of 24 tokens.*--max-length"):
+        repair(shortened, original, SAMPLES, batch_size=16)
 
 
 def test_where_it_does_not_help_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,7 @@ def _activations(
     total = _Sums(traced, [])
     with frozen(traced.model), skipped(traced, removed), torch.no_grad():
         if traced.is_offloaded and traced.shares_passes:
-            total = _Sums(traced, batches)
-            with total.watched():
-                for place in walked(traced, batches):
-                    total.place = place
-            for place in range(len(batches)):
-                total.finish(place)
+            total = traced.room.together(batches, partial(_summed_in_a_sweep, traced, batches))
         else:
             for _, values in traced.room.shared_results(batches, run, "Activations", show=progress):
                 total.add(values)
@@ -84,6 +80,18 @@ def _activations(
     tokens = sum(map(len, samples))
     cosine, ratio, angle = total.values
     return Activations((cosine / tokens).numpy(), (ratio / tokens).numpy(), (angle / len(samples)).numpy())
+
+
+def _summed_in_a_sweep(traced: TracedModel, batches: Sequence[Batch]) -> _Sums:
+    """The sums over all batches, each block being read once; of the batches, the parts that fit into memory."""
+    fitting = traced.room.cut(batches)
+    total = _Sums(traced, fitting)
+    with total.watched():
+        for place in walked(traced, fitting):
+            total.place = place
+    for place in range(len(fitting)):
+        total.finish(place)
+    return total
 
 
 class _Sums:

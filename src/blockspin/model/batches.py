@@ -179,6 +179,24 @@ class Room:
         """As `results`. Several processes share the batches, and all yield what each of them has found."""
         yield from gathered(self.results(share(batches), run, title, done, show))
 
+    def together(self, batches: Sequence[Batch], run: Callable[[], T]) -> T:
+        """What `run` gives, which needs all batches at once and cuts them itself (`cut`). Where memory runs out, it
+        starts again, and the largest batches are halved.
+
+        Raises:
+            OutOfMemory: not even single samples fit.
+        """
+        while True:
+            try:
+                return run()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+
+            # Here what the error held is free.
+            release_memory()
+            self._lower(max(self.cut(batches), key=lambda batch: (len(batch.indices) > 1, batch.token_ids.numel())))
+
     def cut(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches, halved until each is as small as is known to be needed."""
         fitting: list[Batch] = []

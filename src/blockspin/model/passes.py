@@ -67,8 +67,7 @@ def over_removals(
 ) -> Iterator[tuple[Batch, T]]:
     """Yield every batch with what `run` makes of it and its hidden states (`removal_passes`).
 
-    Batches that do not fit into memory are halved, but for those whose passes share the loading of weights. Several
-    processes share the batches, and all yield the same.
+    Batches that do not fit into memory are halved. Several processes share the batches, and all yield the same.
 
     title, done: of the progress bar, and the samples that an earlier run has done.
 

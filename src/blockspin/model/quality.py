@@ -323,15 +323,23 @@ def _values_in_sweeps(
     ours: TracedModel, theirs: TracedModel, samples: Sequence[Tensor], measure: Measure, batch_size: BatchSize
 ) -> Floats:
     """As `values_of`, where weights are offloaded: those of each model are read once for all samples."""
+    own, whole = (_used_states(traced, samples, batch_size) for traced in (ours, theirs))
     values: dict[int, list[float]] = {}
-    with torch.no_grad():  # around both generators, which end in any order
-        own = removal_passes(ours, [()], samples, batch_size=batch_size)
-        whole = removal_passes(theirs, [()], samples, batch_size=batch_size)
-        for (batch, of_ours), (_, of_theirs) in zip(own, whole, strict=True):
-            hidden, reference = (batch.used(next(outputs)[1]) for outputs in (of_ours, of_theirs))  # (tokens, width)
+    with torch.no_grad(), ours.halves.resident_head(), theirs.halves.resident_head():
+        for batch in make_batches(samples, batch_size):
+            hidden, reference = (torch.cat([states[i] for i in batch.indices]) for states in (own, whole))
             found = compared(ours.halves, [hidden], theirs.halves, reference, batch, measure)[0]
             values |= zip(batch.indices, found.tolist(), strict=True)
     return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
+
+
+def _used_states(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> dict[int, Tensor]:
+    """For each sample what the head is applied to at the tokens that predict another one, (tokens, width)."""
+    found: dict[int, Tensor] = {}
+    for batch, outputs in removal_passes(traced, [()], samples, batch_size=batch_size):
+        _, hidden = next(outputs)
+        found |= zip(batch.indices, torch.split(batch.used(hidden), (batch.lengths - 1).tolist()), strict=True)
+    return found
 
 
 def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Quality:

@@ -64,6 +64,11 @@ class SpilledStates:
         else:
             self.held -= kept.nbytes
 
+    def clear(self) -> None:
+        """Forget all tensors."""
+        for number in list(self._kept):
+            self.drop(number)
+
     def _write(self, tensor: Tensor) -> InFile:
         free = self._free[tensor.nbytes]
         offset = free.pop() if free else self.in_file

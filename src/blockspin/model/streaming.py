@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,7 +139,10 @@ def jobs_of(traced: TracedModel, removals: Sequence[Removal], batches: Sequence[
 def swept(
     traced: TracedModel, jobs: Sequence[Job], memory_limit: int | None = None, progress: bool = False
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """Yield the batch of every job with its outputs, as `removal_passes` does; jobs may have removals of their own."""
+    """Yield the batch of every job with its outputs, as `removal_passes` does; jobs may have removals of their own.
+
+    Where memory runs out, which a sweep meets at the first block, it starts again with batches that are halved.
+    """
     if not jobs:
         return
     if memory_limit is None:
@@ -151,12 +155,14 @@ def swept(
         for number, group in enumerate(groups):
             title = "Sweep" if len(groups) == 1 else f"Sweep {number + 1} of {len(groups)}"
             with spilled_states(memory_limit) as states:
-                for batch in _one_sweep(traced, group, states, title, progress):
+                sweep = partial(_one_sweep, traced, group, states, title, progress)
+                for batch in traced.room.together([job.batch for job in group], sweep):
                     yield batch.batch, batch.outputs()
 
 
 def walked(traced: TracedModel, batches: Sequence[Batch], memory_limit: int | None = None) -> Iterator[int]:
-    """Take all batches through the blocks in one sweep, for those who watch the blocks.
+    """Take all batches through the blocks in one sweep, for those who watch the blocks (and start again where memory
+    runs out: `Room.together`).
 
     Yields the place of the batch that a block takes next: of all batches at the first block, then at the second.
 
@@ -202,8 +208,12 @@ def _groups(jobs: Sequence[Job], bytes_per_token: float, memory_limit: int) -> l
 def _one_sweep(
     traced: TracedModel, jobs: Sequence[Job], states: SpilledStates, title: str, progress: bool
 ) -> list[BatchInSweep]:
-    """Take all branches of the jobs through all blocks."""
-    batches = [BatchInSweep(traced, job, states) for job in jobs]
+    """Take all branches of the jobs through all blocks; of each, the batches that fit into memory."""
+    states.clear()
+    batches = []
+    for job in jobs:
+        batches += [BatchInSweep(traced, Job(part, job.removals), states) for part in traced.room.cut([job.batch])]
+
     needed = _blocks_that_run(traced, jobs)
     layers = resident_in_turn([traced.layers[i] for i in needed])
     for i, layer in track(zip(needed, layers, strict=True), title, len(needed), show=progress):

@@ -245,7 +245,8 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
         found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
 
     # What stacks removals on a GPU runs out of memory however few samples there are.
-    room = Room(fallback="one removal at a time" if token_ids.device.type == "cuda" else None)
+    stacks = token_ids.device.type == "cuda" and not is_offloaded(layers)
+    room = Room(fallback="one removal at a time" if stacks else None)
     traced = TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found), room)
     _ = traced.halves  # found now, as later something may watch the blocks
     return traced

@@ -189,7 +189,7 @@ class Fitting:
     ) -> None:
         """Count the tokens of a batch in, each by one over the square of its aim; tensors are (tokens, ...)."""
         weights = 1 / aim.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        for part, mask in zip(sums, self.text.masks(self.text.batches[number]), strict=True):
+        for part, mask in zip(sums, self.text.masks(self.walk.batches[number]), strict=True):
             rows = (mask if self.walk.batch_dim == 0 else mask.T).flatten().to(inputs.device)
             part.add(inputs[rows], missing[rows], weights[rows])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..model import fingerprint
-from ..model.batches import BatchSize
+from ..model.batches import BatchSize, Room
 from ..model.offload import check_in_memory, forget, is_offloaded, replace_weights, resident, restore_weights
 from ..model.placement import delete_with, resaving_folder
 from ..model.quality import quality_of
@@ -121,11 +121,19 @@ def run_repair(
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
     old = _weights(ours.layers, maps)
-    blocks = kept_branches(shortened, original, kept)
-    with open_shelf(original, text.batches) as shelf:
-        fitting = Fitting(Walk(ours, text.batches, shelf), maps, text, ridge, reading_ridge)
-        through_original = Walk(theirs, text.batches, shelf)
-        steps = _repair_blocks(fitting, through_original, blocks, finished, progress)
+    blocks, room = kept_branches(shortened, original, kept), Room()
+
+    def walk_through() -> tuple[Fitting, Walk, list[Step]]:
+        """Once more from the first block on where memory ran out, most often at the first block that is repaired."""
+        _put_back(old)
+        restore_weights(ours.layers)
+        batches = room.cut(text.batches)
+        with open_shelf(original, batches) as shelf:
+            fitting = Fitting(Walk(ours, batches, shelf), maps, text, ridge, reading_ridge)
+            through_original = Walk(theirs, batches, shelf)
+            return fitting, through_original, _repair_blocks(fitting, through_original, blocks, finished, progress)
+
+    fitting, through_original, steps = room.together(text.batches, walk_through)
     forget(shortened, fingerprint.OF_WEIGHTS)
     kl_after = quality_of(shortened, original, text.held_out, batch_size).kl
 
@@ -218,7 +226,7 @@ def _report(
 
 def _passes(ours: Walk, theirs: Walk, text: Text) -> float:
     """What a repair cost, in forward passes of the original over the text."""
-    walked = (ours.ran + theirs.ran) / theirs.depth / len(text.batches)
+    walked = (ours.ran + theirs.ran) / theirs.depth / len(ours.batches)
     held_out = sum(map(len, text.held_out)) / (text.num_tokens + sum(map(len, text.held_out)))
     compared = 2 * (1 + ours.depth / theirs.depth) * held_out  # before and after
     return walked + compared
