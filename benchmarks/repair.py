@@ -23,12 +23,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from repair_methods import BASELINES, METHODS, OURS, OUTWARD, VARIANTS
+from rows import Row, add_seconds, load, make_missing
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -211,25 +213,10 @@ def run(arguments: argparse.Namespace) -> None:
     original = load_model(arguments.model, dtype=arguments.dtype).to(arguments.device)
     texts, held_out = read(arguments, tokenizer)
     measured_on = {kind: held_out.first(kind, arguments.held_out) for kind in (*SAME, *OTHER)}
-    done = {row["key"] for row in load(arguments.out)}
-    listed = jobs(arguments, removals(arguments, original, texts))
-    for number, job in enumerate(listed):
-        if time.perf_counter() - started > arguments.seconds:
-            print(f"{len(listed) - number} rows are left; run again to continue")
-            break
-        if job.key in done:
-            continue
-
-        try:
-            row = measured(job, original, texts, measured_on, arguments)
-        except torch.OutOfMemoryError as error:  # others may use the card
-            print(f"{job.key}: {error}", flush=True)
-            torch.cuda.empty_cache()
-            continue
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        means = {kind: round(float(np.mean(values)), 3) for kind, values in row["kl"].items()}
-        print(f"{time.perf_counter() - started:5.0f} s  {job.key}: {means}, {row['seconds']:.1f} s", flush=True)
+    wanted = {}
+    for job in jobs(arguments, removals(arguments, original, texts)):
+        wanted[job.key] = partial(measured, job, original, texts, measured_on, arguments)
+    make_missing(wanted, arguments.out, started, arguments.seconds)
 
 
 def measured(
@@ -238,7 +225,7 @@ def measured(
     texts: Texts,
     measured_on: Mapping[str, Sequence[Tensor]],
     arguments: argparse.Namespace,
-) -> dict[str, Any]:
+) -> Row:
     """One row."""
     if OWN in job.kinds:
         texts.write(original, job.tokens // len(job.kinds))
@@ -249,8 +236,7 @@ def measured(
     report = METHODS[job.method](shortened, original, samples, batch_size=arguments.batch_size)
     seconds = time.perf_counter() - start
 
-    row: dict[str, Any] = {
-        "key": job.key,
+    row: Row = {
         "removed": ranges(job.removed),
         "method": job.method,
         "kinds": "+".join(job.kinds),
@@ -265,11 +251,6 @@ def measured(
         kind: divergences(shortened, original, samples, arguments.batch_size) for kind, samples in measured_on.items()
     }
     return row
-
-
-def load(path: Path) -> list[dict[str, Any]]:
-    """The rows that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def share(values: Sequence[float], plain: Sequence[float]) -> tuple[float, float]:
@@ -321,7 +302,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="8, or 64 on a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins after so long")
+    add_seconds(parser)
     parser.add_argument("--seed", type=int, default=SEED, help="draws the text and the random removals")
     parser.add_argument("--tiny", action="store_true", help="few tokens and one size, to try the script")
     parser.add_argument("--out", type=Path, default=Path("repair.jsonl"))

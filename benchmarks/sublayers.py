@@ -17,18 +17,19 @@ what has one is not run again; the most important rows come first, and none begi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from repair import divergences, load, read
+from repair import divergences, read
+from rows import Row, add_seconds, load, make_missing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -171,7 +172,12 @@ METHODS: dict[str, Callable[[Setup, int], Candidate]] = {
 }
 
 
-def row_of(setup: Setup, method: str, share: int, held_out: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+def key_of(draw: int, share: int, method: str) -> str:
+    """What a row is found by."""
+    return f"{draw} | {share} | {method}"
+
+
+def row_of(setup: Setup, method: str, share: int, held_out: Mapping[str, Sequence[Tensor]]) -> Row:
     """What a method chooses, and how far the model without it is from the original, before and after the repair."""
     units: Units = "blocks" if method == "blocks" else "sublayers"
     start = time.perf_counter()
@@ -181,8 +187,7 @@ def row_of(setup: Setup, method: str, share: int, held_out: Mapping[str, Sequenc
     found = find_units(setup.model, units)
     gone = [found[i] for i in removed]
     shortened = remove_blocks(setup.model, removed, units=units, copy=False)
-    row: dict[str, Any] = {
-        "key": f"{setup.seed} | {share} | {method}",
+    row: Row = {
         "draw": setup.seed,
         "share": share,
         "method": method,
@@ -233,26 +238,16 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.calibration_text = os.devnull
     texts, others = read(arguments, tokenizer)
     held_out = {kind: others.first(kind, arguments.held_out) for kind in KINDS}
-    done = {row["key"] for row in load(arguments.out)}
 
-    listed = list(jobs(arguments.draws, arguments.shares))
     each = FIT_SAMPLES + CHOICE_SAMPLES
     drawn = texts.first("chat", arguments.draws * each)
     repairing = texts.tokens(["chat"], arguments.tokens)
-    for number, (draw, share, method) in enumerate(listed):
-        if time.perf_counter() - started > arguments.seconds:
-            print(f"{len(listed) - number} rows are left; run again to continue")
-            break
-        if f"{draw} | {share} | {method}" in done:
-            continue
-
+    wanted = {}
+    for draw, share, method in jobs(arguments.draws, arguments.shares):
         samples = drawn[draw * each : (draw + 1) * each]
         setup = Setup(model, samples, repairing, arguments.passes, draw, arguments.out)
-        row = row_of(setup, method, share, held_out)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        means = [round(float(np.mean(list(row[state].values()))), 4) for state in ("kl", "repaired")]
-        print(f"{time.perf_counter() - started:5.0f} s  {row['key']}: {means}, {row['seconds']:.1f} s", flush=True)
+        wanted[key_of(draw, share, method)] = partial(row_of, setup, method, share, held_out)
+    make_missing(wanted, arguments.out, started, arguments.seconds)
 
 
 def table(path: Path) -> str:
@@ -263,11 +258,11 @@ def table(path: Path) -> str:
     for share in sorted({row["share"] for row in rows}):
         for method in METHODS:
             draws = [row["draw"] for row in rows if row["share"] == share and row["method"] == method]
-            paired = [draw for draw in draws if f"{draw} | {share} | blocks" in mean]
+            paired = [draw for draw in draws if key_of(draw, share, "blocks") in mean]
             if not paired:
                 continue
-            own = np.array([mean[f"{draw} | {share} | {method}"] for draw in paired])  # (draws, 2)
-            blocks = np.array([mean[f"{draw} | {share} | blocks"] for draw in paired])
+            own = np.array([mean[key_of(draw, share, method)] for draw in paired])  # (draws, 2)
+            blocks = np.array([mean[key_of(draw, share, "blocks")] for draw in paired])
             (plain, repaired), ratios = own.mean(axis=0), own / blocks
             cells = [f"{share} %", method, str(len(paired)), f"{plain:.3f}", f"{ratios[:, 0].mean():.2f}"]
             lines.append(f"| {' | '.join([*cells, f'{repaired:.3f}', f'{ratios[:, 1].mean():.2f}'])} |")
@@ -287,7 +282,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="samples of each held-out kind")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins after so long")
+    add_seconds(parser)
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try the script")
     parser.add_argument("--out", type=Path, default=Path("sublayers.jsonl"))
     parser.add_argument("--table", type=Path, help="print a table of the rows of this file and end")

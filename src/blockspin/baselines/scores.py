@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..model.branches import followed
 from ..model.residual import patched_forward, stream_in, stream_of
 from ..model.streaming import walked
 from ..model.tracing import TracedModel, skipped, trace_model
-from ..problem import Removal, RemovalProblem, Units
-from ..progress import track
-from ..solvers.candidates import Candidate, fill, open_blocks
+from ..problem import Floats, Removal, RemovalProblem, Units
+from ..solvers.candidates import Candidate, fill
+from .greedy import remove_greedily
 
 
 @dataclass(frozen=True)
@@ -211,16 +211,12 @@ def iterative_block_influence(
     Removed blocks are bypassed, so all indices are those of the original model.
     """
     traced = trace_model(model, problem.units)
-    removed = problem.reduced.always
-    steps = int(problem.reduced.quota.sum()) if problem.reduced.exactly else problem.num_blocks
-    for _ in track(range(steps), "Iterative block influence", steps, show=progress):
-        free = open_blocks(problem, removed)
-        if free:
-            cosine = _activations(traced, samples, removed, batch_size, progress=False).cosine
-            removed = (*removed, max(free, key=lambda i: cosine[i]))
 
-    removed = tuple(sorted(removed))
-    return Candidate(removed, "iterative block influence", problem.energy(removed))
+    def influence(removed: Removal, free: Sequence[int]) -> Floats:
+        return 1 - _activations(traced, samples, removed, batch_size, progress=False).cosine[list(free)]
+
+    found = remove_greedily(problem, influence, "iterative block influence", progress=progress)
+    return replace(found, loss=None)  # an influence is no loss
 
 
 def norm_ratio(problem: RemovalProblem, activations: Activations) -> Candidate:

@@ -11,9 +11,10 @@ from ..model.batches import BatchSize
 from ..model.passes import num_passes
 from ..model.quality import Measure, kl, loss, measured, token_mean
 from ..model.tracing import trace_model
-from ..problem import Removal, RemovalProblem
-from ..progress import bar, track
-from ..solvers.candidates import Candidate, fill, open_blocks
+from ..problem import Floats, Removal, RemovalProblem
+from ..progress import bar
+from ..solvers.candidates import Candidate, fill
+from .greedy import remove_greedily
 
 MOST_SWAPS = 3  # blocks that a mutation exchanges
 IDLE = 20  # after so many generations of nothing but the parent there are no other removals
@@ -68,22 +69,13 @@ def _greedy(
 ) -> Candidate:
     """Remove the unit without which the measure is lowest, together with those already gone, until the goal is met."""
     traced = trace_model(model, problem.units)
-    removed, lowest = problem.reduced.always, None
 
-    # A goal counted in units takes as many steps; one in parameters ends when nothing more needs to go.
-    steps = int(problem.reduced.quota.sum()) if problem.reduced.exactly else problem.num_blocks
-    for _ in track(range(steps), name, steps, show=progress):
-        free = open_blocks(problem, removed)
-        if not free:
-            break
+    def means(removed: Removal, free: Sequence[int]) -> Floats:
         longer = [(*removed, i) for i in free]
         values = measured(traced, longer, samples, measure, batch_size=batch_size)[..., 0]  # (free, samples)
-        means = token_mean(values, samples)
-        best = int(np.argmin(means))
-        removed, lowest = (*removed, free[best]), float(means[best])
+        return token_mean(values, samples)
 
-    removed = tuple(sorted(removed))
-    return Candidate(removed, name, problem.energy(removed), lowest)
+    return remove_greedily(problem, means, name, progress=progress)
 
 
 def evopress(
