@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .quantities import parse_count, parse_size, parse_tokens
-from .settings import Settings, setting
+from .settings import Settings, flag, setting
+from .tables import short
 
+TARGETS = (
+    "target_params",
+    "target_active_params",
+    "target_size",
+    "target_memory",
+    "target_speedup",
+    "target_prefill_speedup",
+)
 NO_GOAL = "say what to remove (--remove 8), or what the smaller model may cost (--target-size 5GB, ...)"
 
 
@@ -63,3 +72,21 @@ class TargetSettings(Settings):
     def needs_times(self) -> bool:
         """Whether one counts time."""
         return {self.target_speedup, self.target_prefill_speedup} != {None}
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that are given, by their settings."""
+        amounts = {name: getattr(self, name) for name in TARGETS}
+        return {name: amount for name, amount in amounts.items() if amount is not None}
+
+
+def target_text(name: str, amount: float) -> str:
+    """A target as it is typed: "--target-size 5GB". name: its setting."""
+    if name.endswith("speedup"):
+        said = f"{amount:g}"
+    elif amount < 1:
+        said = f"{100 * amount:g}%"
+    else:
+        unit = "B" if name in ("target_size", "target_memory") else ""
+        said = short(amount, unit).replace(" ", "")
+    return f"{flag(name)} {said}"

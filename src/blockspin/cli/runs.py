@@ -11,16 +11,14 @@ import typer
 from ..config import CompressConfig, parse_remove
 from ..processes import from_main
 from ..progress import console
-from ..targets import TargetSettings
 from ..training import DistillConfig
 from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
 from .options import Given, Options, with_settings
 
 if TYPE_CHECKING:
     from ..comparison.results import Row
+    from ..problem import Units
 
-# `compare` has goals that every method can be given.
-_TARGETS = tuple(TargetSettings.__dataclass_fields__)
 # The settings of the training that the run decides.
 _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
 
@@ -105,12 +103,16 @@ def compress(
 @with_settings
 def compare(
     model: Model,
-    remove: Annotated[
-        list[str],
-        typer.Option("--remove", help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1."),
-    ],
     calibration: Calibration,
-    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove", *_TARGETS))],
+    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--remove",
+            help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1. Targets hold besides, or "
+            "are the goal.",
+        ),
+    ] = None,
     out: Out = Path("blockspin-comparison"),
     against: Annotated[
         str | None,
@@ -124,24 +126,28 @@ def compare(
 ) -> None:
     """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
 
-    Run the same command again to continue; more goals may be added to a folder.
+    Run the same command again to continue; more goals may be added to a folder, other targets too.
 
     Example: blockspin compare MODEL --remove 4,8,12 --calibration teknium/OpenHermes-2.5 --out DIR
+
+    Example: blockspin compare MODEL --units sublayers --target-size 75% --calibration teknium/OpenHermes-2.5 --out DIR
     """
     from ..comparison.repairs import repairs_tables
     from ..comparison.report import write_report
     from ..comparison.run import compare as run
+    from ..comparison.run import goals_named
 
-    goals = {}
-    for text in remove:
+    removes = {}
+    for text in remove or ():
         parts = [text] if "=" in text else text.split(",")
         for part in map(str.strip, parts):
-            goals[part] = parse_remove(part)
-    first = next(iter(goals.values()))
+            removes[part] = parse_remove(part)
+    first = next(iter(removes.values()), None)
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
+    goals = goals_named(config, removes)
 
     comparison = run(config, goals, out, against=against)
-    _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, json)
+    _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, config.units, json)
     for table in [] if json else repairs_tables(comparison):
         show(table)
     page = from_main(lambda: write_report(out))
@@ -165,7 +171,7 @@ def report(
         return
     page = write_report(out)
     comparison = Comparison.load(out / "comparison.json")
-    _show_rows(comparison.rows, comparison.settings["objective"], json)
+    _show_rows(comparison.rows, comparison.settings["objective"], comparison.units, json)
     console.print(f"Wrote {page}.", soft_wrap=True)
 
 
@@ -183,14 +189,14 @@ def _show_plan(config: CompressConfig, out: Path, json: bool) -> None:
     typer.echo(plan.summary())
 
 
-def _show_rows(rows: Sequence[Row], objective: str, json: bool) -> None:
+def _show_rows(rows: Sequence[Row], objective: str, units: Units, json: bool) -> None:
     """The rows of a comparison, in tables by what was minimised or as JSON."""
     from ..comparison.report import terminal_tables
 
     if json:
         show_json([row.as_json() for row in rows])
         return
-    for table in terminal_tables(rows, objective):
+    for table in terminal_tables(rows, objective, units):
         show(table)
 
 

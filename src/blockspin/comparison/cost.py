@@ -33,6 +33,8 @@ class MethodCost:
 def counted(model: nn.Module, tokens: int, keep: Callable[[MethodCost], None] | None = None) -> Iterator[MethodCost]:
     """Counts the blocks that run inside, bypassed ones not, in passes of the whole model over `tokens` tokens.
 
+    A block that runs without some of its sub-layers counts as a whole one.
+
     keep: is given what was counted so far, every few seconds: for costs that outlive the process. The passes of several
     processes are added up when it is done.
     """

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..config import GRADIENT_ENERGIES
 from ..solvers import Spectrum
-from .results import ORIGINAL, RANDOM, Point, Row, averaged
+from .results import ORIGINAL, RANDOM, Point, Row, averaged, goal_title
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
@@ -61,10 +61,10 @@ def _ranks(values: ArrayLike) -> NDArray[np.float64]:
     return ranks
 
 
-def hessian_figure(hessians: Mapping[str, NDArray[np.float64]]) -> Figure:
+def hessian_figure(hessians: Mapping[str, NDArray[np.float64]], noun: str = "blocks") -> Figure:
     """Heat maps of the energies' matrices, in red and blue; a scale ends at the 98th percentile off the diagonal.
 
-    hessians: name of the energy -> (num_blocks, num_blocks).
+    hessians: name of the energy -> (N, N). noun: what its rows stand for.
     """
     figure, panels = _panels(len(hessians), 6.4, 5.4)
     for (name, hessian), axes in zip(hessians.items(), panels, strict=True):
@@ -75,14 +75,16 @@ def hessian_figure(hessians: Mapping[str, NDArray[np.float64]]) -> Figure:
 
         unit = "nats²" if name in GRADIENT_ENERGIES else "of log KL" if name.startswith("fitted") else "nats"
         figure.colorbar(image, ax=axes, extend="both", label=f"energy ({unit})")
-        axes.set(xlabel="block", ylabel="block", title=f"matrix of the energy: {name}")
+        axes.set(xlabel=noun, ylabel=noun, title=f"matrix of the energy: {name}")
         _count(axes.xaxis)
         _count(axes.yaxis)
     return figure
 
 
-def states_figure(spectra: Mapping[str, Spectrum], depth: int, together: int = 1, states: int = 20) -> Figure:
-    """For each spectrum a panel: state by state, the removed blocks; so many stay together in a line."""
+def states_figure(
+    spectra: Mapping[str, Spectrum], depth: int, together: int = 1, states: int = 20, noun: str = "blocks"
+) -> Figure:
+    """For each spectrum a panel: state by state, what is removed of so many units; so many panels stay together."""
     figure, panels = _panels(len(spectra), _grid_width(depth) + 1.6, 4.4, together)
     for (title, spectrum), axes in zip(spectra.items(), panels, strict=True):
         shown = spectrum.states[:states]
@@ -92,7 +94,7 @@ def states_figure(spectra: Mapping[str, Spectrum], depth: int, together: int = 1
         _draw_grid(axes, grid, [BLUE])
 
         labelled = range(0, len(shown), 2)
-        axes.set(xlabel="block", yticks=labelled)
+        axes.set(xlabel=noun, yticks=labelled)
         axes.set_title(title, fontsize=10)
         axes.set_yticklabels([f"CBO:{k}" for k in labelled])
     return figure
@@ -104,7 +106,7 @@ def energy_figure(landscape: Mapping[str, Sequence[Point]], energies: Sequence[s
     free = iter(panels)
     for goal, points in landscape.items():
         for name in energies:
-            _draw_landscape(next(free), points, name, f"remove {goal}, {name}")
+            _draw_landscape(next(free), points, name, f"{goal_title(goal)}, {name}")
     return figure
 
 

@@ -19,7 +19,7 @@ from ..model.batches import BatchSize
 from ..model.quality import shared_losses
 from ..model.tracing import TracedModel
 from ..pipeline.stages import Samples
-from ..problem import RemovalProblem
+from ..problem import Budget, RemovalProblem, Units
 from ..processes import from_main
 from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
 from ..solvers import Spectrum
@@ -44,7 +44,7 @@ class Measure(Protocol[T_co]):
     """What measures a statistic of the whole model."""
 
     def __call__(
-        self, model: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize, progress: bool
+        self, model: nn.Module, samples: Sequence[Tensor], *, units: Units, batch_size: BatchSize, progress: bool
     ) -> T_co: ...
 
 
@@ -75,9 +75,10 @@ class Statistic(Generic[T]):
 
 
 def weight_importance(
-    model: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize, progress: bool
+    model: nn.Module, samples: Sequence[Tensor], *, units: Units, batch_size: BatchSize, progress: bool
 ) -> NDArray[np.float64]:
     """By the main process alone where there are several: its sums are as large as the model."""
+    assert units == "blocks", "methods that read it are of whole blocks"
     return from_main(lambda: baselines.weight_importance(model, samples, batch_size=batch_size, progress=progress))
 
 
@@ -90,7 +91,8 @@ WEIGHT_IMPORTANCE = Statistic("weight importance", weight_importance)
 class Setup:
     """The model that the methods are compared on, and what they share.
 
-    energies: by name. costs: of the energies and of the statistics, by their names.
+    budgets: what the targets ask for, besides every goal. energies: by name. costs: of the energies and of the
+        statistics, by their names.
     """
 
     traced: TracedModel
@@ -98,6 +100,7 @@ class Setup:
     config: CompressConfig
     removable: Removable
     costs: dict[str, MethodCost]
+    budgets: Sequence[Budget] = ()
     energies: dict[str, Energies] = field(default_factory=dict)
     _statistics: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +118,11 @@ class Setup:
             samples = self.samples.selection if statistic.on_selection else self.samples.calibration
             with self.counting() as cost:
                 self._statistics[statistic.name] = statistic.measure(
-                    self.traced.model, samples, batch_size=self.config.batch_size, progress=True
+                    self.traced.model,
+                    samples,
+                    units=self.config.units,
+                    batch_size=self.config.batch_size,
+                    progress=True,
                 )
             self.costs[statistic.name] = cost
         value: T = self._statistics[statistic.name]
@@ -146,13 +153,20 @@ class Method:
     """One way to choose what goes.
 
     energy: the one whose spectrum it reads; statistic: what it reads besides. Both are part of its cost, as if no
-    other method shared them.
+        other method shared them.
+    of_blocks: why it cannot remove sub-layers; empty where it can.
     """
 
     name: str
     choose: Callable[[Case], Chosen]
     energy: str | None = None
     statistic: Statistic[Any] | None = None
+    of_blocks: str = ""
+
+    def check(self, case: Case) -> None:
+        """Raise ValueError where the method cannot remove what is to be removed."""
+        if self.of_blocks and case.problem.units == "sublayers":
+            raise ValueError(f"{self.of_blocks}, and here sub-layers go")
 
     def shared_cost(self, case: Case) -> MethodCost:
         """The cost of what it reads; a statistic that no method has read is measured now."""
@@ -166,7 +180,11 @@ class Method:
 
 
 def methods(config: CompressConfig) -> list[Method]:
-    """Every method, in the order in which they run: cheap ones first."""
+    """Every method, in the order in which they run: cheap ones first.
+
+    Some were proposed again for sub-layers, and have that name there.
+    """
+    of_blocks = config.units == "blocks"
     found = [Method(SELECTED, selected, energy=config.energy)]
     if config.repair and config.choose_repaired:
         found.append(Method(TO_BE_REPAIRED, selected_for_repair, energy=config.energy))
@@ -177,9 +195,9 @@ def methods(config: CompressConfig) -> list[Method]:
 
     found += [
         Method(f"CBO, best of {config.max_candidates}", best_state, energy=PAPER),
-        Method("last blocks", lambda case: baselines.last_blocks(case.problem)),
+        Method("last blocks" if of_blocks else "last sub-layers", lambda case: baselines.last_blocks(case.problem)),
         Method(RANDOM, random_draws),
-        by_activations("block influence", baselines.block_influence),
+        by_activations("block influence" if of_blocks else "LLM-Drop", baselines.block_influence),
         by_activations("norm ratio", baselines.norm_ratio),
         by_activations("angular distance", baselines.angular_distance),
         Method("iterative block influence", iterative_block_influence),
@@ -187,8 +205,12 @@ def methods(config: CompressConfig) -> list[Method]:
         shortened_llama("Shortened LLaMA PPL+", LOSSES_WITHOUT_EACH, plus=True),
         shortened_llama("Shortened LLaMA Taylor", WEIGHT_IMPORTANCE),
         shortened_llama("Shortened LLaMA Taylor+", WEIGHT_IMPORTANCE, plus=True),
-        by_search("sliding-window merging", baselines.sliding_window_merging, alone=True),
-        by_search("SLEB", baselines.sleb),
+        replace(
+            by_search("sliding-window merging", baselines.sliding_window_merging, alone=True),
+            of_blocks="it merges whole blocks",
+        ),
+        by_search("SLEB" if of_blocks else "BlockPruner", baselines.sleb),
+        *([] if of_blocks else [by_search("FinerCut", baselines.finercut)]),
         by_search("EvoPress", partial(baselines.evopress, budget=config.budget)),
     ]
     return found
@@ -309,4 +331,6 @@ def shortened_llama(name: str, statistic: Statistic[NDArray[np.float64]], plus: 
     def choose(case: Case) -> Candidate:
         return baselines.shortened_llama(case.problem, case.setup.read(statistic), "Shortened LLaMA", plus=plus)
 
-    return Method(name, choose, statistic=statistic)
+    # Of single sub-layers there is the loss without each, but no share of the gradients, and no ends to protect.
+    of_blocks = "its score is of whole blocks" if plus or statistic is WEIGHT_IMPORTANCE else ""
+    return Method(name, choose, statistic=statistic, of_blocks=of_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from .. import baselines
 from ..model.quality import quality_of
-from ..problem import Removal
+from ..problem import Removal, Units
 from ..progress import console
 from ..repairs.fitting import Text
 from ..repairs.run import least_tokens, repair
 from ..surgery.memory import remove_blocks
 from ..tables import Column, Table
 from .methods import TO_BE_REPAIRED, Setup
-from .results import RANDOM, Choice, Comparison, Repaired
+from .results import RANDOM, Choice, Comparison, Repaired, goal_title
 
 OURS = "blockspin"
 _OTHERS: dict[str, Callable[..., None]] = {
@@ -46,23 +47,30 @@ def repair_choices(setup: Setup, goal: str, comparison: Comparison, save: Callab
         comparison.left_out[f"repairs, {goal}"] = f"a repair needs {needed:,} tokens of text to fit to, not {given:,}"
         return
 
-    known = {(row.removed, row.repair) for row in comparison.repaired}
-    for choice, name in _wanted(comparison.choices_for(goal)):
-        if (choice.removed, name) in known:
+    if setup.config.units == "sublayers":
+        reason = "they put a linear map where whole blocks are gone, and here sub-layers go"
+        comparison.left_out[f"repairs by {', '.join(_OTHERS)}, {goal}"] = reason
+    for choice, name in _wanted(comparison.choices_for(goal), setup.config.units):
+        of_removal = [row for row in comparison.repaired if (row.removed, row.repair) == (choice.removed, name)]
+        if any(row.goal == goal for row in of_removal):
             continue
-        console.print(f"{goal}: {choice.method}, repaired by {name}", highlight=False)
-        comparison.repaired.append(_repaired(setup, goal, choice.removed, name, text))
-        known.add((choice.removed, name))
+
+        # Another goal may have led to the same removal.
+        if of_removal:
+            comparison.repaired.append(replace(of_removal[0], goal=goal))
+        else:
+            console.print(f"{goal}: {choice.method}, repaired by {name}", highlight=False)
+            comparison.repaired.append(_repaired(setup, goal, choice.removed, name, text))
         save()
 
 
-def _wanted(choices: Sequence[Choice]) -> list[tuple[Choice, str]]:
-    """Which choices get which repairs."""
+def _wanted(choices: Sequence[Choice], units: Units) -> list[tuple[Choice, str]]:
+    """Which choices get which repairs. units: what the choices remove; the others' repairs are of whole blocks."""
     plain = [choice for choice in choices if choice.removed and not choice.windows]
     first_draw = next((choice for choice in plain if choice.method == RANDOM), None)
     wanted = [(choice, OURS) for choice in plain if choice.method != RANDOM or choice is first_draw]
     for choice in plain:
-        if choice.method == TO_BE_REPAIRED:
+        if choice.method == TO_BE_REPAIRED and units == "blocks":
             wanted += [(choice, name) for name in _OTHERS]
     return wanted
 
@@ -70,7 +78,7 @@ def _wanted(choices: Sequence[Choice]) -> list[tuple[Choice, str]]:
 def _repaired(setup: Setup, goal: str, removed: Removal, name: str, text: Sequence[Tensor]) -> Repaired:
     """One removal after one repair, measured as the others are."""
     model, config = setup.traced.model, setup.config
-    shortened = remove_blocks(model, removed, copy=False)
+    shortened = remove_blocks(model, removed, units=config.units, copy=False)
     started = time.perf_counter()
     method: Callable[..., Any] = _OTHERS.get(name, repair)
     method(shortened, model, text, batch_size=config.batch_size)
@@ -101,4 +109,4 @@ def _table(comparison: Comparison, goal: str) -> Table:
             lines.append((row.kl, [*cells, f"{row.agreement:.1%}", f"{row.seconds:.3g}"]))
 
     lines.sort(key=lambda line: line[0])
-    return Table(columns, [cells for _, cells in lines], f"remove {goal}, after a repair")
+    return Table(columns, [cells for _, cells in lines], f"{goal_title(goal)}, after a repair")

@@ -15,6 +15,7 @@ from ..energies import load_energies
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
 from ..pipeline.origin import command_options, public_name, public_settings
+from ..problem import NOUNS, Units
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, short, write_csv
 from .figures import (
@@ -28,18 +29,18 @@ from .figures import (
 )
 from .methods import PAPER
 from .repairs import repairs_tables
-from .results import ORIGINAL, Comparison, Row, averaged, energy_key
+from .results import ORIGINAL, Comparison, Row, averaged, energy_key, file_part, goal_title, split_goal
 
-_WORDS = ("goal", "method", "blocks")  # columns that hold no numbers
+_WORDS = ("goal", "method", *NOUNS.values())  # columns that hold no numbers
 _IN_PAGE = ("method", "KL", "loss above", "perplexity", "top-1", "parameters", "speed")
 _CAPTIONS = {
     "quality": "How far the model is from the original, against how much of it is gone; lower is better, bars are one "
     "standard error. Methods above the frame are in the tables.",
     "energy": "Energy against measured loss: the lowest states of each energy and random removals. "
     "rho is Spearman's rank correlation: does the energy order removals as their measured loss does?",
-    "states": "Which blocks the states of lowest energy remove.",
+    "states": "What the states of lowest energy remove.",
     "spectrum": "The energies of the lowest states: certified, and as tabu search finds them.",
-    "hessian": "The matrices of the energies. An entry off the diagonal says that two blocks cost more (red) or less "
+    "hessian": "The matrices of the energies. An entry off the diagonal says that two of them cost more (red) or less "
     "(blue) together than apart.",
 }
 _TITLES = {
@@ -78,7 +79,7 @@ def write_report(folder: str | Path) -> Path:
     with replacing(folder / "comparison.csv") as temporary:
         write_csv(records(comparison.rows), temporary)
     with replacing(folder / "comparison.md") as temporary:
-        temporary.write_text(table_of(comparison.rows, comparison.settings["objective"]).markdown())
+        temporary.write_text(table_of(comparison.rows, comparison.settings["objective"], comparison.units).markdown())
     if comparison.repaired:
         with replacing(folder / "repairs.md") as temporary:
             parts = [f"## {table.title}\n\n{table.markdown()}" for table in repairs_tables(comparison)]
@@ -94,7 +95,7 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     hessians = {}
     for name in names:
         for kept in dict.fromkeys(energy_key(name, goal) for goal in comparison.landscape):
-            energies = load_energies(folder / f"{kept}.safetensors")
+            energies = load_energies(folder / f"{file_part(kept)}.safetensors")
             hessians[kept] = energies.hessian
     depth = len(energies.blocks)
 
@@ -102,37 +103,41 @@ def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
     spectra, tabu = {}, {}
     for goal in comparison.landscape:
         for name in names:
-            panel = f"remove {goal}, {name}"
-            spectra[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}.json")
-            tabu[panel] = Spectrum.load(folder / f"spectrum-{goal}-{name}-tabu.json")
+            panel, file = f"{goal_title(goal)}, {name}", f"spectrum-{file_part(goal)}-{name}"
+            spectra[panel] = Spectrum.load(folder / f"{file}.json")
+            tabu[panel] = Spectrum.load(folder / f"{file}-tabu.json")
 
+    noun = NOUNS[comparison.units]
     return {
         "quality": quality_figure(comparison.rows, comparison.settings["objective"]),
         "energy": energy_figure(comparison.landscape, names),
-        "states": states_figure(spectra, depth, len(names)),
+        "states": states_figure(spectra, depth, len(names), noun=noun),
         "spectrum": spectrum_figure(spectra, tabu, len(names)),
-        "hessian": hessian_figure(hessians),
+        "hessian": hessian_figure(hessians, noun),
     }
 
 
-def text_rows(rows: Sequence[Row], objective: str = "loss") -> list[dict[str, str]]:
+def text_rows(rows: Sequence[Row], objective: str = "loss", units: Units = "blocks") -> list[dict[str, str]]:
     """The averaged rows as text, by the names of the columns; the original once for each goal."""
     lines = []
     for row in averaged(rows, objective):
         if row.method == ORIGINAL:  # the first of its goal
             original = row
-        lines.append(cells(row, original))
+        lines.append(cells(row, original, units))
     return lines
 
 
-def cells(row: Row, original: Row) -> dict[str, str]:
-    """A row as text; "speed" is relative to the original of the same goal, and part of "tokens/s" as well."""
+def cells(row: Row, original: Row, units: Units) -> dict[str, str]:
+    """A row as text; "speed" is relative to the original of the same goal, and part of "tokens/s" as well.
+
+    The last column is called as the units are.
+    """
     speed = f"{row.tokens_per_second / original.tokens_per_second:.2f}x"
-    blocks = ranges(row.removed)
+    which = ranges(row.removed)
     if row.windows:
-        blocks += " merged " + _windows_text(row)
+        which += " merged " + _windows_text(row)
     elif not row.removed and row.method != ORIGINAL:
-        blocks = "several draws"
+        which = "several draws"
 
     scores = {score.task: score.as_text() for score in row.scores}
     return {
@@ -150,7 +155,7 @@ def cells(row: Row, original: Row) -> dict[str, str]:
         **scores,
         "passes": f"{row.passes:.3g}",
         "seconds": f"{row.seconds:.3g}",
-        "blocks": blocks,
+        NOUNS[units]: which,
     }
 
 
@@ -159,26 +164,26 @@ def _plus_minus(error: float | None) -> str:
     return f" ±{error:.4f}" if error else ""
 
 
-def table_of(rows: Sequence[Row], objective: str) -> Table:
+def table_of(rows: Sequence[Row], objective: str, units: Units) -> Table:
     """Every column for all goals, in each the lowest objective first."""
-    lines = text_rows(rows, objective)
+    lines = text_rows(rows, objective, units)
     shown = [heading for heading in lines[0] if heading != "speed"]
     return _table(lines, shown, caption=AT_CHANCE if rows[0].scores else "")
 
 
-def terminal_tables(rows: Sequence[Row], objective: str) -> list[Table]:
+def terminal_tables(rows: Sequence[Row], objective: str, units: Units = "blocks") -> list[Table]:
     """A table for each goal, the lowest objective first; what is left out here is in the files."""
     tasks = [score.task for score in rows[0].scores]
-    shown = ["method", "removed", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", "blocks"]
+    shown = ["method", "removed", "perplexity", "KL", "top-1", "speed", *tasks, "passes", "seconds", NOUNS[units]]
     marked = any(score.at_chance for row in rows for score in row.scores)
 
     goals: dict[str, list[dict[str, str]]] = {}
-    for line in text_rows(rows, objective):
+    for line in text_rows(rows, objective, units):
         goals.setdefault(line["goal"], []).append(line)
 
     tables = []
     for goal, lines in goals.items():
-        tables.append(_table(lines, shown, f"remove {goal}", AT_CHANCE if marked else ""))
+        tables.append(_table(lines, shown, goal_title(goal), AT_CHANCE if marked else ""))
     return tables
 
 
@@ -212,8 +217,9 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: int) -> str:
-    """The HTML page. depth: blocks of the model."""
-    rows, objective = comparison.rows, comparison.settings["objective"]
+    """The HTML page. depth: units of the model."""
+    rows, objective, units = comparison.rows, comparison.settings["objective"], comparison.units
+    noun = NOUNS[units]
     goals = list(dict.fromkeys(row.goal for row in rows))
     told = goals[len(goals) // 2]  # the goal that the headline is about
     model = public_name(comparison.settings["model"])
@@ -221,9 +227,10 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
 
     parts = [
         page.header(
-            f"blockspin compare · {model} {'· ' + date if date else ''}", *headline(rows, told, objective, model, depth)
+            f"blockspin compare · {model} {'· ' + date if date else ''}",
+            *headline(rows, told, objective, model, depth, noun),
         ),
-        page.tiles(numbers_of(rows, told)),
+        page.tiles(numbers_of(rows, told, noun)),
         page.figure(
             drawings["quality"],
             "quality",
@@ -232,14 +239,14 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
         ),
     ]
     for goal in goals:
-        table, marked = goal_table(rows, goal, objective)
+        table, marked = goal_table(rows, goal, objective, units)
         note = f"{len(table.rows) - 1} methods and the original"
         inside = [page.html_table(table, marked), page.paragraph(_COLUMNS)]
-        parts.append(page.section(f"Remove {goal}", inside, note, shown=goal == told))
+        parts.append(page.section(_sentence(goal_title(goal)), inside, note, shown=goal == told))
 
     for table in repairs_tables(comparison):
-        parts.append(page.section(table.title.capitalize(), [page.html_table(table)]))
-    parts.append(page.section("Which blocks each method removes", [method_map(rows, objective, depth)], shown=True))
+        parts.append(page.section(_sentence(table.title), [page.html_table(table)]))
+    parts.append(page.section(f"Which {noun} each method removes", [method_map(rows, objective, depth)], shown=True))
     for name, title in _TITLES.items():
         parts.append(page.section(title, [page.figure(drawings[name], name, _CAPTIONS[name])]))
     if comparison.left_out:
@@ -248,12 +255,17 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
     return page.page(f"blockspin: {model}", parts)
 
 
-def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: int) -> tuple[str, str]:
-    """What was found, in a sentence; and how the methods compare, in another."""
+def _sentence(words: str) -> str:
+    """With a capital at the start."""
+    return words[0].upper() + words[1:]
+
+
+def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: int, noun: str) -> tuple[str, str]:
+    """What was found, in a sentence; and how the methods compare, in another. depth, noun: 30 "blocks"."""
     original, ranked = ranked_rows(rows, goal, objective)
     ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
     rise, error = _rise(ours, original)
-    gone = f"{len(ours.removed)} of its {depth} blocks" if ours.removed else goal
+    gone = f"{len(ours.removed)} of its {depth} {noun}" if ours.removed else goal
     first = (
         f"Without {gone}, {model} keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters and runs "
         f"{ours.tokens_per_second / original.tokens_per_second:.2f} times as fast; its perplexity rises by "
@@ -266,15 +278,16 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
     best = next((row for row in ranked if not ours.removed or row.removed != ours.removed), ours)
     other, other_spread = measured(best, original, objective)
     told = f"{value:.4f}{_plus_minus(spread)}", f"{other:.4f}{_plus_minus(other_spread)}"
+    asked = f"{goal_title(goal)} {noun}" if goal.isdigit() else goal_title(goal)
     second = (
-        f"Of {len(ranked)} ways to remove {goal}{' blocks' if goal.isdigit() else ''}, blockspin's choice "
+        f"Of {len(ranked)} ways to {asked}, blockspin's choice "
         f"({ours.method}) is number {place} by {name} on text that none of them had seen: {told[0]} nats a token, "
         f"against {told[1]} of {best.method}."
     )
     return first, second
 
 
-def numbers_of(rows: Sequence[Row], goal: str) -> list[tuple[str, str]]:
+def numbers_of(rows: Sequence[Row], goal: str, noun: str) -> list[tuple[str, str]]:
     """What was removed, what it costs, what it saves: large numbers with their words."""
     original, ranked = ranked_rows(rows, goal, "kl")
     ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
@@ -282,7 +295,7 @@ def numbers_of(rows: Sequence[Row], goal: str) -> list[tuple[str, str]]:
     saved = 1 - ours.num_bytes / original.num_bytes
     faster = ours.tokens_per_second / original.tokens_per_second
     return [
-        (f"{len(ours.removed)} blocks" if ours.removed else goal, f"removed: {ranges(ours.removed)}"),
+        (f"{len(ours.removed)} {noun}" if ours.removed else goal, f"removed: {ranges(ours.removed)}"),
         (f"{rise:+.1f}%{error}", f"perplexity: {original.perplexity:.4g} becomes {ours.perplexity:.4g}"),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(ours.num_bytes, 'B')}"),
         (f"{faster:.2f}x", "tokens a second, reading a text"),
@@ -303,24 +316,24 @@ def ranked_rows(rows: Sequence[Row], goal: str, objective: str) -> tuple[Row, li
     return original, sorted(methods, key=lambda row: measured(row, original, objective)[0])
 
 
-def goal_table(rows: Sequence[Row], goal: str, objective: str) -> tuple[Table, list[int]]:
+def goal_table(rows: Sequence[Row], goal: str, objective: str, units: Units) -> tuple[Table, list[int]]:
     """The methods for a goal, the original in front, and which of its rows are ours."""
     original, ranked = ranked_rows(rows, goal, objective)
     tasks = [score.task for score in original.scores]
-    headings = [*_IN_PAGE, *tasks, "passes", "blocks"]
+    headings = [*_IN_PAGE, *tasks, "passes", NOUNS[units]]
     if objective == "loss":  # what is minimised comes first
         headings[1:3] = ["loss above", "KL"]
 
-    lines = [cells(row, original) for row in [original, *ranked]]
+    lines = [cells(row, original, units) for row in [original, *ranked]]
     marked = [number for number, row in enumerate([original, *ranked]) if is_ours(row.method)]
     return _table(lines, headings, caption=f"Scores in percent; {AT_CHANCE}." if tasks else ""), marked
 
 
 def method_map(rows: Sequence[Row], objective: str, depth: int) -> str:
-    """For each goal, method by method, the blocks that are removed."""
+    """For each goal, method by method, what is removed. depth: units of the model."""
     lines: list[tuple[str, str, bool]] = []
     for goal in dict.fromkeys(row.goal for row in rows):
-        lines.append((f"remove {goal}", "", False))
+        lines.append((goal_title(goal), "", False))
         _, ranked = ranked_rows(rows, goal, objective)
         for row in ranked:
             if row.removed:
@@ -330,17 +343,27 @@ def method_map(rows: Sequence[Row], objective: str, depth: int) -> str:
 
     colours = (("accent", "removed"), ("merged", "holds merged weights"), ("line", "stays"))
     keys = "".join(f'<i class="key" style="background:var(--{name})"></i>{words}' for name, words in colours)
-    return f'<p class="soft">Block 0 is at the left.{keys}</p>{page.block_map(lines)}'
+    return f'<p class="soft">Number 0 is at the left.{keys}</p>{page.block_map(lines)}'
 
 
 def origin_section(comparison: Comparison, goals: Sequence[str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(comparison.settings)
     options = command_options(settings)
-    command = f"blockspin compare {settings['model']} --remove {','.join(goals)} {options} --out DIR"
+
+    # A command for each set of targets.
+    removes: dict[str, list[str]] = {}
+    for goal in goals:
+        remove, targets = split_goal(goal)
+        removes.setdefault(targets, []).append(remove)
+    commands = []
+    for targets, listed in removes.items():
+        goal_options = [f"--remove {','.join(listed)}"] if any(listed) else []
+        words = ["blockspin compare", settings["model"], *goal_options, *filter(None, [targets]), options, "--out DIR"]
+        commands.append(" ".join(words))
     parts = [
         page.facts(comparison.about),
-        page.code(command),
+        page.code("\n".join(commands)),
         page.code(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)),
     ]
     return page.section("How this was measured", parts, "machine, data, settings, command")

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..evaluation.scores import Score, mean_scores
 from ..files import write_json
-from ..problem import Removal
+from ..problem import Removal, Units
 from .cost import MethodCost
 
 ORIGINAL = "original"  # the method that removes nothing
@@ -26,9 +26,25 @@ def energy_key(energy: str, goal: str) -> str:
     return f"{energy}-{goal}" if energy == "fitted" else energy
 
 
+def file_part(name: str) -> str:
+    """A goal, or the key of energies, as a part of a file's name."""
+    return name.replace("--", "").replace(", ", "+").replace(" ", "-")
+
+
+def goal_title(goal: str) -> str:
+    """What is to be done for a goal: "remove 8", "meet --target-size 5GB"."""
+    return f"meet {goal}" if goal.startswith("--") else f"remove {goal}"
+
+
+def split_goal(goal: str) -> tuple[str, str]:
+    """What --remove says in a goal, and its other options; empty where there is none."""
+    remove, options, targets = goal.partition("--")
+    return remove.removesuffix(", "), (options + targets).replace(", ", " ")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """What a method removes for a goal ("8", "moe=2", "25%"), and what finding it cost.
+    """What a method removes for a goal ("8", "moe=2", "25%", "--target-size 5GB"), and what finding it cost.
 
     windows: of sliding-window merging, the (lowest, highest) blocks that were merged into one.
     """
@@ -116,6 +132,12 @@ class Comparison:
     left_out: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     repaired: list[Repaired] = field(default_factory=list)
+
+    @property
+    def units(self) -> Units:
+        """What the numbers of its removals stand for; older files hold blocks."""
+        found: Units = self.settings.get("units", "blocks")
+        return found
 
     def choices_for(self, goal: str) -> list[Choice]:
         return [choice for choice in self.choices if choice.goal == goal]

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import baselines
 from ..config import CompressConfig
+from ..costs.targets import goals_of
 from ..energies import Energies
 from ..errors import first_line
 from ..evaluation.perplexity import tokens_per_second
@@ -30,42 +31,54 @@ from ..model.offload import check_in_memory
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
 from ..pipeline.origin import describe_samples
-from ..pipeline.preflight import check_before
-from ..pipeline.stages import energies_stage, load_samples, origin, pose_problem, spectrum_stage
-from ..problem import Goal, Removal
+from ..pipeline.preflight import check_before, goals_before
+from ..pipeline.stages import (
+    energies_stage,
+    load_samples,
+    origin,
+    pose_problem,
+    spectrum_stage,
+    stored_bytes,
+    times_stage,
+)
+from ..problem import Block, Budget, Goal, Removal, check_goal
 from ..processes import from_main, is_main
 from ..progress import console
 from ..solvers.candidates import random_candidate
-from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
+from ..targets import TARGETS, target_text
 from .cost import MethodCost
-from .known import Known, known_removals
+from .known import Known, known_removals, paper_models
 from .methods import PAPER, Case, Method, Setup, known_methods, methods
 from .repairs import repair_choices
-from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row, energy_key
+from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row, energy_key, file_part
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 LANDSCAPE_SEED = 1000  # added to the seed of the run: others than the draws of the method "random"
 
 
 def compare(
-    config: CompressConfig, goals: Mapping[str, Goal], out: str | Path, *, against: str | None = None
+    config: CompressConfig, goals: Mapping[str, Goal | None], out: str | Path, *, against: str | None = None
 ) -> Comparison:
-    """Choose blocks with every method for every goal, and measure each choice; all of it in the folder `out`.
+    """Choose units with every method for every goal, and measure each choice; all of it in the folder `out`.
 
     ENERGY.safetensors (fitted-GOAL.safetensors, as these are made for a goal) and spectrum-GOAL-ENERGY.json, for the
     paper's energy and that of the settings, are as those of a run of `compress`; comparison.json holds the rest. The
     same call again continues where it was: a finished method is not run twice, and more goals may be added. Where a
     launcher has started several processes, they share the work.
 
-    goals: name -> what to remove, e.g. {"8": 8}; `config.remove` is not used.
-    against: removals that are known already (`known_removals`); those that meet a goal have a row of their own.
+    goals: name -> what to remove, e.g. {"8": 8}, None where the targets of `config` decide alone; `config.remove` is
+        not used. The targets hold for every goal, and are part of its name (`goals_named`).
+    against: removals that are known already (`known_removals`), of the units of `config`; those that meet a goal have a
+        row of their own.
 
     Raises:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
     out = Path(out)
+    if config.units == "sublayers" and against in paper_models():
+        raise ValueError(f"the removals of {against} are of whole blocks; leave out --against, or --units sublayers")
     known = {} if against is None else known_removals(against)
     with locked(out):
         comparison = from_main(lambda: open_comparison(config, out, against))
@@ -76,29 +89,30 @@ def compare(
     return comparison
 
 
+def goals_named(config: CompressConfig, removes: Mapping[str, Goal]) -> dict[str, Goal | None]:
+    """What is to be removed by the name of the goal: as it is typed, with the targets that hold besides.
+
+    removes: what --remove says, e.g. {"8": 8}; nothing where targets decide alone.
+    """
+    targets = [target_text(name, amount) for name, amount in config.targets.items()]
+    goals: dict[str, Goal | None] = {}
+    for text, goal in removes.items():
+        goals[", ".join([text, *targets])] = goal
+    return goals or {", ".join(targets): None}
+
+
 def complete(
-    comparison: Comparison, config: CompressConfig, goals: Mapping[str, Goal], out: Path, known: Known
+    comparison: Comparison, config: CompressConfig, goals: Mapping[str, Goal | None], out: Path, known: Known
 ) -> None:
     """Run and measure the methods that the comparison has no choices of yet, for goals that are not measured yet."""
-    # Everything that can be refused is checked before the settings are recorded.
-    remote = config.trust_remote_code
-    model_config = load_config(config.model, trust_remote_code=remote)
-    for goal in goals.values():
-        from_main(partial(check_before, replace(config, remove=goal), model_config))
-    tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
-    score = scorer(config, tokenizer, out / "scores")
-    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
-    check_in_memory(model, "a comparison")
-    removable = Removable(model_config, trust_remote_code=remote)
-    comparison.about = {**describe_machine(), **describe_samples(samples)}
+    setup, score = _opened(config, goals, comparison, out)
 
     def save() -> None:
         if is_main():
             comparison.save(out / "comparison.json")
 
     save()
-    setup = Setup(trace_model(model), samples, config, removable, comparison.costs)
+    setup.budgets = _budgets(setup, goals, out)
     for name, goal in goals.items():
         # Fitted energies are made for each goal, as a run of `compress` makes them; others are read again.
         for energy in dict.fromkeys([config.energy, PAPER]):
@@ -111,10 +125,56 @@ def complete(
                 run_method(case, method, comparison)
                 save()
         comparison.landscape[name] = landscape(case)
-        if config.repair and case.problem.units == "blocks":
+        if config.repair:
             repair_choices(setup, name, comparison, save)
         comparison.rows += measure(setup, name, comparison.choices_for(name), score)
         save()
+
+
+def _opened(
+    config: CompressConfig, goals: Mapping[str, Goal | None], comparison: Comparison, out: Path
+) -> tuple[Setup, Callable[[Any], tuple[Score, ...]]]:
+    """The model, what the methods share, and what scores models on tasks.
+
+    Everything that can be refused without timing is, before the settings are recorded.
+    """
+    remote = config.trust_remote_code
+    model_config = load_config(config.model, trust_remote_code=remote)
+    for goal in goals.values():
+        from_main(partial(check_before, replace(config, remove=goal), model_config))
+    tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
+    samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
+    score = scorer(config, tokenizer, out / "scores")
+    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    check_in_memory(model, "a comparison")
+    traced = trace_model(model, config.units)
+    removable = Removable(model_config, traced.units, trust_remote_code=remote)
+    if config.profile is not None or not config.needs_times:
+        _check_goals(goals, traced.units, config, from_main(partial(goals_before, config, traced.units)))
+    comparison.about = {**describe_machine(), **describe_samples(samples)}
+    return Setup(traced, samples, config, removable, comparison.costs), score
+
+
+def _budgets(setup: Setup, goals: Mapping[str, Goal | None], out: Path) -> list[Budget]:
+    """What the targets ask for; times are measured where they are needed and no table is given.
+
+    Raises:
+        ValueError: a goal with them is out of reach.
+    """
+    config, model, units = setup.config, setup.traced.model, setup.traced.units
+    times = from_main(lambda: times_stage(config, model, units, out / "profile.json"))
+    remote = config.trust_remote_code
+    budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
+    _check_goals(goals, units, config, budgets)
+    return budgets
+
+
+def _check_goals(
+    goals: Mapping[str, Goal | None], units: Sequence[Block], config: CompressConfig, budgets: Sequence[Budget]
+) -> None:
+    """Raise ValueError where one of the goals is out of reach."""
+    for goal in goals.values():
+        check_goal(units, goal, config.protect, budgets)
 
 
 def open_comparison(config: CompressConfig, out: Path, against: str | None = None) -> Comparison:
@@ -123,7 +183,8 @@ def open_comparison(config: CompressConfig, out: Path, against: str | None = Non
     Raises:
         ValueError: the folder holds something else, or a comparison with other settings.
     """
-    settings = {name: value for name, value in asdict(config).items() if name != "remove"}
+    of_goals = ("remove", *TARGETS)
+    settings = {name: value for name, value in asdict(config).items() if name not in of_goals}
     settings["against"] = against
     file = out / "comparison.json"
     if file.is_file():
@@ -134,13 +195,15 @@ def open_comparison(config: CompressConfig, out: Path, against: str | None = Non
     return Comparison(json.loads(json.dumps(settings)))
 
 
-def energies_of(setup: Setup, name: str, goal_name: str, goal: Goal, out: Path, save: Callable[[], None]) -> Energies:
+def energies_of(
+    setup: Setup, name: str, goal_name: str, goal: Goal | None, out: Path, save: Callable[[], None]
+) -> Energies:
     """An energies file, and what it cost: an interrupted estimate adds to what was spent before.
 
     save: writes the comparison, whose costs are those of `setup`.
     """
     kept = energy_key(name, goal_name)
-    config, key, path = setup.config, f"energy {kept}", out / f"{kept}.safetensors"
+    config, key, path = setup.config, f"energy {kept}", out / f"{file_part(kept)}.safetensors"
     before = setup.costs.get(key, MethodCost())
     was_there = from_main(path.is_file)
 
@@ -156,6 +219,7 @@ def energies_of(setup: Setup, name: str, goal_name: str, goal: Goal, out: Path, 
             path,
             origin(config),
             goal=goal,
+            budgets=setup.budgets,
             protect=config.protect,
         )
     if was_there:
@@ -165,15 +229,15 @@ def energies_of(setup: Setup, name: str, goal_name: str, goal: Goal, out: Path, 
     return energies
 
 
-def pose_case(setup: Setup, name: str, goal: Goal, out: Path) -> Case:
+def pose_case(setup: Setup, name: str, goal: Goal | None, out: Path) -> Case:
     """The problem of a goal with every energy; its spectrum, certified; and what tabu search finds, for a figure."""
     config = setup.config
     certifying = replace(config, solver="exact" if config.solver == "auto" else config.solver)
     problems, spectra, costs = {}, {}, {}
     for energy, energies in setup.energies.items():
-        problem = pose_problem(energies, goal, config)
-        spectrum = spectrum_stage(certifying, problem, out / f"spectrum-{name}-{energy}.json")
-        spectrum_stage(replace(config, solver="tabu"), problem, out / f"spectrum-{name}-{energy}-tabu.json")
+        problem, file = pose_problem(energies, goal, config, setup.budgets), f"spectrum-{file_part(name)}-{energy}"
+        spectrum = spectrum_stage(certifying, problem, out / f"{file}.json")
+        spectrum_stage(replace(config, solver="tabu"), problem, out / f"{file}-tabu.json")
 
         solving = MethodCost(seconds=spectrum.seconds)
         setup.costs[f"solve {energy} {name}"] = solving
@@ -186,6 +250,7 @@ def run_method(case: Case, method: Method, comparison: Comparison) -> None:
     """Run one method and add its choices, or the reason why it has none, to the comparison."""
     setup, key = case.setup, f"{method.name}, {case.goal}"
     try:
+        method.check(case)
         shared = method.shared_cost(case)
         with setup.counting() as own:
             chosen = method.choose(case)
@@ -249,7 +314,6 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
     found = shared_qualities(traced, plain, text, batch_size=config.batch_size, progress=True)
     qualities = dict(zip(plain, found, strict=True))
     speeds = measure_speeds(setup, [choice.removed for choice in compared])
-    whole = count_parameters(model)
 
     rows = []
     for choice in compared:
@@ -258,13 +322,13 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
             shortened = baselines.merge_windows(model, choice.windows)
             quality = quality_of(shortened, model, text, config.batch_size)
         else:
-            shortened = remove_blocks(model, removed, copy=False) if removed else model
+            shortened = remove_blocks(model, removed, units=config.units, copy=False) if removed else model
             quality = qualities[removed]
         row = Row(
             **vars(choice),
             **vars(quality),
-            num_parameters=whole - sum(traced.blocks[i].num_parameters for i in removed),
-            num_bytes=checkpoint_bytes(config.model, removed, trust_remote_code=config.trust_remote_code),
+            num_parameters=count_parameters(shortened),
+            num_bytes=stored_bytes(config, removed, shortened),
             tokens_per_second=speeds[_shape(traced, removed)],
             scores=score(shortened),
         )
@@ -274,18 +338,18 @@ def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[
 
 def measure_speeds(setup: Setup, removals: Sequence[Removal]) -> dict[tuple[tuple[str, int], ...], float]:
     """Tokens per second by what was removed of which kind and size: models of one shape run equally fast."""
-    model = setup.traced.model
+    model, units = setup.traced.model, setup.config.units
     models = {}
     for removed in removals:
         shape = _shape(setup.traced, removed)
         if shape not in models:
-            models[shape] = remove_blocks(model, removed, copy=False) if removed else model
+            models[shape] = remove_blocks(model, removed, units=units, copy=False) if removed else model
     running, batch_size = list(models.values()), setup.config.batch_size
     speeds = from_main(lambda: tokens_per_second(running, setup.samples.evaluation, batch_size=batch_size))
     return dict(zip(models, speeds, strict=True))
 
 
 def _shape(traced: TracedModel, removed: Removal) -> tuple[tuple[str, int], ...]:
-    """The kinds and sizes of the removed blocks."""
-    shapes = [(traced.blocks[i].kind, traced.blocks[i].num_parameters) for i in removed]
+    """The kinds and sizes of the removed units."""
+    shapes = [(traced.units[i].kind, traced.units[i].num_parameters) for i in removed]
     return tuple(sorted(shapes))

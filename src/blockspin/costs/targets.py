@@ -10,20 +10,12 @@ from pathlib import Path
 from ..problem import Block, Budget, Removal
 from ..settings import flag
 from ..tables import Column, Table, short
-from ..targets import TargetSettings
+from ..targets import TargetSettings, target_text
 from .timing import TimeTable, check_table
 from .units import UnitCosts, unit_costs
 
 NANO = 1e-9  # times are counted in whole nanoseconds
 NO_TIMES = "measure them with `blockspin profile MODEL --out table.json`, and give --profile table.json"
-QUANTITIES = (
-    "target_params",
-    "target_active_params",
-    "target_size",
-    "target_memory",
-    "target_speedup",
-    "target_prefill_speedup",
-)
 
 
 def quantity(name: str, costs: UnitCosts | None, times: TimeTable | None, batch: int, units: Sequence[Block]) -> Budget:
@@ -65,20 +57,19 @@ def budgets_for(
         ValueError: the cache of the model is not known.
     """
     budgets = []
-    for name in QUANTITIES:
-        target = getattr(targets, name)
+    for name, target in targets.targets.items():
         of_time = name.endswith("speedup")
-        if target is None or (of_time and times is None):
+        if of_time and times is None:
             continue
         whole = quantity(name, costs, times, targets.batch, units)
         if of_time:
-            most, said = whole.total / target, f"{target:g}"
+            most = whole.total / target
         elif target < 1:
-            most, said = target * whole.total, f"{100 * target:g}%"
+            most = target * whole.total
         else:
-            most, said = target, whole.text(target).replace(" ", "")
-        goal, least = f"{flag(name)} {said}", whole.total - math.floor(most)
-        budgets.append(replace(whole, goal=goal, least=least))
+            most = target
+        least = whole.total - math.floor(most)
+        budgets.append(replace(whole, goal=target_text(name, target), least=least))
     return budgets
 
 

@@ -18,6 +18,7 @@ from ..costs.targets import Met, goals_table
 from ..costs.timing import Check
 from ..evaluation.perplexity import Evaluation, results_table
 from ..files import replacing
+from ..problem import NOUNS
 from ..selection.result import Selection
 from ..surgery.provenance import read_record
 from ..tables import ranges, short
@@ -65,7 +66,7 @@ def report_page(
     """
     original, chosen = rows[0], chosen_row(rows)
     model = public_name(config.model)
-    noun = "blocks" if config.units == "blocks" else "sub-layers"
+    noun = NOUNS[config.units]
     date = f" · {about['date']}" if "date" in about else ""
 
     strips = []

@@ -330,7 +330,7 @@ def evaluate_removals(
 
     by_removal = {}
     if is_offloaded(model):
-        sizes = [_stored_bytes(config, removed) for removed in names]
+        sizes = [stored_bytes(config, removed) for removed in names]
         evaluations = _in_one_sweep(config, model, names, sizes, samples)
         for removed, evaluation in zip(names, evaluations, strict=True):
             by_removal[removed] = replace(evaluation, removed=removed)
@@ -338,7 +338,7 @@ def evaluate_removals(
         models: dict[str, nn.Module] = {}
         for removed, name in names.items():
             models[name] = remove_blocks(model, removed, units=config.units, copy=False) if removed else model
-        sizes = [_stored_bytes(config, removed, models[name]) for removed, name in names.items()]
+        sizes = [stored_bytes(config, removed, models[name]) for removed, name in names.items()]
         evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
         for removed, evaluation in zip(names, evaluations, strict=True):
             by_removal[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
@@ -349,7 +349,7 @@ def evaluate_removals(
     return rows
 
 
-def _stored_bytes(config: CompressConfig, removed: Removal, shortened: nn.Module | None = None) -> int:
+def stored_bytes(config: CompressConfig, removed: Removal, shortened: nn.Module | None = None) -> int:
     """Bytes on disk of a shortened model; without some sub-layers in proportion to the parameters that are left."""
     remote = config.trust_remote_code
     if config.units == "blocks" or shortened is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from .constraints import Budget, Floats, Ints, Removal, completion
 from .goals import Goal, check_goal, goal_name
 from .problem import RemovalProblem
-from .units import Block, Sublayer, Units, block_of, units_of
+from .units import NOUNS, Block, Sublayer, Units, block_of, units_of
 from .views import Reduced
 
 __all__ = [
+    "NOUNS",
     "Block",
     "Budget",
     "Floats",

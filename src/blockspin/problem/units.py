@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Units = Literal["blocks", "sublayers"]
+NOUNS: dict[Units, str] = {"blocks": "blocks", "sublayers": "sub-layers"}  # what several are called
 
 
 @dataclass(frozen=True)
