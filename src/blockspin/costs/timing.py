@@ -14,6 +14,7 @@ from ..evaluation.cost import Workload, check_workload, random_prompt, seconds_i
 from ..files import write_json
 from ..machine import describe_machine
 from ..model.loading import context_length
+from ..model.offload import is_offloaded
 from ..model.tracing import find_units
 from ..problem import Block, Removal, Units, units_of
 from ..progress import logger
@@ -23,6 +24,7 @@ from ..tables import Column, Table
 ROUNDS = 7  # in which the whole model and those without some units take turns
 QUIETEST = min  # of the rounds: other work on the machine only adds to a time
 WHOLE = "whole model"
+_MACHINE = ("processor", "GPU")  # headings that tell machines apart
 
 
 class Seconds(NamedTuple):
@@ -53,6 +55,11 @@ class TimeTable:
         gone = [self.kinds[units[i].kind] for i in removed]
         prefill, decode = sum(one.prefill for one in gone), sum(one.decode for one in gone)
         return Seconds(self.whole.prefill - prefill, self.whole.decode - decode)
+
+    def is_of_this_machine(self, device: str) -> bool:
+        """Whether it was measured on this machine, with a model on such a device."""
+        here = describe_machine()
+        return self.device == device and all(self.about.get(name) == here.get(name) for name in _MACHINE)
 
     def table(self) -> Table:
         """Milliseconds of the whole model and of a unit of each kind."""
@@ -136,22 +143,31 @@ def measure_times(
 
 @dataclass(frozen=True)
 class Check:
-    """How many times as fast a shortened model is as the whole one: predicted from a table, and measured."""
+    """How many times as fast a shortened model is as the whole one: predicted from a table, and measured.
+
+    measured: None where the table is of another machine, or the model not in memory.
+    """
 
     predicted: Seconds
-    measured: Seconds
+    measured: Seconds | None
 
     def as_json(self) -> dict[str, Any]:
-        return {"predicted": self.predicted._asdict(), "measured": self.measured._asdict()}
+        measured = None if self.measured is None else self.measured._asdict()
+        return {"predicted": self.predicted._asdict(), "measured": measured}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Mapping[str, float]]) -> Check:
+    def from_json(cls, values: Mapping[str, Any]) -> Check:
         """The inverse of as_json."""
-        return cls(Seconds(**values["predicted"]), Seconds(**values["measured"]))
+        measured = values["measured"]
+        return cls(Seconds(**values["predicted"]), None if measured is None else Seconds(**measured))
 
     def summary(self) -> str:
         """Both, and how far they are apart."""
         parts = []
+        if self.measured is None:
+            for name, predicted in zip(Seconds._fields, self.predicted, strict=True):
+                parts.append(f"{name} {predicted:.2f}x as fast")
+            return f"Predicted from the table of times, and not measured here: {', '.join(parts)}."
         for name, predicted, measured in zip(Seconds._fields, self.predicted, self.measured, strict=True):
             off = measured / predicted - 1
             note = f"{abs(off):.1%} {'above' if off >= 0 else 'below'} what was predicted"
@@ -162,16 +178,22 @@ class Check:
 def check_prediction(
     model: PreTrainedModel, times: TimeTable, removed: Removal, *, rounds: int = ROUNDS, progress: bool = True
 ) -> Check:
-    """Time a model without some of its units in turns with the whole one, and compare with what a table predicts."""
+    """Compare what a table predicts of a model without some of its units with its time in turns with the whole one.
+
+    Nothing is timed where the table is of another machine, or where blocks are read from disk while they are used.
+    """
+    left = times.without(find_units(model, times.units), removed)
+    predicted = speedup(times.whole, left)
+    if is_offloaded(model) or not times.is_of_this_machine(model.device.type):
+        return Check(predicted, None)
+
     shortened = remove_blocks(model, removed, units=times.units, copy=False)
     models = {WHOLE: model, "shortened": shortened}
     prompts = {}
     for name, one in models.items():
         prompts[name] = random_prompt(one, times.workload.batch_size, times.workload.length)
     seconds = seconds_in_turns(models, prompts, times.workload.new_tokens, rounds, progress, QUIETEST)
-    measured = speedup(Seconds(*seconds[WHOLE]), Seconds(*seconds["shortened"]))
-    predicted = times.without(find_units(model, times.units), removed)
-    return Check(speedup(times.whole, predicted), measured)
+    return Check(predicted, speedup(Seconds(*seconds[WHOLE]), Seconds(*seconds["shortened"])))
 
 
 def speedup(whole: Seconds, shorter: Seconds) -> Seconds:

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import CompressConfig
 from ..costs.targets import goals_of
+from ..costs.timing import TimeTable
 from ..data.calibration import tokenise
 from ..distillation.run import distill_checkpoint
+from ..energies import Energies
 from ..evaluation.perplexity import Evaluation, evaluate_models, results_table
 from ..evaluation.tasks import scorer
 from ..files import write_json
@@ -25,7 +27,7 @@ from ..machine import describe_machine
 from ..model.loading import load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
-from ..problem import RemovalProblem, check_goal
+from ..problem import Block, Budget, RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
@@ -116,22 +118,8 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         check_goal(units, config.remove, config.protect)
     from_main(lambda: config.save(out / "run.yaml"))
 
-    # Targets of time are stated in times of this machine, unless a table says others.
-    times = from_main(lambda: times_stage(config, model, units, out / "profile.json"))
-    budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
-    check_goal(units, config.remove, config.protect, budgets)
-
-    path = out / "energies.safetensors"
-    energies = energies_stage(
-        config,
-        model,
-        samples.calibration,
-        path,
-        origin(config),
-        goal=config.remove,
-        budgets=budgets,
-        protect=config.protect,
-    )
+    times, budgets = _targets(config, model, units, out)
+    energies = _energies(config, model, samples, budgets, out / "energies.safetensors")
 
     # The removals of lowest energy, among those that a configuration can express.
     removable = Removable(model_config, energies.blocks, trust_remote_code=remote)
@@ -151,8 +139,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
         out / "candidates.json",
         repair_samples=samples.calibration if config.repair else (),
     )
-    own_times = times if config.profile is None else None
-    from_main(lambda: goals_stage(budgets, own_times, model, selection.chosen.removed, out / "goals.json"))
+    from_main(lambda: goals_stage(budgets, times, model, selection.chosen.removed, out / "goals.json"))
     about = {**describe_machine(), **describe_samples(samples)}
     from_main(lambda: checkpoint_stage(config, selection.chosen, energies, about, out / "checkpoint"))
 
@@ -190,6 +177,37 @@ def _model_to_shorten(
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
         console.print(plan.estimate(), soft_wrap=True, highlight=False)
     return model
+
+
+def _targets(
+    config: CompressConfig, model: PreTrainedModel, units: Sequence[Block], out: Path
+) -> tuple[TimeTable | None, list[Budget]]:
+    """What the targets ask for, and the times that those of time are stated in: of this machine, or of --profile.
+
+    Raises:
+        ValueError: the goal and the targets are out of reach.
+    """
+    remote = config.trust_remote_code
+    times = from_main(lambda: times_stage(config, model, units, out / "profile.json"))
+    budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
+    check_goal(units, config.remove, config.protect, budgets)
+    return times if config.needs_times else None, budgets
+
+
+def _energies(
+    config: CompressConfig, model: PreTrainedModel, samples: Samples, budgets: Sequence[Budget], path: Path
+) -> Energies:
+    """The energies, made for what the run removes."""
+    return energies_stage(
+        config,
+        model,
+        samples.calibration,
+        path,
+        origin(config),
+        goal=config.remove,
+        budgets=budgets,
+        protect=config.protect,
+    )
 
 
 def _compared(

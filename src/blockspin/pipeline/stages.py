@@ -212,7 +212,7 @@ def goals_stage(
 ) -> None:
     """What the choice leaves of everything that a target counts, in a file; times are measured again on the result.
 
-    times: of this machine; None where no target is stated in times, or in those of another machine.
+    times: what targets of time are stated in; None where there are none. Those of another machine only predict.
     """
     if path.is_file() or not budgets:
         return
