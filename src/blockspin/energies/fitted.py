@@ -157,22 +157,33 @@ def fit_removals(
     identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, budgets, protect, units)
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = problems_for(traced.units, known.singles, goal, protect, budgets)
-    generator = np.random.default_rng(seed)
 
+    _take_turns(known, problems, traced, budget, len(used), np.random.default_rng(seed), progress)
+    _measure_lowest(known, problems, traced, len(used))
+    return replace(_energies(known, traced), metadata=metadata or {})
+
+
+def _take_turns(
+    known: Measurements,
+    problems: Sequence[RemovalProblem],
+    traced: TracedModel,
+    budget: float,
+    num_samples: int,
+    generator: np.random.Generator,
+    progress: bool,
+) -> None:
+    """The two turns of every sample: random removals, then the lowest of what fits all measurements so far."""
     with bar(progress) as display:
         task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
-        plans = _random_turns(known, problems, traced, budget, len(used), generator)
+        plans = _random_turns(known, problems, traced, budget, num_samples, generator)
         known.prepare(plans)
         for sample, removals in enumerate(plans):
             known.add(removals, sample)
             display.update(task, completed=round(known.passes))
 
-        for sample in range(len(used)):
-            known.add(_lowest_turn(known, problems, traced, budget, len(used) - sample, generator), sample)
+        for sample in range(num_samples):
+            known.add(_lowest_turn(known, problems, traced, budget, num_samples - sample, generator), sample)
             display.update(task, completed=round(known.passes))
-
-    _measure_lowest(known, problems, traced, len(used))
-    return replace(_energies(known, traced), metadata=metadata or {})
 
 
 def _random_turns(
