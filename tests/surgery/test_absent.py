@@ -12,7 +12,10 @@ from conftest import FAMILIES, random_samples, tiny_model
 from tiny import tiny_config, tiny_random_model
 
 import blockspin as bs
+from blockspin import baselines
 from blockspin.model.batches import make_batches
+from blockspin.model.gates import gated
+from blockspin.model.losses import sample_losses
 from blockspin.model.tracing import closed, trace_model
 from blockspin.problem import Removal
 from blockspin.surgery.modeling_sublayers import ShortenedForCausalLM
@@ -85,6 +88,64 @@ def test_a_saved_model_is_saved_again(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(BATCH.forward(twice), BATCH.forward(once))
     assert twice.config.per_layer_config[0].skip == ["mlp"]
+
+
+# A removal, a second one in numbers of what the first one leaves, and both in those of the original.
+SECOND: list[tuple[Removal, Removal, Removal]] = [
+    ((3,), (3,), (3, 4)),  # an MLP, then an attention
+    ((3,), (0, 3, 4), (0, 3, 4, 5)),  # then an attention and a block
+    ((2, 5), (1, 2), (1, 2, 3, 5)),  # then the MLP of a block without attention
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("first", "second", "both"), SECOND)
+def test_a_second_removal_is_one_removal_of_both(family: str, first: Removal, second: Removal, both: Removal) -> None:
+    model = tiny_model(family)
+    once = bs.remove_blocks(model, first, units="sublayers")
+    assert len(bs.find_units(once, "sublayers")) == 8 - len(first)
+    twice, at_once = (bs.remove_blocks(*pair, units="sublayers") for pair in ((once, second), (model, both)))
+
+    assert type(twice).__name__ == type(at_once).__name__
+    assert twice.config.to_dict() == at_once.config.to_dict()
+    torch.testing.assert_close(twice.state_dict(), at_once.state_dict(), rtol=0, atol=0)
+    with torch.no_grad(), closed(trace_model(model, "sublayers"), both):
+        torch.testing.assert_close(BATCH.forward(twice), BATCH.forward(model))
+    assert torch.equal(generated(twice, use_cache=True), generated(at_once, use_cache=False))
+
+
+def test_whole_blocks_go_from_a_model_that_lacks_sublayers() -> None:
+    model = tiny_model("llama")
+    once = bs.remove_blocks(model, (3,), units="sublayers")
+    expected = bs.remove_blocks(model, (3, 4, 5), units="sublayers")
+    found = bs.remove_blocks(once, (2,))
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert found.config.absent_modules == expected.config.absent_modules
+
+    # Where the block goes that lacks something, nothing is absent any more.
+    nothing = bs.remove_blocks(once, (1,))
+    with torch.no_grad():
+        assert torch.equal(BATCH.forward(nothing), BATCH.forward(bs.remove_blocks(model, (1,))))
+
+
+def test_units_that_are_left_have_the_gates_and_scores_that_they_have_in_the_original() -> None:
+    """Against the original with the gate of what is gone closed."""
+    model, left = tiny_model("llama"), [0, 1, 2, 4, 5, 6, 7]
+    once, samples = bs.remove_blocks(model, (3,), units="sublayers"), random_samples((9, 7))
+    found = bs.estimate_gradients(once, samples, units="sublayers", progress=False).matrix  # (2, 7)
+
+    (batch,), traced = make_batches(samples, 2), trace_model(model, "sublayers")
+    alphas = torch.ones(2, 8)
+    alphas[:, 3] = 0
+    alphas.requires_grad_(True)
+    with gated(traced, alphas):
+        losses = sample_losses(traced.halves, traced.halves.hidden_of(batch), batch)
+    (gradients,) = torch.autograd.grad(losses.sum(), alphas)
+    np.testing.assert_allclose(found[list(batch.indices)], gradients[:, left], rtol=1e-3, atol=1e-5)
+
+    scores = baselines.measure_activations(once, samples, units="sublayers").cosine
+    expected = baselines.measure_activations(model, samples, units="sublayers", removed=(3,)).cosine
+    np.testing.assert_allclose(scores, expected[left], rtol=1e-5)
 
 
 def test_experts_can_go() -> None:

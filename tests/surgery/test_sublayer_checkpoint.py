@@ -102,6 +102,42 @@ def test_a_llama_is_decilm_too(tmp_path: Path) -> None:
     assert again["architectures"] == ["DeciLMForCausalLM"]
 
 
+def test_sublayers_go_in_two_steps(tmp_path: Path) -> None:
+    """As they do at once, and the record and the card tell of both in numbers of the original."""
+    at_once = decilm((4, 7), tmp_path)
+    bs.prune_sublayers(tmp_path / "whole", [7], tmp_path / "first", progress=False)
+    bs.prune_sublayers(tmp_path / "first", [4], tmp_path / "second", trust_remote_code=True, progress=False)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    torch.testing.assert_close(loaded.state_dict(), at_once.state_dict(), rtol=0, atol=0)
+    written, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("second", "short"))
+    assert written == expected
+
+    record = json.loads((tmp_path / "second/blockspin.json").read_text())
+    assert record["gone"] == ["mlp of block 3", "attention of block 2"]
+    assert (record["sublayers"], record["original"]["removed"]) == ([4], [])
+    card = (tmp_path / "second/README.md").read_text()
+    assert "without 2 sub-layers" in card
+    assert "without mlp of block 3, attention of block 2" in card
+
+
+def test_a_second_removal_may_change_the_modelling_file(tmp_path: Path) -> None:
+    """Without its first attention a DeciLM is none any more; its file must be another one then."""
+    decilm((7,), tmp_path)
+    bs.prune_sublayers(tmp_path / "short", [0, 2, 3], tmp_path / "second", trust_remote_code=True, progress=False)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True).eval()
+    assert type(loaded).__name__ == "ShortenedLlamaForCausalLM"
+    whole = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad(), closed(trace_model(whole, "sublayers"), (0, 2, 3, 7)):
+        expected = BATCH.forward(whole)
+    with torch.no_grad():
+        torch.testing.assert_close(BATCH.forward(loaded), expected)
+
+    # Whole blocks are their sub-layers; as blocks they are refused, and nothing is written.
+    with pytest.raises(ValueError, match="lacks sub-layers"):
+        prune_checkpoint(tmp_path / "short", [1], tmp_path / "third", trust_remote_code=True, progress=False)
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_llama_whose_first_attention_is_gone_is_no_decilm(tmp_path: Path) -> None:
     assert not hasattr(decilm((0,), tmp_path).config, "block_configs")
 

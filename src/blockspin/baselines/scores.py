@@ -123,13 +123,16 @@ class _Sums:
     def _watching(self, block: int, run: Callable[..., Any]) -> Callable[..., Any]:
         """A forward pass of a block that also adds what its units do to the sums. run: its own."""
         units, batch_dim = self.traced.units_in[block], self.traced.traces[block].batch_dim
+        branches, number = self.traced.branches_in[block], self.traced.traces[block].branches
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = stream_of(args, kwargs)
             output, additions = followed(lambda: run(*args, **kwargs), stream)
 
             # A block that is one unit is seen as a whole; one that is bypassed adds nothing.
-            after = additions if len(additions) == len(units) else [stream_in(output)] * len(units)
+            after = [stream_in(output)] * len(units)
+            if len(units) > 1 and len(additions) == number:
+                after = [additions[branch] for branch in branches]
             for unit, entered, left in zip(units, [stream, *after], after, strict=False):
                 self._add(unit, entered, left, batch_dim)
             return output

@@ -62,12 +62,13 @@ def gated(traced: TracedModel, alphas: Tensor, gradient_checkpointing: bool = Fa
     open_ = bool((alphas == 1).all())
 
     def gating(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        trace, units = traced.traces[i], traced.units_in[i]
+        trace, units, of_branch = traced.traces[i], traced.units_in[i], traced.branches_in[i]
 
         def by_branch(*args: Any, **kwargs: Any) -> Any:
             def gate(branch: Tensor) -> Tensor:
-                unit = units[branches.number] if len(units) > 1 else units[0]
-                return _gate_branch(branch, alphas[:, unit], open_)
+                # A branch that is gone adds nothing, and has no gate.
+                unit = of_branch.get(branches.number) if of_branch else units[0]
+                return branch if unit is None else _gate_branch(branch, alphas[:, unit], open_)
 
             with ResidualBranches(stream_of(args, kwargs), gate) as branches:
                 return run(*args, **kwargs)

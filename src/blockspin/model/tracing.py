@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problem import Block, Removal, Units, block_of
+from ..problem import Block, Removal, Sublayer, Units, block_of
 from .batches import Batch, Room, frozen, input_device
 from .blocks import check_removal, find_blocks, find_stack, looks_at_images
 from .branches import ROUNDING, BlockTrace, Part, find_parts, proven_branches, same, without_branches
@@ -20,7 +20,7 @@ from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
 from .offload import is_offloaded, remembered, resident
 from .residual import argument_that_is, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
-from .units import sublayers_of
+from .units import lacking_modules, sublayers_of
 
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
 _TRACED_IDS = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8]]  # the first two differ in the last token only
@@ -63,6 +63,15 @@ class TracedModel:
             numbers[block_of(unit)].append(number)
         return tuple(map(tuple, numbers))
 
+    @cached_property
+    def branches_in(self) -> tuple[dict[int, int], ...]:
+        """For each block whose branches are units apart the number of the unit that each branch is."""
+        branches: list[dict[int, int]] = [{} for _ in self.blocks]
+        for number, unit in enumerate(self.units):
+            if isinstance(unit, Sublayer) and unit.branch is not None:
+                branches[unit.block][unit.branch] = number
+        return tuple(branches)
+
     def whole_and_partial(self, removed: Collection[int]) -> tuple[list[int], dict[int, set[int]]]:
         """The blocks of which all units are among these, and for each other block the branches that are."""
         whole: list[int] = []
@@ -72,8 +81,7 @@ class TracedModel:
             if len(gone) == len(numbers):
                 whole.append(block)
             elif gone:
-                first = numbers[0]
-                partial[block] = {number - first for number in gone}
+                partial[block] = {branch for branch, unit in self.branches_in[block].items() if unit in gone}
         return whole, partial
 
     @cached_property
@@ -242,7 +250,8 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
     in_order = [traces[i] for i in range(len(blocks))]
     found = blocks
     if units == "sublayers":
-        found = [*sublayers_of(layers, blocks, [(trace.branches, trace.parts) for trace in in_order])]
+        seen = [(trace.branches, trace.parts) for trace in in_order]
+        found = [*sublayers_of(layers, blocks, seen, lacking_modules(model, find_stack(model).name))]
 
     # What stacks removals on a GPU runs out of memory however few samples there are.
     stacks = token_ids.device.type == "cuda" and not is_offloaded(layers)

@@ -16,14 +16,27 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ..model.blocks import find_stack
+from ..model.blocks import find_stack, kind_of
 from ..model.loading import auto_class
 from ..model.tracing import TracedModel
+from ..model.units import lacking_modules
 from ..problem import Sublayer
 from . import modeling_sublayers
 
 MODELING = "modeling_sublayers"  # the name of the file in a checkpoint, without .py
 _WIDTHS = 256  # those of a DeciLM feed-forward are multiples of it
+
+
+# What config.json says of a model that lacks modules, and of no other.
+_OWN_SETTINGS = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "absent_modules",
+    "cache_positions",
+    "per_layer_config",
+    "block_configs",
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,47 @@ class Absent:
     kinds: dict[int, list[str]]
 
 
-def absent_modules(traced: TracedModel, removed: Collection[int], kept: list[int]) -> Absent:
-    """The modules that go with the branches that are removed from blocks that stay.
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of transformers that a model is one of; its own, but where it lacks modules."""
+    if not lacks_modules(model.config):
+        return type(model)
+    return next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+
+
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the model with all its modules; the same one where none is gone."""
+    if not lacks_modules(config):
+        return config
+    made = next(base for base in type(config).__mro__ if base.__module__.startswith("transformers.models."))
+    values = {name: value for name, value in config.to_dict().items() if name not in _OWN_SETTINGS}
+    return _config_of(made, values, config)
+
+
+def lacks_modules(config: PretrainedConfig) -> bool:
+    """Whether a configuration is one of the modelling file."""
+    return getattr(config, "absent_modules", None) is not None
+
+
+def absent_before(model: PreTrainedModel, made: PreTrainedModel, kept: list[int]) -> Absent:
+    """The modules that the kept blocks of a model lack already.
+
+    kept: the blocks that stay, in order. made: a model of the stock class with these blocks and all their modules.
+    """
+    stack = find_stack(made)
+    found = Absent({}, {})
+    for block, names in lacking_modules(model, stack.name).items():
+        if block not in kept:
+            continue
+        position = kept.index(block)
+        found.kinds[position] = kind_of(stack.layers[position], names).split("+")
+        for name in names:
+            gone = model.get_submodule(f"{stack.name}.{block}.{name}")
+            found.modules[f"{stack.name}.{position}.{name}"] = int(gone.outputs)
+    return found
+
+
+def add_absent(found: Absent, traced: TracedModel, removed: Collection[int], kept: list[int]) -> None:
+    """Add the modules that go with the branches that are removed from blocks that stay.
 
     removed: numbers of sub-layers. kept: the blocks of the original that stay, in order.
 
@@ -47,7 +99,6 @@ def absent_modules(traced: TracedModel, removed: Collection[int], kept: list[int
         ValueError: a branch has no modules of its own, or none that can be left out.
     """
     stack = find_stack(traced.model).name
-    found = Absent({}, {})
     for unit in traced.units:
         assert isinstance(unit, Sublayer)
         if unit.index not in removed or unit.block not in kept or unit.branch is None:
@@ -63,7 +114,6 @@ def absent_modules(traced: TracedModel, removed: Collection[int], kept: list[int
         found.kinds.setdefault(position, []).append(unit.kind)
         for part in parts:
             found.modules[f"{stack}.{position}.{part.name}"] = part.outputs
-    return found
 
 
 def cache_positions(model: nn.Module, absent: Collection[str]) -> dict[str, int]:
@@ -200,7 +250,7 @@ def leave_out(model: PreTrainedModel, absent: Absent) -> None:
     made.config_class.register_for_auto_class()
     made.register_for_auto_class(opening)
     old: Any = model.config
-    config = shortened_config(made.config_class, old, settings)
+    config = _config_of(made.config_class, {**old.to_dict(), **settings}, old)
 
     # The class takes the modules out when it makes a model; this one is made already.
     model.__class__ = made
@@ -214,11 +264,9 @@ def leave_out(model: PreTrainedModel, absent: Absent) -> None:
         model.get_submodule(name).layer_idx = position
 
 
-def shortened_config(
-    made: type[PretrainedConfig], old: PretrainedConfig, settings: Mapping[str, Any]
-) -> PretrainedConfig:
-    """The configuration of the modelling file with the values of the stock one."""
-    config = made.from_dict({**old.to_dict(), **settings})
+def _config_of(made: type[PretrainedConfig], values: Mapping[str, Any], old: PretrainedConfig) -> PretrainedConfig:
+    """A configuration of a class, which chooses the kernels that the old one does."""
+    config = made.from_dict(dict(values))
     config._attn_implementation = old._attn_implementation
     config._experts_implementation = old._experts_implementation
     return config

@@ -35,7 +35,7 @@ def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, sou
 
     if "sublayers" in record:
         sublayers = record["sublayers"]
-        title = f"{name} without {len(sublayers)} sub-layers"
+        title = f"{name} without {len(record['gone'])} sub-layers"
         gone, loads = ", ".join(record["gone"]), "with `trust_remote_code=True`"
         again = f"--units sublayers --blocks {ranges(sublayers)}"
     else:

@@ -31,6 +31,7 @@ from ..model.weights import (
 )
 from ..problem import Removal, Units
 from ..progress import console
+from .absent import lacks_modules
 from .card import CARD, write_card
 from .layer_config import Shortened, shorten_config
 from .patterns import ModuleSettings, module_settings
@@ -168,7 +169,12 @@ class _Plan:
 def _planned(folder: Path, removed: Iterable[int], trust_remote_code: bool) -> Iterator[_Plan]:
     """The plan of a removal. While it is open, .bin weights lie converted in a temporary folder."""
     refuse_adapter(folder)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config, removed = load_config(folder, trust_remote_code=trust_remote_code), list(removed)
+    if removed and lacks_modules(config):
+        raise ValueError(
+            f"{folder} lacks sub-layers, so its layers are not alike; remove the sub-layers of its blocks instead "
+            "(--units sublayers)"
+        )
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         return model_without_weights(config, trust_remote_code=trust_remote_code)

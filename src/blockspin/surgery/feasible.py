@@ -20,6 +20,7 @@ from ..problem import Block, Removal, RemovalProblem, Units, block_of, units_of
 from ..progress import console
 from ..solvers import solve
 from ..solvers.candidates import Candidate
+from .absent import stock_config
 from .layer_config import first_proven
 from .proof import alike, broken_sharing, must_stay
 
@@ -40,6 +41,7 @@ class Removable:
     def __init__(
         self, config: PretrainedConfig, units: Sequence[Block] = (), *, trust_remote_code: bool = False
     ) -> None:
+        config = stock_config(config)  # what it lacks already, surgery leaves out again
         self._config, self._trust_remote_code = config, trust_remote_code
         self._sublayers = units if units_of(units) == "sublayers" else ()
         self._model = self._build(config)

@@ -17,7 +17,7 @@ from ..model.blocks import check_removal, find_stack
 from ..model.offload import check_in_memory
 from ..model.tracing import TracedModel, closed, trace_model
 from ..problem import Removal, Units
-from .absent import absent_modules, leave_out
+from .absent import absent_before, add_absent, lacks_modules, leave_out, stock_class, stock_config
 from .layer_config import Shortened, shorten_config
 from .proof import split_blocks
 from .renaming import Renaming
@@ -54,16 +54,18 @@ def remove_blocks(
     check_in_memory(model, "a shortened model that is not written to disk (blockspin prune)")
     if units == "blocks":
         removed, kept = split_blocks(model, removed)
-        smaller = _cut(model, kept)
+        smaller, made = _cut(model, kept)
+        absent = absent_before(model, made, kept)
     else:
         traced = trace_model(model, units)
         removed = check_sublayers(traced, removed)
         whole, _ = traced.whole_and_partial(removed)
         _, kept = split_blocks(model, whole)
-        smaller = _cut(model, kept)
-        absent = absent_modules(traced, removed, kept)
-        if absent.modules:
-            leave_out(smaller, absent)
+        smaller, made = _cut(model, kept)
+        absent = absent_before(model, made, kept)
+        add_absent(absent, traced, removed, kept)
+    if absent.modules or lacks_modules(model.config):
+        leave_out(smaller, absent)
 
     # What the configuration cannot show, a few tokens do. Without weights there is nothing to compare.
     if next(model.parameters()).device.type != "meta":
@@ -85,26 +87,31 @@ def check_sublayers(traced: TracedModel, removed: Iterable[int]) -> Removal:
     return checked
 
 
-def _cut(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of the kept blocks, which shares its weights with `model`."""
+def _cut(model: PreTrainedModel, kept: Sequence[int]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model of the kept blocks, which shares its weights with `model`, and what its configuration makes.
+
+    Where `model` lacks modules, it is of the stock class, which does not know that, until they are left out again.
+    """
+    stock = stock_class(model)
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
-            built: PreTrainedModel = type(model)._from_config(deepcopy(config))
+            built: PreTrainedModel = stock._from_config(deepcopy(config))
         return built
 
-    shortened = shorten_config(model.config, kept, build)
+    shortened = shorten_config(stock_config(model.config), kept, build)
 
     # deepcopy takes what its memo holds as copied already: the tensors.
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     smaller: PreTrainedModel = deepcopy(model, shared)
+    smaller.__class__ = stock
     copied_stack = find_stack(smaller).layers
     left = nn.ModuleList([copied_stack[i] for i in kept])
     _cut_slots(left, shortened.renaming)
     smaller.set_submodule(find_stack(model).name, left)
     _take_settings(smaller, shortened)
     _cut_slices(smaller, shortened)
-    return smaller
+    return smaller, shortened.model
 
 
 def _cut_slots(stack: nn.ModuleList, renaming: Renaming) -> None:

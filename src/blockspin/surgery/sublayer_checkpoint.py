@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from ..model.loading import load_model, local_folder
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, block_of
 from ..progress import console
+from .absent import lacks_modules
 from .card import CARD, write_card
 from .checkpoint import copy_small_files, is_done, prune_checkpoint, refuse_adapter
 from .memory import check_sublayers, remove_blocks
 from .patterns import module_settings
-from .provenance import RECORD, record_removal
+from .provenance import RECORD, read_record, record_removal
 from .renaming import Renaming
 
 _SHARD = "5GB"  # the largest file of weights
@@ -45,7 +46,8 @@ def prune_sublayers(
     vLLM and llama.cpp know. The model is loaded on the CPU, and once more from what was written: it must compute the
     same. The target appears when that is proven; the same call again leaves it as it is.
 
-    source: a hub id or a folder. removed: numbers of sub-layers, as `find_units` counts them.
+    source: a hub id or a folder; it may lack sub-layers already. removed: numbers of sub-layers, as `find_units` counts
+        those that are left.
     details: added to `blockspin.json`.
 
     Raises:
@@ -59,8 +61,9 @@ def prune_sublayers(
     traced = trace_model(model, "sublayers")
     removed = list(check_sublayers(traced, removed))
     whole, partial = traced.whole_and_partial(removed)
-    about = {**(details or {}), "sublayers": removed, "gone": _described(traced, removed)}
-    if not partial:
+    gone = _described(traced, removed, read_record(folder))
+    about = {**(details or {}), "sublayers": removed, "gone": gone}
+    if not partial and not lacks_modules(model.config):
         prune_checkpoint(source, whole, target, details=about, trust_remote_code=trust_remote_code, progress=progress)
         return
 
@@ -68,8 +71,8 @@ def prune_sublayers(
     kept = [i for i in range(traced.depth) if i not in whole]
     with locked(target), replacing(target) as temporary:
         temporary.mkdir()
-        smaller.save_pretrained(temporary, max_shard_size=_SHARD)
         copy_small_files(folder, temporary, module_settings(model, Renaming(kept, traced.depth)))
+        smaller.save_pretrained(temporary, max_shard_size=_SHARD)  # with its modelling file, which may be another
         record = record_removal(folder, source, tuple(whole), kept, [], about)
         write_json(temporary / RECORD, record)
         write_card(temporary, record, count_parameters(smaller), folder / CARD)
@@ -79,12 +82,18 @@ def prune_sublayers(
         console.print(_where_it_runs(smaller, [traced.units[i] for i in removed]), highlight=False, soft_wrap=True)
 
 
-def _described(traced: TracedModel, removed: Iterable[int]) -> list[str]:
-    """What is gone, for people: "attention of block 3"."""
-    found = []
+def _described(traced: TracedModel, removed: Iterable[int], before: Mapping[str, Any] | None) -> list[str]:
+    """What is gone since the original, for people: "attention of block 3". before: the record of earlier removals."""
+    found: list[str] = []
+    blocks: Sequence[int] = range(traced.depth)  # of the original
+    if before is not None:
+        original = before.get("original", before)
+        blocks = original["kept"]
+        found += before.get("gone") or [f"block {block}" for block in original["removed"]]
+
     for number in removed:
         unit = traced.units[number]
-        found.append(f"{unit.kind} of block {block_of(unit)}")
+        found.append(f"{unit.kind} of block {blocks[block_of(unit)]}")
     return found
 
 
