@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from conftest import plain_loss, random_samples, tiny_model
 
+from blockspin.model import quality as measures
 from blockspin.model.batches import make_batches
 from blockspin.model.losses import mean_loss
 from blockspin.model.passes import shared_passes
-from blockspin.model.quality import quality_of, shared_losses, shared_qualities
+from blockspin.model.quality import Reference, kl, measured, quality_of, shared_losses, shared_qualities
 from blockspin.model.tracing import TracedModel, skipped, trace_model
 from blockspin.surgery.memory import remove_blocks
 
@@ -96,6 +98,24 @@ def test_a_model_whose_blocks_see_more_than_the_hidden_states_gets_whole_passes(
     first.forward = keep_and_run
     last.forward = lambda h, **kwargs: run_last(h, **kwargs) + sum(kept)
     assert not trace_model(model).shares_passes
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_how_many_tokens_a_measure_sees_at_a_time_makes_no_difference(size: int) -> None:
+    traced, samples = trace_model(tiny_model("llama")), random_samples()
+    expected = measured(traced, EVERY, samples, measures.quality)
+    traced.halves.cached = size
+    np.testing.assert_allclose(measured(traced, EVERY, samples, measures.quality), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_divergences_are_as_precise_as_float32_allows_over_a_large_vocabulary() -> None:
+    """Inner products that sum in order are off by 5e-5 here."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(8, 128_000, generator=generator).mul_(3).log_softmax(-1)
+    q = (p + 0.5 * torch.randn(p.shape, generator=generator)).log_softmax(-1)
+    exact = (p.double().exp() * (p.double() - q.double())).sum(-1)
+    found = kl(q, Reference(torch.zeros(8, dtype=torch.int64), lambda: p))[:, 0]
+    np.testing.assert_allclose(found.numpy(), exact.numpy(), atol=1e-5)
 
 
 def test_qualities_are_those_of_the_definition() -> None:

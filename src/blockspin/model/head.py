@@ -21,6 +21,7 @@ from .offload import resident
 from .residual import patched_forward
 
 CHUNK_BYTES = 2**28  # of the logits that are held at a time, in float32
+CACHED_BYTES = 2**20  # of those that stay in the cache of a CPU core with what is computed from them
 PROBE = (1, 2, 3, 4, 5, 6)  # token ids on which the two halves of a model are compared with the whole
 NARROW_TOLERANCE, TOLERANCE = 1e-2, 1e-4  # of the largest logit, in 16 bits and in wider types
 
@@ -32,12 +33,13 @@ class SplitModel:
     and returns the hidden states that it was given. Made by `split_model`, which proves that the halves give the
     model's own logits. A model that cannot be split has no decoder: `hidden` returns the logits, `logits` does nothing.
 
-    chunk: tokens whose logits take `CHUNK_BYTES`.
+    chunk: tokens whose logits take `CHUNK_BYTES`. cached: those whose logits stay in the caches of the CPU.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module | None, vocabulary: int) -> None:
         self.model, self.decoder = model, decoder
         self.chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
+        self.cached = torch.get_num_threads() * max(1, CACHED_BYTES // (4 * vocabulary))
         self._run = model.forward  # its own: a training has the model's forward pass return losses
         self._output: Any = None  # the class of the decoder's output
 
@@ -67,24 +69,39 @@ class SplitModel:
         """
         return self.hidden(**batch.inputs(self.model))
 
+    def hidden_by_call(self, batch: Batch) -> Tensor:
+        """As `hidden_of`, but the model is called as its users call it: what is hooked to the model runs too."""
+        with self.without_head() as kept:
+            logits = batch.forward(self.model)
+        return kept[0] if kept else logits
+
     def hidden(self, **inputs: Any) -> Tensor:
         """(batch, length, width): what the head is applied to. inputs: of the model's forward pass."""
-        if self.decoder is None:
+        with self.without_head() as kept:
             logits: Tensor = self._run(**inputs, use_cache=False).logits
-            return logits
+        return kept[0] if kept else logits
 
-        decode, kept = self.decoder.forward, []
+    @contextmanager
+    def without_head(self) -> Iterator[list[Tensor]]:
+        """Inside, the head sees no token: yields what it would be applied to, of each pass (batch, length, width).
 
-        def without_head(*args: Any, **kwargs: Any) -> Any:
+        Nothing where the head does not run apart.
+        """
+        kept: list[Tensor] = []
+        if self.decoder is None:
+            yield kept
+            return
+
+        decode = self.decoder.forward
+
+        def keeping(*args: Any, **kwargs: Any) -> Any:
             output = decode(*args, **kwargs)
             kept.append(output.last_hidden_state)
             self._output = type(output)
             return self._output(last_hidden_state=output.last_hidden_state[:, :0])
 
-        with patched_forward(self.decoder, without_head):
-            self._run(**inputs, use_cache=False)
-        hidden: Tensor = kept[0]
-        return hidden
+        with patched_forward(self.decoder, keeping):
+            yield kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, width) to (tokens, vocabulary), in the dtype that the model gives."""
@@ -102,13 +119,17 @@ class SplitModel:
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """(tokens, width) to (tokens, vocabulary) in float32 or wider."""
-        logits = self.logits(hidden)
-        return logits.log_softmax(-1, dtype=wide_dtype(logits))
+        return log_softmax(self.logits(hidden))
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or what is wider: sums over a vocabulary need it."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """(tokens, vocabulary) in float32 or wider."""
+    return logits.log_softmax(-1, dtype=wide_dtype(logits))
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from .batches import (
     predicted_tokens,
     standard_error,
 )
-from .head import SplitModel, split_model
+from .head import SplitModel, log_softmax, split_model
 from .offload import is_offloaded
 from .passes import in_order_of_walk, over_removals, removal_passes
 from .streaming import Job, swept
@@ -38,19 +38,27 @@ Floats = NDArray[np.float64]
 
 
 class Reference:
-    """What the original predicts for a chunk of tokens; made once for all models that are compared with it.
+    """What the original predicts for some tokens; made when first needed, once for all models compared with it.
 
-    labels: (tokens,) the tokens that follow. hidden: (tokens, width), what the original's head is applied to.
+    labels: (tokens,) the tokens that follow. predict: returns the log-probabilities.
     """
 
-    def __init__(self, halves: SplitModel, hidden: Tensor, labels: Tensor) -> None:
+    def __init__(self, labels: Tensor, predict: Callable[[], Tensor]) -> None:
         self.labels = labels
-        self._halves, self._hidden = halves, hidden
+        self._predict = predict
+
+    def split(self, size: int) -> list[Reference]:
+        """The same for so many tokens at a time."""
+        parts = []
+        for start in range(0, len(self.labels), size):
+            rows = slice(start, start + size)
+            parts.append(Reference(self.labels[rows], lambda rows=rows: self.log_probabilities[rows]))  # type: ignore[misc]
+        return parts
 
     @cached_property
     def log_probabilities(self) -> Tensor:
         """(tokens, vocabulary), float32 or wider."""
-        return self._halves.log_probabilities(self._hidden)
+        return self._predict()
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -208,17 +216,23 @@ def compared(
     chunk = min(ours.chunk, original.chunk)
     for start in range(0, len(labels), chunk):
         tokens = slice(start, start + chunk)
-        reference = Reference(original, whole[tokens], labels[tokens])
+        reference = Reference(labels[tokens], partial(original.log_probabilities, whole[tokens]))
+        number = len(reference.labels)
+
+        # From its softmax to its measures a row stays in the cache of a CPU: memory is slower than the arithmetic.
+        size = ours.cached if whole.device.type == "cpu" else number
+        references = reference.split(size)
 
         # Where there are few tokens, the head has several models at a time: it is faster on more rows.
-        number = len(reference.labels)
         together = chunk // number
         for first in range(0, len(hidden), together):
             group = slice(first, first + together)
             rows = torch.cat([states[tokens] for states in hidden[group]])  # (models * tokens, width)
-            found = [measure(own, reference) for own in torch.split(ours.log_probabilities(rows), number)]
-            for values, value in zip(parts[group], found, strict=True):
-                values.append(value)
+            logits = torch.split(ours.logits(rows), number)  # of each model (tokens, vocabulary)
+            for values, own in zip(parts[group], logits, strict=True):
+                for few, theirs in zip(torch.split(own, size), references, strict=True):
+                    values.append(measure(log_softmax(few), theirs))
+            del logits, own, few  # no two groups at a time
 
     # The tokens of a sample lie side by side.
     per_token = torch.stack([torch.cat(values) for values in parts]).double().cpu()  # (models, tokens, measures)
@@ -363,7 +377,7 @@ def kl(log_probabilities: Tensor, reference: Reference) -> Tensor:
     device = log_probabilities.device
     apart = reference.log_probabilities.to(device) - log_probabilities  # (tokens, vocabulary)
     p = reference.probabilities.to(device)
-    return torch.bmm(p[:, None], apart[:, :, None])[:, 0]  # inner products without another tensor of this size
+    return apart.mul_(p).sum(dim=1, keepdim=True)  # more precise than inner products, which sum in order
 
 
 def quality(log_probabilities: Tensor, reference: Reference) -> Tensor:

@@ -130,7 +130,7 @@ class TracedModel:
         """Whether a pass can start in the middle of the stack, with the hidden states of an earlier pass.
 
         It cannot where a block takes more from the blocks before it than their hidden states, or rests. Proven on four
-        tokens: passes that start at the middle and at the last block give the logits of the whole pass.
+        tokens: passes that start at the middle and at the last block give the head what the whole pass gives it.
         """
         if not self.has_independent_blocks or any(trace.rests for trace in self.traces):
             return False
@@ -140,14 +140,14 @@ class TracedModel:
         starts = (self.depth // 2, self.depth - 1)
         with frozen(self.model), torch.no_grad():
             with kept_streams(self.layers, starts) as streams:
-                whole = _TRIAL.forward(self.model)  # (1, 4, vocabulary)
+                whole = self.halves.hidden_by_call(_TRIAL)
             for start in starts:
                 try:
                     with resumed(self, (), start, streams[start]):
-                        logits = _TRIAL.forward(self.model)
+                        hidden = self.halves.hidden_by_call(_TRIAL)
                 except _NOT_COMPUTED:
                     return False
-                if not same(logits, whole):
+                if not same(hidden, whole):
                     return False
         return True
 
@@ -396,11 +396,11 @@ def _runs_without(traced: TracedModel, removed: Collection[int]) -> bool:
     with frozen(traced.model), torch.no_grad():
         try:
             with bypassed(traced, removed):
-                logits = _TRIAL.forward(traced.model)  # (1, 4, vocabulary)
+                hidden = traced.halves.hidden_by_call(_TRIAL)
         except _NOT_COMPUTED:
             return False
 
         if len(removed) == traced.num_units or not traced.whole_and_partial(removed)[1]:
             return True
         with closed(traced, removed):
-            return same(logits, _TRIAL.forward(traced.model))
+            return same(hidden, traced.halves.hidden_by_call(_TRIAL))
