@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launched import failing_at, launch, without_times
 from safetensors.torch import load_file
-
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
-TIMES = ("seconds", "tokens_per_second")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as launchers have it: sums do not depend on threads then
 
 
 def command(model: Path, text: Path, out: Path, *options: str) -> list[str]:
     sizes = ["--energy-samples", "8", "--selection-samples", "8", "--evaluation-samples", "8", "--max-length", "32"]
     what = ["compress", str(model), "--calibration", str(text), "--remove", "2", "--out", str(out)]
     return [*what, *sizes, "--batch-size", "2", "--budget", "16", *options]
-
-
-def launch(processes: int, script: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, *LAUNCHER, str(processes)] if processes > 1 else [sys.executable]
-    return subprocess.run([*start, *script], env=ONE_THREAD, capture_output=True, text=True, timeout=240, cwd=folder)
-
-
-def without_times(value: Any) -> Any:
-    """A JSON value without what depends on the machine."""
-    if isinstance(value, dict):
-        return {name: without_times(entry) for name, entry in value.items() if name not in TIMES}
-    return list(map(without_times, value)) if isinstance(value, list) else value
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -67,7 +48,10 @@ def test_other_numbers_of_processes_continue_a_run(tiny_folder: Path, text_file:
     assert launch(1, plain, tmp_path).returncode == 0
 
     cut = tmp_path / "cut"
-    script = [str(failing_at(tmp_path, "_covariances", after=2)), *command(tiny_folder, text_file, cut)]
+    script = [
+        str(failing_at(tmp_path, "energies.removals", "_covariances", after=2)),
+        *command(tiny_folder, text_file, cut),
+    ]
     ended = launch(2, [*script, "--energy", "secant"], tmp_path)
     assert ended.returncode != 0
     journal = (cut / "energies.partial.jsonl").read_text().splitlines()
@@ -78,35 +62,14 @@ def test_other_numbers_of_processes_continue_a_run(tiny_folder: Path, text_file:
         assert_same_run(cut, tmp_path / "whole")
 
 
-def failing_at(folder: Path, name: str, after: int) -> Path:
-    """A script that runs blockspin, but for the second process, in which a function of the energies fails."""
-    script = folder / "failing.py"
-    script.write_text(
-        f"""
-import os
-from blockspin.cli import main
-from blockspin.energies import removals
-
-whole, calls = removals.{name}, []
-
-def failing(*arguments):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) >= {after}:
-        raise ValueError("a fault of the second process")
-    return whole(*arguments)
-
-removals.{name} = failing
-main()
-"""
-    )
-    return script
-
-
 @pytest.mark.slow
 def test_all_processes_end_with_the_message_of_the_one_that_fails(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    script = [str(failing_at(tmp_path, "_covariances", after=1)), *command(tiny_folder, text_file, tmp_path / "run")]
+    script = [
+        str(failing_at(tmp_path, "energies.removals", "_covariances", after=1)),
+        *command(tiny_folder, text_file, tmp_path / "run"),
+    ]
     ended = launch(2, [*script, "--energy", "secant"], tmp_path)
     assert ended.returncode != 0
     assert ended.stderr.count("Error: a fault of the second process") == 1
