@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from tiny import tiny_config, tiny_random_model
 
 import blockspin as bs
+from blockspin.costs import timing
 from blockspin.costs.targets import budgets_for, goals_of, what_is_left
 from blockspin.costs.timing import Check, Seconds, TimeTable, check_table, measure_times, one_of, speedup
 from blockspin.costs.units import unit_costs
@@ -176,6 +178,36 @@ def test_a_profile_is_a_file_that_survives(tmp_path: Path) -> None:
     assert times.whole.prefill > 0
     times.save(tmp_path / "table.json")
     assert TimeTable.load(tmp_path / "table.json") == times
+
+
+@pytest.mark.parametrize(("noise", "most"), [(0.0, timing.LEAST_ROUNDS), (5.0, timing.ROUNDS)])
+def test_other_work_on_the_machine_does_not_change_a_profile(
+    monkeypatch: pytest.MonkeyPatch, noise: float, most: int
+) -> None:
+    """It adds something to a third of the steps; where it does, more rounds are measured."""
+    generator = np.random.default_rng(0)
+    counted = []
+
+    def disturbed(models: dict[str, Any], prompts: object, new_tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
+        for number in range(rounds):
+            counted.append(number)
+            turns = {}
+            for name in models:
+                quiet = np.linspace(1.0, 2.0, 1 + new_tokens) * (1.0 if name == timing.WHOLE else 0.6)
+                late = generator.random(quiet.shape) < 1 / 3
+                turns[name] = quiet + noise * late * generator.random(quiet.shape)
+            yield turns
+
+    monkeypatch.setattr(timing, "rounds_of_steps", disturbed)
+    model = tiny_random_model(tiny_config("llama"))
+    times = measure_times(model, workload=Workload(1, 4, 8), progress=False)
+    assert times.whole == pytest.approx((1.0, np.linspace(1.0, 2.0, 9)[1:].sum()))
+    (one_block,) = times.kinds.values()
+    assert one_block.prefill == pytest.approx(0.4 / (model.config.num_hidden_layers // 2))  # half of them are left out
+    assert timing.LEAST_ROUNDS <= len(counted) <= most
+    assert times.spread is not None
+    assert times.spread <= timing.STEADY
+    assert "times differ by 0.0%" in times.table().markdown()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"whole": [1, 2]}', '{"whole": [1, "x"], "kinds": {}}'])

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedModel
 
-from ..evaluation.cost import Workload, check_workload, random_prompt, seconds_in_turns
+from ..evaluation.cost import Floats, Workload, check_workload, random_prompt, rounds_of_steps
 from ..files import write_json
 from ..machine import describe_machine
 from ..model.loading import context_length
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units
 from ..problem import Block, Removal, Units, units_of
-from ..progress import logger
+from ..progress import logger, track
 from ..surgery.memory import remove_blocks
 from ..tables import Column, Table
 
-ROUNDS = 7  # in which the whole model and those without some units take turns
-QUIETEST = min  # of the rounds: other work on the machine only adds to a time
+ROUNDS = 24  # at most, in which the whole model and those without some units take turns
+LEAST_ROUNDS = 6  # before the times may count as steady
+STEADY = 0.01  # the halves of the rounds agree to so much of the times
 WHOLE = "whole model"
 _MACHINE = ("processor", "GPU")  # headings that tell machines apart
 
@@ -40,6 +43,7 @@ class TimeTable:
 
     whole: of the whole model. kinds: what one unit of each kind adds to that.
     units: blocks or sub-layers. about: the machine and the date, by heading.
+    spread: how far apart the halves of the rounds were, as a share of the times (`_quiet_seconds`); None: not known.
     """
 
     whole: Seconds
@@ -49,6 +53,7 @@ class TimeTable:
     dtype: str
     device: str
     about: dict[str, str]
+    spread: float | None = None
 
     def without(self, units: Sequence[Block], removed: Removal) -> Seconds:
         """The times that the model is expected to have without some of its units."""
@@ -72,6 +77,8 @@ class TimeTable:
         caption = (
             f"batch {work.batch_size}, {work.length} tokens in, {work.new_tokens} out, {self.dtype}, {self.device}"
         )
+        if self.spread is not None:
+            caption += f"; measured twice, times differ by {self.spread:.1%}"
         return Table(columns, rows, caption=caption)
 
     def save(self, path: str | Path) -> None:
@@ -113,6 +120,8 @@ def measure_times(
     Of a kind of which no unit can go, one takes nothing away. The default workload has a shorter prompt where the model
     holds fewer tokens.
 
+    rounds: at most; fewer where the times are steady.
+
     Raises:
         ValueError: the workload does not fit the model.
     """
@@ -125,20 +134,57 @@ def measure_times(
         gone[kind], models[kind] = _without_some(model, indices, units)
     check_workload(models, workload, rounds)
 
-    prompts = {}
-    for name, shortened in models.items():
-        prompts[name] = random_prompt(shortened, workload.batch_size, workload.length)
-    times = seconds_in_turns(models, prompts, workload.new_tokens, rounds, progress, QUIETEST)
-    whole = Seconds(*times[WHOLE])
+    times, spread = _quiet_seconds(models, workload, rounds, progress)
+    whole = times[WHOLE]
     return TimeTable(
         whole=whole,
-        kinds={kind: one_of(whole, Seconds(*times[kind]), number) for kind, number in gone.items()},
+        kinds={kind: one_of(whole, times[kind], number) for kind, number in gone.items()},
         units=units,
         workload=workload,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         about=describe_machine(),
+        spread=spread,
     )
+
+
+def _quiet_seconds(
+    models: Mapping[str, PreTrainedModel], workload: Workload, rounds: int, progress: bool
+) -> tuple[dict[str, Seconds], float]:
+    """The times of models that take turns, by name, and the largest spread.
+
+    Other work on a machine only adds to a time, and seldom to that of the same token in every round: the least time of
+    each token counts. Rounds are added, up to so many, until the times of the first, third ... and of the second,
+    fourth ... agree; the spread is how far they are apart, as a share of the time.
+    """
+    prompts = {}
+    for name, model in models.items():
+        prompts[name] = random_prompt(model, workload.batch_size, workload.length)
+
+    steps: dict[str, list[Floats]] = {name: [] for name in models}  # of each round (1 + new tokens,)
+    spread = math.inf
+    for turns in track(rounds_of_steps(models, prompts, workload.new_tokens, rounds), "Timing", rounds, show=progress):
+        for name, seconds in turns.items():
+            steps[name].append(seconds)
+        if len(steps[WHOLE]) >= min(LEAST_ROUNDS, rounds):
+            spread = max(_spread(np.stack(each)) for each in steps.values())
+            if spread <= STEADY:
+                break
+    return {name: _quietest(np.stack(each)) for name, each in steps.items()}, spread
+
+
+def _spread(steps: Floats) -> float:
+    """How far the times of the halves of the rounds are apart; nothing of a single round. steps: (rounds, tokens)."""
+    if len(steps) < 2:
+        return 0.0
+    one, other = np.array(_quietest(steps[::2])), np.array(_quietest(steps[1::2]))
+    return float((np.abs(one - other) / np.minimum(one, other)).max())
+
+
+def _quietest(steps: Floats) -> Seconds:
+    """The sums over tokens of the least times of any round. steps: (rounds, tokens)."""
+    least = steps.min(axis=0)
+    return Seconds(float(least[0]), float(least[1:].sum()))
 
 
 @dataclass(frozen=True)
@@ -146,20 +192,23 @@ class Check:
     """How many times as fast a shortened model is as the whole one: predicted from a table, and measured.
 
     measured: None where the table is of another machine, or the model not in memory.
+    spread: how far apart the halves of the rounds were, as a share of the times.
     """
 
     predicted: Seconds
     measured: Seconds | None
+    spread: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         measured = None if self.measured is None else self.measured._asdict()
-        return {"predicted": self.predicted._asdict(), "measured": measured}
+        return {"predicted": self.predicted._asdict(), "measured": measured, "spread": self.spread}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Check:
         """The inverse of as_json."""
-        measured = values["measured"]
-        return cls(Seconds(**values["predicted"]), None if measured is None else Seconds(**measured))
+        given = values["measured"]
+        measured = None if given is None else Seconds(**given)
+        return cls(Seconds(**values["predicted"]), measured, values.get("spread"))
 
     def summary(self) -> str:
         """Both, and how far they are apart."""
@@ -172,6 +221,8 @@ class Check:
             off = measured / predicted - 1
             note = f"{abs(off):.1%} {'above' if off >= 0 else 'below'} what was predicted"
             parts.append(f"{name} {measured:.2f}x as fast ({predicted:.2f}x predicted; {note})")
+        if self.spread is not None:
+            parts.append(f"measured twice, times differ by {self.spread:.1%}")
         return "Measured on the result: " + ", ".join(parts) + "."
 
 
@@ -189,11 +240,8 @@ def check_prediction(
 
     shortened = remove_blocks(model, removed, units=times.units, copy=False)
     models = {WHOLE: model, "shortened": shortened}
-    prompts = {}
-    for name, one in models.items():
-        prompts[name] = random_prompt(one, times.workload.batch_size, times.workload.length)
-    seconds = seconds_in_turns(models, prompts, times.workload.new_tokens, rounds, progress, QUIETEST)
-    return Check(predicted, speedup(Seconds(*seconds[WHOLE]), Seconds(*seconds["shortened"])))
+    seconds, spread = _quiet_seconds(models, times.workload, rounds, progress)
+    return Check(predicted, speedup(seconds[WHOLE], seconds["shortened"]), spread)
 
 
 def speedup(whole: Seconds, shorter: Seconds) -> Seconds:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 
 from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
@@ -24,7 +25,7 @@ from ..progress import track
 from ..tables import Column, Table, short
 
 FEW, MORE = 1, 3  # generated tokens of the two runs whose difference is the operations of decoding
-SHORTEST_SECONDS = 1e-9  # a decode that the clock does not see does not divide by zero
+Floats = NDArray[np.float64]
 _QUANTITIES = (
     "parameters",
     "on disk, bytes",
@@ -111,12 +112,16 @@ def measure_costs(
     prompts = {}
     for name, model in models.items():
         prompts[name] = random_prompt(model, batch_size, length)
-    seconds = seconds_in_turns(models, prompts, new_tokens, rounds, progress)
+    steps: dict[str, list[Floats]] = defaultdict(list)
+    for turns in track(rounds_of_steps(models, prompts, new_tokens, rounds), "Timing", rounds, show=progress):
+        for name, seconds in turns.items():
+            steps[name].append(seconds)
 
     costs = []
     for (name, model), size in zip(models.items(), num_bytes, strict=True):
         prompt = prompts[name]
-        prefill, decode = seconds[name]
+        prefill = float(np.median([seconds[0] for seconds in steps[name]]))
+        decode = float(np.median([seconds[1:].sum() for seconds in steps[name]]))
         prefill_flops = _flops(model, prompt, FEW)
         decode_flops = (_flops(model, prompt, MORE) - prefill_flops) / (MORE - FEW)
         cost = ModelCost(
@@ -155,27 +160,17 @@ def check_workload(models: Mapping[str, PreTrainedModel], workload: Workload, ro
             )
 
 
-def seconds_in_turns(
-    models: Mapping[str, PreTrainedModel],
-    prompts: Mapping[str, Tensor],
-    new_tokens: int,
-    rounds: int,
-    progress: bool,
-    summary: Callable[[Sequence[float]], float] = statistics.median,
-) -> dict[str, tuple[float, float]]:
-    """Seconds of each model's prefill and of decoding `new_tokens` tokens: medians over the rounds, or what else."""
-    first, whole = defaultdict(list), defaultdict(list)
-    for _ in track(range(rounds + 1), "Timing", rounds + 1, show=progress):
-        for name, model in models.items():
-            first[name].append(_timed(model, prompts[name], 1))  # the prefill gives the first token
-            whole[name].append(_timed(model, prompts[name], 1 + new_tokens))
+def rounds_of_steps(
+    models: Mapping[str, PreTrainedModel], prompts: Mapping[str, Tensor], new_tokens: int, rounds: int
+) -> Iterator[dict[str, Floats]]:
+    """Yield for each round, in which the models take turns, the seconds of each step of each model's generation.
 
-    # The first round warms up and is not counted.
-    seconds = {}
-    for name in models:
-        prefill = summary(first[name][1:])
-        seconds[name] = prefill, max(summary(whole[name][1:]) - prefill, SHORTEST_SECONDS)
-    return seconds
+    (1 + new_tokens,): the prefill, which gives the first token, and every new token. A round before them warms up.
+    """
+    for number in range(rounds + 1):
+        turns = {name: _step_seconds(model, prompts[name], 1 + new_tokens) for name, model in models.items()}
+        if number > 0:
+            yield turns
 
 
 def random_prompt(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
@@ -185,7 +180,20 @@ def random_prompt(model: PreTrainedModel, batch_size: int, length: int) -> Tenso
     return torch.randint(vocabulary, (batch_size, length), generator=generator).to(input_device(model))
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
+class _StepClock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when a generation begins and when each token is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids: (batch, length)."""
+        input_ids[0, -1].item()  # waits for the device
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, clock: _StepClock | None = None) -> None:
     """Generate greedily, without stopping early."""
     with frozen(model), torch.no_grad():
         tokens = model.generate(
@@ -196,15 +204,16 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
             eos_token_id=None,
             pad_token_id=0,
             use_cache=True,
+            stopping_criteria=None if clock is None else [clock],
         )
     tokens[0, -1].item()  # waits for the device
 
 
-def _timed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
-    """Seconds of a generation."""
-    started = time.perf_counter()
-    _generate(model, prompt, new_tokens)
-    return time.perf_counter() - started
+def _step_seconds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Floats:
+    """Seconds of each token of a generation, (new_tokens,); the first has the prompt in it."""
+    clock = _StepClock()
+    _generate(model, prompt, new_tokens, clock)
+    return np.diff(clock.times)
 
 
 def _flops(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int:

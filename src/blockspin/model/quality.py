@@ -52,13 +52,17 @@ class Reference:
         parts = []
         for start in range(0, len(self.labels), size):
             rows = slice(start, start + size)
-            parts.append(Reference(self.labels[rows], lambda rows=rows: self.log_probabilities[rows]))  # type: ignore[misc]
+            parts.append(Reference(self.labels[rows], partial(self._predicted, rows)))
         return parts
 
     @cached_property
     def log_probabilities(self) -> Tensor:
         """(tokens, vocabulary), float32 or wider."""
         return self._predict()
+
+    def _predicted(self, rows: slice) -> Tensor:
+        """The log-probabilities of some of the tokens."""
+        return self.log_probabilities[rows]
 
     @cached_property
     def probabilities(self) -> Tensor:
