@@ -28,6 +28,7 @@ from .renaming import Renaming
 _SHARD = "5GB"  # the largest file of weights
 _CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _TOLERANCE = 1e-3  # of the largest logit
+_CONVERTED_ROTATIONS = ("default", "llama3")  # what llama.cpp's converter of DeciLM writes
 
 
 def prune_sublayers(
@@ -68,6 +69,8 @@ def prune_sublayers(
         return
 
     smaller = remove_blocks(model, removed, units="sublayers", copy=False)
+    if progress:
+        console.print(_where_it_runs(smaller, [traced.units[i] for i in removed]), highlight=False, soft_wrap=True)
     kept = [i for i in range(traced.depth) if i not in whole]
     with locked(target), replacing(target) as temporary:
         temporary.mkdir()
@@ -77,9 +80,6 @@ def prune_sublayers(
         write_json(temporary / RECORD, record)
         write_card(temporary, record, count_parameters(smaller), folder / CARD)
         _prove(temporary, smaller)
-
-    if progress:
-        console.print(_where_it_runs(smaller, [traced.units[i] for i in removed]), highlight=False, soft_wrap=True)
 
 
 def _described(traced: TracedModel, removed: Iterable[int], before: Mapping[str, Any] | None) -> list[str]:
@@ -112,11 +112,20 @@ def _prove(folder: Path, smaller: PreTrainedModel) -> None:
 
 
 def _where_it_runs(smaller: PreTrainedModel, gone: list[Block]) -> str:
-    """Which runtimes open the checkpoint, and what to look out for."""
+    """Which runtimes open the checkpoint, and what is silently wrong there."""
     text = "transformers opens it with trust_remote_code=True."
     if not hasattr(smaller.config, "block_configs"):
-        return text + " Other runtimes do not know models whose blocks lack a part."
-    text += " vLLM opens it as DeciLM, with --trust-remote-code; llama.cpp too"
+        return text + " vLLM and llama.cpp do not open it: they know no such model."
+    text += " vLLM opens it as DeciLM, with --trust-remote-code."
+
+    lost = []
     if any(unit.kind == "mlp" for unit in gone):
-        return text + ", but it loses the attention of layers that have no MLP: do not run it there."
-    return text + "."
+        lost.append("the attention of layers that have no MLP")
+    if smaller.config.rope_parameters["rope_type"] not in _CONVERTED_ROTATIONS:
+        lost.append("the scaling of the rotations")
+    if not lost:
+        return text + " llama.cpp opens it, converted; see docs/loading_elsewhere.md."
+    return (
+        f"{text} llama.cpp loses {' and '.join(lost)} without a word where its own converter made the file: "
+        "make it with scripts/sublayers_to_gguf.py."
+    )
