@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from conftest import VOCABULARY, tiny_model
+from conftest import FAMILIES, VOCABULARY, tiny_model
 from tiny import tiny_config, tiny_random_model
 from torch import nn
 
@@ -19,55 +19,21 @@ from blockspin.model.blocks import find_stack
 from blockspin.model.losses import mean_loss
 from blockspin.model.quality import quality_of
 from blockspin.model.spill import SpilledStates
-from blockspin.model.tracing import trace_model
 from blockspin.repairs.aims import Aim
 from blockspin.repairs.finished import FinishedBlocks
 from blockspin.repairs.fitting import Fitting, Text
-from blockspin.repairs.least_squares import NormalEquations, place_of_sums
-from blockspin.repairs.projections import find_projections, matrix
-from blockspin.repairs.readings import Reading, find_readings
+from blockspin.repairs.projections import matrix
+from blockspin.repairs.readings import Reading
 from blockspin.repairs.run import repair
 from blockspin.repairs.shelf import COPIES, Held, Shelf
 from blockspin.surgery.memory import remove_blocks
 
-PROJECTIONS = {
-    "llama": [("self_attn.o_proj", 0), ("mlp.down_proj", 1)],
-    "phi3": [("self_attn.o_proj", 0), ("mlp.down_proj", 1)],
-    "gpt2": [("attn.c_proj", 0), ("mlp.c_proj", 1)],
-    "gpt_neox": [("attention.dense", 0), ("mlp.dense_4h_to_h", 0)],  # both in one addition
-    "gemma2": [],  # norms follow both
-}
-HYBRIDS = {
-    "nemotron_h": [["mixer.out_proj"], ["mixer.shared_experts.down_proj"], ["mixer.o_proj"]],
-    "jamba": [["mamba.out_proj", "feed_forward.down_proj"], ["self_attn.o_proj"]],
-    "falcon": [["self_attention.dense", "mlp.dense_4h_to_h"]],
-    "qwen2_moe": [["self_attn.o_proj"]],  # its shared expert is weighed by a gate
-}
-READINGS = {
-    "llama": [
-        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", 0, False),
-        (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", 1, False),
-    ],
-    "phi3": [
-        (("self_attn.qkv_proj",), "input_layernorm", 0, False),
-        (("mlp.gate_up_proj",), "post_attention_layernorm", 1, False),
-    ],
-    "qwen2": [
-        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", 0, True),
-        (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", 1, False),
-    ],
-    "gpt2": [(("attn.c_attn",), "ln_1", 0, True), (("mlp.c_fc",), "ln_2", 1, True)],
-    "gpt_neox": [
-        (("attention.query_key_value",), "input_layernorm", 0, True),
-        (("mlp.dense_h_to_4h",), "post_attention_layernorm", 0, True),
-    ],
-}
 GEMMA_READS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 REPAIRED = {"llama": 2, "gpt2": 2, "gpt_neox": 2, "mamba2": 2, "jamba": 0, "nemotron_h": 0, "deepseek_v3": 2}
 
 
 def tiny(name: str) -> tf.PreTrainedModel:
-    return tiny_model(name) if name in PROJECTIONS else tiny_random_model(tiny_config(name))
+    return tiny_model(name) if name in FAMILIES else tiny_random_model(tiny_config(name))
 
 
 def random_text(number: int = 24, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
@@ -82,59 +48,6 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-
-
-@pytest.mark.parametrize("name", list(PROJECTIONS))
-def test_out_projections_are_found(name: str) -> None:
-    for found in find_projections(trace_model(tiny_model(name))):
-        assert [(projection.name, projection.addition) for projection in found] == PROJECTIONS[name]
-        assert all(projection.factor == pytest.approx(1, rel=1e-5) for projection in found)
-
-
-@pytest.mark.parametrize("name", list(READINGS))
-def test_in_projections_are_found(name: str) -> None:
-    for found in find_readings(trace_model(tiny_model(name))):
-        expected = READINGS[name]
-        assert [(reading.names, reading.norm, reading.additions, reading.has_bias) for reading in found] == expected
-
-
-@pytest.mark.parametrize("name", list(HYBRIDS))
-def test_out_projections_of_hybrids_and_experts_are_found(name: str) -> None:
-    found = find_projections(trace_model(tiny(name)))
-    for block, names in zip(found, HYBRIDS[name], strict=False):
-        assert [projection.name for projection in block] == names
-
-
-def test_a_factor_on_the_way_is_measured() -> None:
-    model = tiny_random_model(tiny_config("granite", residual_multiplier=0.5))
-    factors = [projection.factor for found in find_projections(trace_model(model)) for projection in found]
-    assert factors == pytest.approx([0.5] * 12, rel=1e-5)
-
-
-def test_the_normal_equations_are_those_of_augmented_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(5000, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 3])  # more than one chunk
-    missing, weights = torch.randn(5000, 3, generator=generator), torch.rand(5000, generator=generator)
-    sums = NormalEquations(6, 3)
-    sums.add(inputs[:100], missing[:100], weights[:100])
-    sums.add(inputs[100:], missing[100:], weights[100:])
-    solution = sums.solution(0.3)
-
-    # The penalty is one more row for each input, with nothing missing.
-    roots = weights.double().sqrt()[:, None]
-    rows, sides = inputs.double() * roots, missing.double() * roots
-    penalty = torch.diag((0.3 * rows.square().sum(0)).sqrt())
-    expected = torch.linalg.lstsq(torch.cat([rows, penalty]), torch.cat([sides, torch.zeros(6, 3)])).solution
-    torch.testing.assert_close(solution, expected, rtol=1e-4, atol=1e-6)
-    assert sums.error(solution) == pytest.approx(float((sides - rows @ solution).square().sum()), rel=1e-4)
-    assert sums.error() == pytest.approx(float(sides.square().sum()), rel=1e-4)
-
-
-def test_inputs_that_are_zero_or_the_same_are_no_trouble() -> None:
-    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
-    sums = NormalEquations(3, 1)
-    sums.add(torch.cat([x, x, torch.zeros(50, 1)], 1), 2 * x, torch.ones(50))
-    torch.testing.assert_close(sums.solution(0.0), torch.tensor([[1.0], [1.0], [0.0]]).double(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_first_changes_are_least_squares_on_gathered_activations() -> None:
@@ -344,13 +257,6 @@ def test_hidden_states_in_a_file_make_the_same_repair(monkeypatch: pytest.Monkey
         repair(remove_blocks(original, [1]), original, samples)
 
 
-def test_sums_that_do_not_fit_on_a_gpu_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    monkeypatch.setattr("blockspin.repairs.least_squares.free_memory", lambda device: 20 * 2**30)
-    assert place_of_sums(14336, 4096, gpu) == gpu
-    assert place_of_sums(28672, 8192, gpu) == torch.device("cpu")
-
-
 def test_a_model_without_out_projections_is_left_alone() -> None:
     original = tiny_model("gemma2")
     smaller = remove_blocks(original, [1])
@@ -443,22 +349,6 @@ def test_a_repair_costs_few_passes_and_counts_them(monkeypatch: pytest.MonkeyPat
     tokens = sum(batch.token_ids.numel() for batch in make_batches(samples, 8))  # with padding
     blocks = 4
     assert tokens_run / (tokens * blocks) == pytest.approx(report.passes, rel=0.1)
-
-
-def test_quantised_weights_are_refused() -> None:
-    model = tiny_model("llama")
-    weight = model.model.layers[1].mlp.down_proj.weight
-    weight.requires_grad_(False)
-
-    class Quantised(nn.Linear):
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
-
-    quantised = Quantised(48, 32, bias=False)
-    quantised.weight = nn.Parameter(weight.round().to(torch.int8), requires_grad=False)
-    model.model.layers[1].mlp.down_proj = quantised
-    with pytest.raises(ValueError, match=r"mlp.down_proj in block 1 are quantised .*quantise it afterwards"):
-        find_projections(trace_model(model))
 
 
 def test_batches_keep_held_out_samples_apart() -> None:
