@@ -251,7 +251,8 @@ class CompressConfig(
     remove: number of blocks, kind -> number, or a share of the blocks' parameters between 0 and 1; None where targets
         decide alone.
     The samples for the energy, the selection and the evaluation come after each other and are distinct.
-    repair: what the samples for the energy and the selection say on how the smaller model should follow the original.
+    repair: what the samples for the energy and the selection say on how the smaller model should follow the original,
+        and text of its own besides (`own_text`).
     distill: train the result with the original as its teacher; by default on what is left of the calibration set.
     """
 
@@ -267,6 +268,12 @@ class CompressConfig(
     evaluation: str | None = setting("Text for the report (default: held-out calibration samples).", None)
     evaluation_samples: int = setting("Samples of the report.", 128, least=1)
     repair: bool = setting("Give linear maps of the kept blocks new weights, in closed form.", True)
+    own_text: float | None = setting(
+        "Share of the text for the repair that the original writes itself (default: a third, where it can).",
+        None,
+        least=0,
+        most=0.9,
+    )
     distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:

@@ -15,9 +15,10 @@ from students import samples, settings, shortened
 
 from blockspin.data.packing import write_packed
 from blockspin.distillation import data, generation
-from blockspin.distillation.generation import continued, generate_answers
+from blockspin.distillation.generation import generate_answers
 from blockspin.distillation.loss import DistillationLoss, split, training_forward
 from blockspin.distillation.run import Distillation, distill, distill_checkpoint
+from blockspin.model.generation import continued
 from blockspin.surgery.checkpoint import prune_checkpoint
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"

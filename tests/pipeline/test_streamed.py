@@ -16,7 +16,7 @@ from blockspin.pipeline.compress import compress
 
 def run(model: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """What a run leaves behind, without what differs between any two runs."""
-    compress(settings(model, text, choose_repaired=False, **changes), out)
+    compress(settings(model, text, choose_repaired=False, own_text=0, **changes), out)
     selection = json.loads((out / "candidates.json").read_text())
     rows = json.loads((out / "evaluation.json").read_text())
     selection.pop("seconds")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 
+from blockspin.model.generation import continued
 from blockspin.repairs.own_text import own_text
 
 
@@ -35,6 +39,33 @@ def test_text_ends_where_the_model_ends_it() -> None:
         inside, last = sample[1:-1].tolist(), int(sample[-1])
         assert not {1, 5}.intersection(inside)
         assert len(sample) == 12 or last in (1, 5)
+
+
+def test_what_was_written_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = tiny_model("llama"), tmp_path / "text.jsonl"
+    model.generation_config.eos_token_id = None
+    expected = own_text(model, tokens=3000, length=12)
+    rounds = list[int]()
+
+    def killed(model: Any, starts: Any, length: int, seed: int) -> Any:
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        rounds.append(seed)
+        return continued(model, starts, length, seed)
+
+    monkeypatch.setattr("blockspin.repairs.own_text.continued", killed)
+    with pytest.raises(KeyboardInterrupt):
+        own_text(model, tokens=3000, length=12, partial=file)
+    rounds[:] = [-1]  # one round goes through, the next is killed
+    with pytest.raises(KeyboardInterrupt):
+        own_text(model, tokens=3000, length=12, partial=file)
+    monkeypatch.undo()
+
+    found = own_text(model, tokens=3000, length=12, partial=file)
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+    assert 3000 <= sum(map(len, found)) < 3000 + 12
+    with pytest.raises(ValueError, match="other settings"):
+        own_text(model, tokens=2000, length=12, partial=file)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -40,7 +40,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_on_disk_as_in_memory(folders: tuple[Path, Path], tmp_path: Path) -> None:
     whole, short = folders
-    report = repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", progress=False)
+    report = repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", own_text_share=0, progress=False)
 
     original = tf.AutoModelForCausalLM.from_pretrained(whole)
     in_memory = remove_blocks(original, [2])
@@ -84,6 +84,7 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path], tm
     with pytest.raises(ValueError, match=r"needs at least 96"):
         repair_checkpoint(short, whole, SAMPLES[:3], out, progress=False)
     assert not out.exists()
+    assert not (tmp_path / "out-repair").exists()
 
     repair_checkpoint(short, whole, SAMPLES, out, progress=False)
     with pytest.raises(ValueError, match=r"out exists already"):

@@ -62,7 +62,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_files_are_those_of_a_repair_in_memory(name: str, tmp_path: Path) -> None:
     whole, short = folders(name, tmp_path)
-    expected = repair_checkpoint(short, whole, SAMPLES, tmp_path / "in-memory", progress=False)
+    expected = repair_checkpoint(short, whole, SAMPLES, tmp_path / "in-memory", own_text_share=0, progress=False)
     found = repair_checkpoint(short, whole, SAMPLES, tmp_path / "streamed", device_map="stream", progress=False)
     assert found == expected
     assert any(step.kept for step in found.steps)
@@ -157,7 +157,7 @@ def interrupted_at(block: int) -> Callable[..., None]:
 
 def test_a_repair_that_was_cut_off_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, short = folders("gpt2", tmp_path)
-    repair_checkpoint(short, whole, SAMPLES, tmp_path / "unbroken", progress=False)
+    repair_checkpoint(short, whole, SAMPLES, tmp_path / "unbroken", own_text_share=0, progress=False)
     with monkeypatch.context() as patches:
         patches.setattr(FinishedBlocks, "add", interrupted_at(3))
         with pytest.raises(KeyboardInterrupt):
@@ -169,7 +169,7 @@ def test_a_repair_that_was_cut_off_continues(tmp_path: Path, monkeypatch: pytest
     }
 
     # What was finished on disk is of use in memory too.
-    repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", progress=False)
+    repair_checkpoint(short, whole, SAMPLES, tmp_path / "out", own_text_share=0, progress=False)
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "unbroken")
     assert not (tmp_path / "out-repair").exists()
 

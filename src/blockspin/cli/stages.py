@@ -316,11 +316,14 @@ def repair(
     loading: LoadingSettings,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Samples of the text.")] = 128,
     own_text: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--own-text", min=0, max=0.9, help="Share of all text that the original writes itself, e.g. 0.33."
+            "--own-text",
+            min=0,
+            max=0.9,
+            help="Share of all text that the original writes itself (default: a third, where it can).",
         ),
-    ] = 0.0,
+    ] = None,
 ) -> None:
     """Give linear maps of a shortened model new weights, in closed form, so that it follows the original.
 

@@ -14,11 +14,11 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from .. import memory
 from ..errors import first_line
 from ..model.blocks import count_parameters
+from ..model.generation import check_generates
 from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
 from ..surgery.provenance import kept_blocks_of
 from ..training import DistillConfig
 from .activations import activation_bytes
-from .generation import check_generates
 
 GIB = 2**30  # bytes
 NF4_BYTES = 0.56  # of a weight: 4 bits, and a float32 for each 64 weights
@@ -59,7 +59,7 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     for which, model_config in (("student", ours), ("teacher", theirs)):
         model = model_without_weights(model_config, trust_remote_code=remote)
         if writes[which]:
-            check_generates(model)
+            check_generates(model, "leave out --self-generated and --on-policy")
         sizes.append(count_parameters(model))
         if model_config is ours:
             activations = activation_bytes(model, weight_bytes(config), config.gradient_checkpointing)

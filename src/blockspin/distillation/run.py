@@ -23,6 +23,7 @@ from ..files import replacing, write_json, writing
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
+from ..model.generation import check_generates
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder, model_without_weights
 from ..model.quantization import nf4
@@ -31,7 +32,6 @@ from ..progress import console
 from ..surgery.card import add_training
 from ..training import DistillConfig
 from .data import Samples, cached, divided, packed
-from .generation import check_generates
 from .loss import DistillationLoss, split, training_forward
 from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks
 from .trained import learning_rate, only_some_trained
@@ -198,7 +198,7 @@ def _train(
     if option is not None and kept is None:
         raise ValueError(f"{option} needs to know which blocks were kept (kept=, blockspin.json of the student)")
     if config.on_policy:
-        check_generates(student)
+        check_generates(student, "leave out --on-policy")
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     steps = _steps(config, len(samples), processes)  # type: ignore[arg-type]
     rate = learning_rate(config, student.config)

@@ -15,10 +15,10 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..model.generation import continued
 from ..model.head import SplitModel
 from ..progress import bar, console
 from ..training import DistillConfig
-from .generation import continued
 
 # What transformers calls gradient checkpointing: newer versions have another name.
 _NAMES = {f.name for f in fields(TrainingArguments)}

@@ -271,6 +271,7 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
             device_map=config.place,
             batch_size=config.batch_size,
             seed=config.seed,
+            own_text_share=config.own_text,
             trust_remote_code=_trusts_result(config),
         )
         config.save(out / "run.yaml")

@@ -29,6 +29,7 @@ from ..model.offload import check_in_memory
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
+from ..repairs.own_text import own_share
 from ..selection.select import ACTIVATION_SAMPLES
 from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes
@@ -43,6 +44,7 @@ COMPARED = 3  # shortened models in the report: the lowest state, the chosen one
 FLOAT = 4  # bytes
 LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
+WRITING = 2  # text that the model writes, in passes over it
 REPAIRING = 5  # a repair of four kinds of maps a block, with the sums, in passes of the shortened model
 RANDOM_REMOVALS = 20  # whose mean size stands for that of the choice
 SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
@@ -235,7 +237,9 @@ def _steps(
         running("evaluation", samples.evaluation, models * (1 + timed)),
     ]
     if config.repair:
-        steps.append(running("repair", [*samples.calibration, *samples.selection], 1 + REPAIRING * left))
+        share = own_share(traced.model, config.own_text)
+        passes = 1 + REPAIRING * left + WRITING * share
+        steps.append(running("repair", [*samples.calibration, *samples.selection], passes / (1 - share)))
     if config.distill is not None:
         training = config.distill
         per_step = training.batch_size * training.gradient_accumulation * training.max_length

@@ -53,8 +53,8 @@ _DECIDED_BY = (
     ("spectrum.json", ("remove", *_names(SolvingSettings, TargetSettings))),
     ("candidates.*", _names(ChoosingSettings)),
     ("evaluation.json", _names(TaskSettings)),
-    ("repaired*", ("repair",)),
-    ("distilled*", ("repair", "distill")),
+    ("repaired*", ("repair", "own_text")),
+    ("distilled*", ("repair", "own_text", "distill")),
 )
 
 
@@ -132,7 +132,7 @@ def check_streaming(config: CompressConfig) -> None:
     """Refuse what a model whose blocks are on disk is not made for.
 
     Raises:
-        ValueError: the energy is one of gradients, or there are tasks.
+        ValueError: the energy is one of gradients, there are tasks, or the original shall write.
     """
     if config.energy in GRADIENT_ENERGIES:
         raise ValueError(
@@ -143,6 +143,11 @@ def check_streaming(config: CompressConfig) -> None:
         raise ValueError(
             "where blocks are read one by one (--stream), a token of an answer takes a reading of all weights; leave "
             "out --tasks, and score the smaller model later (blockspin evaluate)"
+        )
+    if config.own_text:
+        raise ValueError(
+            "where blocks are read one by one (--stream), a token that the original writes takes a reading of all "
+            "weights; leave out --own-text"
         )
 
 

@@ -17,6 +17,7 @@ from ..files import replacing, write_json
 from ..lock import locked
 from ..model.batches import BatchSize, frozen, input_device
 from ..model.blocks import find_stack
+from ..model.generation import check_generates
 from ..model.loading import load_model, local_folder
 from ..model.offload import StoredTensor, check_in_memory
 from ..model.spill import octets
@@ -25,9 +26,9 @@ from ..progress import console
 from ..surgery.card import add_repair
 from ..surgery.shards import layer_prefix
 from .finished import FinishedBlocks
-from .own_text import own_text
+from .own_text import own_share, own_text
 from .report import RepairReport
-from .run import run_repair
+from .run import check_inputs, run_repair
 
 _PROVENANCE = "blockspin.json"
 _CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
@@ -45,7 +46,7 @@ def repair_checkpoint(
     device_map: str | None = None,
     batch_size: BatchSize = "auto",
     seed: int = 0,
-    own_text_share: float = 0.0,
+    own_text_share: float | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> RepairReport:
@@ -58,7 +59,7 @@ def repair_checkpoint(
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
     samples: 1-D int64 tensors of token ids. own_text_share: how much of the text is written by the original itself, on
-    top of the samples; it is of all the kinds that the original knows.
+    top of the samples; it is of all the kinds that the original knows. None: `OWN_SHARE`, where the original can write.
 
     Raises:
         ValueError: the target exists, the source was not shortened by blockspin, or was repaired or trained already,
@@ -74,12 +75,16 @@ def repair_checkpoint(
 
     with locked(target):
         shortened, whole = load(source), load(original)
-        written = _written(whole, samples, own_text_share, seed)
+        partial = target.with_name(f"{target.name}-repair")
+        written: list[Tensor] = []
+        if share := own_share(whole, own_text_share):
+            check_inputs(shortened, whole, samples, removed, batch_size, seed)
+            written = _written(whole, samples, share, seed, partial / "own_text.jsonl")
         report, finished = run_repair(
             shortened,
             whole,
             [*samples, *written],
-            target.with_name(f"{target.name}-repair"),
+            partial,
             removed=removed,
             batch_size=batch_size,
             seed=seed,
@@ -107,14 +112,20 @@ def _new_weights(model: PreTrainedModel, report: RepairReport, finished: Finishe
     return found
 
 
-def _written(original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int) -> list[Tensor]:
-    """Text of the original itself, which becomes this share of all."""
-    if share == 0:
-        return []
+def _written(
+    original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int, partial: Path
+) -> list[Tensor]:
+    """Text of the original itself, which becomes this share of all. partial: keeps it.
+
+    Raises:
+        ValueError: the original cannot write.
+    """
     check_in_memory(original, "text that the original writes itself (--own-text)")
+    check_generates(original, "give --own-text 0")
+
     tokens = math.ceil(share / (1 - share) * sum(map(len, samples)))
     with console.status(f"Writing {tokens:,} tokens of text"):
-        return own_text(original, tokens, max(map(len, samples)), seed)
+        return own_text(original, tokens, max(map(len, samples)), seed, partial=partial)
 
 
 def removed_blocks(folder: Path) -> list[int]:

@@ -2,53 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..model.batches import frozen, input_device
+from ..journal import Journal
+from ..model import fingerprint
+from ..model.generation import AT_ONCE, continued
+from ..model.offload import is_offloaded
 
-_AT_ONCE = 64  # samples
+OWN_SHARE = 1 / 3  # of all text that a repair is fitted to
+_TOKENS_AT_ONCE = 2**14  # whose keys and values are in memory
 
 
-def own_text(model: PreTrainedModel, tokens: int, length: int, seed: int = 0) -> list[Tensor]:
+def own_share(model: nn.Module, wanted: float | None) -> float:
+    """The share of the text for a repair that a model writes itself: `OWN_SHARE` by default, where it can."""
+    if wanted is not None:
+        return wanted
+    writes = isinstance(model, PreTrainedModel) and model.can_generate() and not is_offloaded(model)
+    return OWN_SHARE if writes else 0.0
+
+
+def own_text(
+    model: PreTrainedModel, tokens: int, length: int, seed: int = 0, *, partial: str | Path | None = None
+) -> list[Tensor]:
     """Samples of at least so many tokens in all, (tokens,) int64 each, that begin with a random token.
 
     Every further token is drawn from what the model predicts, at temperature 1, until it ends the text or has `length`
-    tokens. Costs about one forward pass over the tokens.
+    tokens, two or more. Costs about one forward pass over the tokens.
 
-    seed: of the draws; on the same machine the same text comes out.
+    seed: of the draws; on the same machine the same text comes out. partial: a file that keeps what is written, so that
+    the same call continues.
+
+    Raises:
+        ValueError: the file holds something else.
     """
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    how = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_length=length,
-        eos_token_id=ends,
-        pad_token_id=0,
-    )
-
-    # Text after text until there is enough; they are drawn by a generator of their own.
     vocabulary = model.get_input_embeddings().num_embeddings
-    samples: list[Tensor] = []
-    with torch.random.fork_rng(), frozen(model), torch.no_grad():
-        torch.manual_seed(seed)
-        while sum(map(len, samples)) < tokens:
-            start = torch.randint(vocabulary, (_AT_ONCE, 1)).to(input_device(model))
-            written = model.generate(start, attention_mask=torch.ones_like(start), generation_config=how)
-            for row in written.cpu():
-                sample = row[: _end(row, ends)]
-                if len(sample) > 1:  # one token predicts none
-                    samples.append(sample)
-    return samples
+    journal = Journal(partial, fingerprint.of_results(model, [], "own text", tokens, length, seed))
+    rounds: list[list[list[int]]] = [entry["rows"] for entry in journal.entries()]
+    missing = tokens - sum(len(row) for rows in rounds for row in rows)
 
+    while missing > 0:
+        at_once = min(AT_ONCE, max(1, _TOKENS_AT_ONCE // length), math.ceil(missing / length))
+        drawn = seed + len(rounds)
+        starts = torch.randint(vocabulary, (at_once, 1), generator=torch.Generator().manual_seed(drawn))
 
-def _end(row: Tensor, ends: int | list[int] | None) -> int:
-    """How many tokens of a sample are text, the one that ends it included. row: (length,)"""
-    if ends is None:
-        return len(row)
-    found = torch.isin(row[1:], torch.tensor(ends)).nonzero()
-    return int(found[0]) + 2 if len(found) else len(row)
+        rows = continued(model, list(starts), length - 1, drawn)
+        journal.append({"rows": rows})
+        rounds.append(rows)
+        missing -= sum(map(len, rows))
+    return [torch.tensor(row) for rows in rounds for row in rows]

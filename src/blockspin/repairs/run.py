@@ -145,6 +145,24 @@ def run_repair(
     return report, finished
 
 
+def check_inputs(
+    shortened: nn.Module,
+    original: nn.Module,
+    samples: Sequence[Tensor],
+    removed: Sequence[int] | None,
+    batch_size: BatchSize,
+    seed: int,
+) -> None:
+    """Refuse what `repair` would refuse before it begins, where other work comes first.
+
+    Raises:
+        ValueError: the models do not belong together, or there is too little text.
+    """
+    kept_blocks(shortened, original, removed)
+    traced = trace_model(shortened)
+    Text(samples, batch_size, seed).check_enough(_widest(traced.layers, find_maps(traced)))
+
+
 def least_tokens(model: nn.Module) -> int:
     """How many tokens a repair must have to fit to, without those held out; 0: there is nothing that it could change.
 
