@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from conftest import random_samples, tiny_model
 from tiny import tiny_config, tiny_random_model
 from torch import Tensor
@@ -94,6 +95,17 @@ def test_one_of_the_models_may_be_in_memory(tmp_path: Path) -> None:
     expected = repair(load_model(short), load_model(whole), SAMPLES)
     assert repair(load_model(short), load_model(whole, device_map="stream"), SAMPLES) == expected
     assert repair(load_model(short, device_map="stream"), load_model(whole), SAMPLES) == expected
+
+
+def test_weights_that_accelerate_keeps_in_host_memory_are_repaired(tmp_path: Path) -> None:
+    """All of them, the embedding too: each module has a hook that brings its weights and takes them away again."""
+    whole, short = folders("llama", tmp_path)
+    in_memory, original = load_model(short), load_model(whole)
+    expected = repair(in_memory, original, SAMPLES)
+
+    offloaded = cpu_offload(load_model(short), execution_device=torch.device("cpu"))
+    assert repair(offloaded, cpu_offload(load_model(whole), execution_device=torch.device("cpu")), SAMPLES) == expected
+    assert same(weights_of(offloaded), weights_of(in_memory))
 
 
 class Counted(Mapping[str, Tensor]):
