@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,16 +13,16 @@ from torch import Tensor, nn
 
 from ..problem import Block, Removal, Sublayer, Units, block_of
 from .batches import Batch, Room, frozen, input_device
-from .blocks import check_removal, find_blocks, find_stack, looks_at_images
-from .branches import ROUNDING, BlockTrace, Part, find_parts, proven_branches, same, without_branches
+from .blocks import check_removal, find_blocks, find_stack
+from .branches import BlockTrace, Part, same, without_branches
 from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
+from .observing import observe_blocks
 from .offload import is_offloaded, remembered, resident
-from .residual import argument_that_is, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
+from .residual import kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
 from .units import lacking_modules, sublayers_of
 
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
-_TRACED_IDS = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8]]  # the first two differ in the last token only
 _TRIAL = Batch((0,), torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
 
 
@@ -200,63 +199,16 @@ def trace_model(model: nn.Module, units: Units = "blocks") -> TracedModel:
 
 def _trace(model: nn.Module, units: Units) -> TracedModel:
     layers, blocks = find_stack(model).layers, find_blocks(model)
-    ran: list[int] = []  # the blocks in the order in which they ran; then what entered and what left each:
-    streams: list[tuple[Tensor, Tensor]] = []
-    further: tuple[Any, ...] = ()  # what the last block returned besides the stream
-    traces: dict[int, BlockTrace] = {}
-
-    def tracing(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal further
-            stream = stream_of(args, kwargs)
-            with resident(layers[i]):
-                branches = proven_branches(run, args, kwargs)
-                wanted = units == "sublayers" and branches > 1
-                parts = find_parts(layers[i], lambda: run(*args, **kwargs), stream) if wanted else ()
-                output = run(*args, **kwargs)
-            left = stream_in(output)
-            if not isinstance(left, Tensor) or left.shape != stream.shape:
-                raise ValueError(f"block {i} of {type(model).__name__} does not return the residual stream")
-
-            if i - 1 in traces:
-                passed = [argument_that_is(value, kwargs) for value in further]
-                traces[i - 1] = replace(traces[i - 1], passed=tuple(passed))
-
-            samples, shape = len(_TRACED_IDS), stream.shape
-            batch_dim = shape.index(samples) if samples in shape else 0
-            further = () if left is output else tuple(output[1:])
-            traces[i] = BlockTrace(branches, 0 if left is output else len(output), batch_dim, parts=parts)
-            ran.append(i)
-            streams.append((stream, left))
-            return output
-
-        return forward
-
-    token_ids = torch.tensor(_TRACED_IDS, device=input_device(model))  # (3, 4)
-    with ExitStack() as patches, torch.no_grad():
-        patches.enter_context(frozen(model))
-        for i, layer in enumerate(layers):
-            patches.enter_context(patched_forward(layer, tracing(i, layer.forward)))
-        logits = model(input_ids=token_ids, use_cache=False).logits  # (3, 4, vocabulary)
-
-    _check_causal(model, logits)
-    for i, block in enumerate(blocks):
-        if i not in traces and looks_at_images(block):
-            traces[i] = BlockTrace(0, 0, rests=True)
-        elif ran.count(i) != 1:
-            raise ValueError(f"block {i} of {type(model).__name__} ran {ran.count(i)} times in one pass, not once")
-    _check_unchanged_between(model, streams)
-
-    in_order = [traces[i] for i in range(len(blocks))]
+    traces = observe_blocks(model, layers, blocks, with_parts=units == "sublayers")
     found = blocks
     if units == "sublayers":
-        seen = [(trace.branches, trace.parts) for trace in in_order]
+        seen = [(trace.branches, trace.parts) for trace in traces]
         found = [*sublayers_of(layers, blocks, seen, lacking_modules(model, find_stack(model).name))]
 
     # What stacks removals on a GPU runs out of memory however few samples there are.
-    stacks = token_ids.device.type == "cuda" and not is_offloaded(layers)
+    stacks = input_device(model).type == "cuda" and not is_offloaded(layers)
     room = Room(fallback="one removal at a time" if stacks else None)
-    traced = TracedModel(model, layers, tuple(blocks), tuple(in_order), tuple(found), room)
+    traced = TracedModel(model, layers, tuple(blocks), tuple(traces), tuple(found), room)
     _ = traced.halves  # found now, as later something may watch the blocks
     return traced
 
@@ -268,31 +220,6 @@ def find_units(model: nn.Module, units: Units = "blocks") -> list[Block]:
         ValueError: as `find_blocks` and `trace_model` say.
     """
     return find_blocks(model) if units == "blocks" else list(trace_model(model, units).units)
-
-
-def _check_unchanged_between(model: nn.Module, streams: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Refuse a model in which a block does not receive what the one before it returned.
-
-    streams: what entered and what left each block, in the order in which they ran.
-    """
-    for i, ((_, left), (entered, _)) in enumerate(pairwise(streams)):
-        # What is no number is refused where the loss shows it, with a remedy.
-        if not torch.allclose(left.to(entered.device), entered, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"{type(model).__name__} changes the hidden states between its blocks {i} and {i + 1}; where a setting "
-                "of its configuration does that (rescale_every of RWKV), load it with 0"
-            )
-
-
-def _check_causal(model: nn.Module, logits: Tensor) -> None:
-    """Refuse a model in which the last token changes the predictions before it. logits: of _TRACED_IDS."""
-    before = logits[:, :-1]
-    rounding = ROUNDING * torch.finfo(logits.dtype).eps * before.abs().max()
-    if (before[0] - before[1]).abs().max() > rounding:
-        raise ValueError(
-            f"{type(model).__name__} is not causal: a token changes the predictions before it. "
-            "blockspin shortens decoder-only language models, not encoders"
-        )
 
 
 @contextmanager

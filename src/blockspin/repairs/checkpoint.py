@@ -58,16 +58,14 @@ def repair_checkpoint(
     on disk (`device_map="stream"`, see `load_model`): the repair reads them one by one.
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
-    samples: 1-D int64 tensors of token ids. own_text_share: how much of the text is written by the original itself, on
-    top of the samples; it is of all the kinds that the original knows. None: `OWN_SHARE`, where the original can write.
+    samples: 1-D int64 tensors of token ids. own_text_share: of all text, what the original writes; None: `own_share`.
 
     Raises:
         ValueError: the target exists, the source was not shortened by blockspin, or was repaired or trained already,
             the models do not belong together, or as `repair` says.
     """
     source, target = local_folder(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
+    _check_target(target)
     removed = removed_blocks(source)
 
     def load(folder: str | Path) -> PreTrainedModel:
@@ -76,8 +74,8 @@ def repair_checkpoint(
     with locked(target):
         shortened, whole = load(source), load(original)
         partial = target.with_name(f"{target.name}-repair")
-        written: list[Tensor] = []
-        if share := own_share(whole, own_text_share):
+        share, written = own_share(whole, own_text_share), list[Tensor]()
+        if share:
             check_inputs(shortened, whole, samples, removed, batch_size, seed)
             written = _written(whole, samples, share, seed, partial / "own_text.jsonl")
         report, finished = run_repair(
@@ -98,6 +96,12 @@ def repair_checkpoint(
             _prove(load(temporary), shortened, _stored_bytes(temporary))
         finished.remove()
     return report
+
+
+def _check_target(target: Path) -> None:
+    """Refuse a place where something is."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
 
 
 def _new_weights(model: PreTrainedModel, report: RepairReport, finished: FinishedBlocks) -> dict[str, StoredTensor]:
