@@ -126,6 +126,7 @@ def energies(
     from ..costs.targets import goals_of, read_times
     from ..model.tracing import find_units
     from ..pipeline.stages import energies_stage
+    from ..problem import NOUNS
 
     goal, times = None if remove is None else parse_remove(remove), read_times(targets)
     with locked(out):
@@ -138,7 +139,8 @@ def energies(
             remote = loading.trust_remote_code
             budgets = goals_of(targets, model, find_units(opened, energy.units), times, trust_remote_code=remote)
         result = energies_stage(energy, opened, samples, out, metadata, goal=goal, budgets=budgets)
-    console.print(f"{energy.energy} of {len(samples)} samples, {len(result.blocks)} blocks: {out}", soft_wrap=True)
+    found = f"{len(result.blocks)} {NOUNS[energy.units]}"
+    console.print(f"{energy.energy} of {len(samples)} samples, {found}: {out}", soft_wrap=True)
 
 
 @app.command()

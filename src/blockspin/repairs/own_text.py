@@ -32,7 +32,7 @@ def own_text(
     """Samples of at least so many tokens in all, (tokens,) int64 each, that begin with a random token.
 
     Every further token is drawn from what the model predicts, at temperature 1, until it ends the text or has `length`
-    tokens, two or more. Costs about one forward pass over the tokens.
+    tokens, two or more. Costs one to three forward passes over the tokens.
 
     seed: of the draws; on the same machine the same text comes out. partial: a file that keeps what is written, so that
     the same call continues.
