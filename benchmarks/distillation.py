@@ -60,13 +60,10 @@ def random_model(name: str, remove: int, quantised: bool) -> PreTrainedModel:
         model = remove_blocks(model, range(2, 2 + remove))
 
     if quantised:
-        from transformers import BitsAndBytesConfig
-
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            model = load_model(folder, quantization=nf4)
+            model = load_model(folder, quantization="nf4")
     return model
 
 

@@ -16,6 +16,7 @@ GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; t
 ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 STREAM = "stream"  # a place for a model beside those of transformers: its blocks stay on disk
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4",)
 BACKENDS = ("hf", "vllm")
 GRADIENT_SAMPLES, REMOVAL_SAMPLES = 2048, 64  # for energies of gradients (the paper's number), and for the others
 # The benchmarks of the paper (arXiv 2602.00161, Tables 1 and 2).
@@ -144,10 +145,17 @@ class LoadingSettings(Settings):
     stream: bool = setting(
         "Read blocks from disk when they are needed; done by itself where a model does not fit.", False
     )
+    quantization: str | None = setting(
+        "nf4 loads the model in 4 bits (with bitsandbytes): less memory, for energies, choice and evaluation.",
+        None,
+        choices=QUANTIZATIONS,
+    )
     trust_remote_code: bool = setting("Run code that comes with the model.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stream and self.quantization is not None:
+            raise SettingError("stream", "reads blocks as they are on disk; leave it out, or --quantization")
         if self.stream and self.device_map is not None:
             raise SettingError("stream", "chooses the place of the model itself; leave out --device-map")
 
@@ -328,6 +336,9 @@ class EvaluateConfig(TaskSettings, LoadingSettings):
         if isinstance(self.rollouts, dict):  # as Python code has it
             object.__setattr__(self, "rollouts", tuple(self.rollouts.items()))
         super().__post_init__()
+
+        if self.backend != "hf" and self.quantization is not None:
+            raise SettingError("quantization", f"is not for --backend {self.backend}; leave one of them out")
 
         sampled = dict(self.rollouts)
         if min(sampled.values(), default=1) < 1:

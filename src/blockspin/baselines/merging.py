@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.blocks import find_stack
 from ..model.offload import check_in_memory
+from ..model.quantization import check_unquantized
 from ..model.tracing import TracedModel, skipped, trace_model
 from ..problem import RemovalProblem
 from ..progress import track
@@ -52,11 +53,13 @@ def sliding_window_merging(
     window. The removed blocks reported are all of a window but its lowest.
 
     Raises:
-        ValueError: the goal is not a number of blocks in all, so many cannot be merged, or weights are offloaded.
+        ValueError: the goal is not a number of blocks in all, so many cannot be merged, or weights are offloaded or
+            quantised.
     """
     if not isinstance(problem.remove, int):
         raise ValueError("sliding-window merging takes a number of blocks in all, no kinds and no share of parameters")
     check_in_memory(model, "sliding-window merging")
+    check_unquantized(model, "sliding-window merging")
     goal = problem.remove
     traced = trace_model(model)
     similarity = _Similarity(traced, samples, batch_size)

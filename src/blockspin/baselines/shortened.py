@@ -18,6 +18,7 @@ from ..model.head import split_model, wide_dtype
 from ..model.losses import sample_losses
 from ..model.offload import is_offloaded
 from ..model.quality import shared_losses
+from ..model.quantization import check_unquantized
 from ..model.tracing import trace_model
 from ..problem import RemovalProblem, Units
 from ..progress import track
@@ -58,10 +59,11 @@ def weight_importance(
 
     Raises:
         ValueError: unusable samples, a loss that is NaN or infinite, no room for the sums, or weights that are not in
-            memory.
+            memory, or quantised.
     """
     if is_offloaded(model):
         raise ValueError("the gradients of weights need these in memory; the model's are read when they are needed")
+    check_unquantized(model, "the gradient of weights")
     layers, halves = find_stack(model).layers, split_model(model)
     batches = make_batches(samples, batch_size)
     sums = _sums_beside(list(layers.parameters()))

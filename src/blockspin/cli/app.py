@@ -100,7 +100,13 @@ def open_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
     """The model as the settings say."""
     from ..model.loading import load_model
 
-    return load_model(name, dtype=loading.dtype, device_map=loading.place, trust_remote_code=loading.trust_remote_code)
+    return load_model(
+        name,
+        dtype=loading.dtype,
+        device_map=loading.place,
+        quantization=loading.quantization,
+        trust_remote_code=loading.trust_remote_code,
+    )
 
 
 def refuse_existing(out: Path) -> None:

@@ -49,7 +49,7 @@ EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `
 @with_settings
 def info(
     model: Model,
-    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream"))],
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream", "quantization"))],
     json: AsJson = False,
 ) -> None:
     """Show the blocks of a model, which of them can be removed, and what removing some would save; reads no weights."""
@@ -68,7 +68,7 @@ def info(
 @with_settings
 def profile(
     model: Model,
-    loading: LoadingSettings,
+    loading: Annotated[LoadingSettings, Options(without=("quantization",))],
     out: Out = Path("profile.json"),
     units: Annotated[
         Literal["blocks", "sublayers"], typer.Option("--units", help="Time whole blocks, or attention and MLP apart.")
@@ -124,11 +124,13 @@ def energies(
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
     """
     from ..costs.targets import goals_of, read_times
+    from ..model.loading import check_quantization
     from ..model.tracing import find_units
     from ..pipeline.stages import energies_stage
     from ..problem import NOUNS
 
     goal, times = None if remove is None else parse_remove(remove), read_times(targets)
+    check_quantization(model, loading)
     with locked(out):
         refuse_existing(out)
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
@@ -251,10 +253,11 @@ def select(
     """
     from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
-    from ..model.loading import load_config
+    from ..model.loading import check_quantization, load_config
     from ..pipeline.stages import find_states, pose_problem, selection_stage
     from ..surgery.feasible import Removable, protect_what_must_stay
 
+    check_quantization(model, loading)
     with locked(out):
         refuse_existing(out)
         goal, found = parse_goal(remove, targets), load_energies(energies)
@@ -292,7 +295,7 @@ def prune(
     model: Model,
     blocks: Annotated[str, typer.Option("--blocks", help="The blocks, or sub-layers, to remove: 3-6,9,15.")],
     out: Out,
-    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream"))],
+    loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream", "quantization"))],
     units: Annotated[
         Units, typer.Option("--units", help="What the numbers stand for: blocks or sublayers.")
     ] = "blocks",
@@ -315,7 +318,7 @@ def repair(
     out: Out,
     drawing: DataSettings,
     batches: BatchSettings,
-    loading: LoadingSettings,
+    loading: Annotated[LoadingSettings, Options(without=("quantization",))],
     num_samples: Annotated[int, typer.Option("--num-samples", help="Samples of the text.")] = 128,
     own_text: Annotated[
         float | None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import baselines
 from ..model.quality import quality_of
+from ..model.quantization import is_quantized
 from ..problem import Removal, Units
 from ..progress import console
 from ..repairs.fitting import Text
@@ -34,13 +35,16 @@ def repair_choices(setup: Setup, goal: str, comparison: Comparison, save: Callab
     """Repair the choices of a goal in memory and measure them, each as soon as it is done.
 
     The text is that of the energies and of the choice, as in `compress`. Random draws but the first and merged models
-    are left out. Where there is too little text, nothing is done, and `left_out` says so.
+    are left out. Where the model is quantised or there is too little text, nothing is done, and `left_out` says so.
 
     save: writes the comparison.
 
     Raises:
         ValueError: a hidden state is not finite.
     """
+    if is_quantized(setup.traced.model):
+        comparison.left_out[f"repairs, {goal}"] = "the weights of the model are quantised"
+        return
     text = [*setup.samples.calibration, *setup.samples.selection]
     needed, given = least_tokens(setup.traced.model), Text(text, setup.config.batch_size, setup.config.seed).num_tokens
     if not 0 < needed <= given:

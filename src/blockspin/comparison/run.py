@@ -26,7 +26,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..memory import is_out_of_memory
 from ..model.blocks import count_parameters
-from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.loading import check_quantization, load_config, load_tokenizer
 from ..model.offload import check_in_memory
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
@@ -35,6 +35,7 @@ from ..pipeline.preflight import check_before, goals_before
 from ..pipeline.stages import (
     energies_stage,
     load_samples,
+    open_original,
     origin,
     pose_problem,
     spectrum_stage,
@@ -139,13 +140,14 @@ def _opened(
     Everything that can be refused without timing is, before the settings are recorded.
     """
     remote = config.trust_remote_code
+    check_quantization(config.model, config)
     model_config = load_config(config.model, trust_remote_code=remote)
     for goal in goals.values():
         from_main(partial(check_before, replace(config, remove=goal), model_config))
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
     score = scorer(config, tokenizer, out / "scores")
-    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    model = open_original(config)
     check_in_memory(model, "a comparison")
     traced = trace_model(model, config.units)
     removable = Removable(model_config, traced.units, trust_remote_code=remote)

@@ -25,8 +25,7 @@ from ..model import fingerprint
 from ..model.batches import frozen
 from ..model.generation import check_generates
 from ..model.head import SplitModel
-from ..model.loading import load_config, load_model, local_folder, model_without_weights
-from ..model.quantization import nf4
+from ..model.loading import load_config, load_model, local_folder
 from ..processes import TIMEOUT, from_main
 from ..progress import console
 from ..surgery.card import add_training
@@ -293,18 +292,12 @@ def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel
     device = state.device if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
 
-    quantization = None
-    if config.teacher_quantization == "nf4":
-        teacher_config = load_config(config.teacher, trust_remote_code=remote)
-        structure = model_without_weights(teacher_config, trust_remote_code=remote)
-        quantization = nf4(structure, device, dtype)
-
     return load_model(
         config.teacher,
         dtype=str(dtype).removeprefix("torch."),
         device_map=str(device),
         trust_remote_code=remote,
-        quantization=quantization,
+        quantization="nf4" if config.teacher_quantization == "nf4" else None,
     )
 
 

@@ -70,7 +70,11 @@ def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokeniz
 
     if not isinstance(model, PreTrainedModel):
         model = load_model(
-            model, dtype=config.dtype, device_map=config.place, trust_remote_code=config.trust_remote_code
+            model,
+            dtype=config.dtype,
+            device_map=config.place,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
         )
 
     # On a GPU the harness finds out what fits into the memory.

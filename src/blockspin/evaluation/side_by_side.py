@@ -166,7 +166,13 @@ def _removed_from(source: str, depth: int) -> Removal:
 
 
 def _load(source: str, config: EvaluateConfig) -> PreTrainedModel:
-    return load_model(source, dtype=config.dtype, device_map=config.place, trust_remote_code=config.trust_remote_code)
+    return load_model(
+        source,
+        dtype=config.dtype,
+        device_map=config.place,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:

@@ -136,6 +136,8 @@ def result_files(
         "gpu": torch.cuda.is_available(),
         **{name: getattr(config, name) for name in _DECIDING},
     }
+    if config.quantization is not None:
+        shared["quantization"] = config.quantization
 
     files = {}
     for task in config.tasks:

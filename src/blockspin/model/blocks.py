@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -266,5 +267,13 @@ def _parent(name: str) -> str:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers the parameters of a module hold; shared parameters count once."""
-    return sum(p.numel() for p in module.parameters())
+    """How many numbers the parameters of a module hold; shared parameters count once.
+
+    Of weights in 4 bits those count that they stand for.
+    """
+    return sum(map(_count_numbers, module.parameters()))
+
+
+def _count_numbers(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)  # of bitsandbytes, which holds two numbers in a byte
+    return parameter.numel() if packed is None else math.prod(packed.shape)

@@ -32,9 +32,9 @@ def ordinary_source(source: str | Path) -> str | Path:
     """
     if str(source) in PACKAGED:
         source = packaged_file(str(source))
-    file = _file_in(Path(source))
-    if file.suffix != ".gguf" or file.is_dir():
+    if not is_gguf(source):
         return source
+    file = _file_in(Path(source))
     if not file.is_file():
         raise ValueError(
             f"there is no GGUF file {file}; give the path of one, a folder made by save_pretrained, or a hub id"
@@ -47,6 +47,12 @@ def ordinary_source(source: str | Path) -> str | Path:
         with replacing(folder) as temporary:
             _convert(file, temporary)
     return folder
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether a source is a GGUF file, a folder of one, or a packaged model, which is such a file."""
+    file = _file_in(Path(source))
+    return str(source) in PACKAGED or (file.suffix == ".gguf" and not file.is_dir())
 
 
 def packaged_file(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import DTYPES, STREAM
+from ..config import DTYPES, STREAM, LoadingSettings
 from ..errors import first_line
 from ..hub import can_be_hub_id, use_hub
 from ..processes import gathered
 from ..progress import console
 from ..tables import short
-from .gguf import ordinary_source
+from .gguf import is_gguf, ordinary_source
 from .offload import is_offloaded
 from .placement import (
     Placement,
     blocks_apart,
     default_device,
     delete_with,
+    dtype_of,
     place_of_blocks,
     resaved_bytes,
     resaving_folder,
     weights_bytes,
 )
+from .quantization import keep_unpacked, nf4
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
@@ -145,7 +148,7 @@ def load_model(
     dtype: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
-    quantization: Any = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model, in evaluation mode.
 
@@ -154,7 +157,8 @@ def load_model(
         (the first, if it is alone), else the CPU;
         "stream" does so too, but for the blocks: they stay on disk, or in the host's memory where they fit in beside a
         GPU, and passes read them one by one. Where a model does not fit, None is "stream", which is said.
-    quantization: a quantisation configuration of transformers, to quantise the weights as they are loaded.
+    quantization: "nf4" rounds the weights of linear layers to 4 bits as they are loaded (`nf4`), to compute in `dtype`;
+        such a model is not offloaded. What is refused is in `check_quantization`.
 
     Raises:
         ValueError: the model cannot be opened, its dtype is unknown, the machine has no such device, it is not a causal
@@ -171,7 +175,8 @@ def load_model(
     if dtype == "auto" and on_cpu:
         dtype = "float32"
     if quantization is not None:
-        device_map = device_map or (None if on_cpu else default_device())
+        assert device_map != STREAM
+        device_map = device_map or default_device()
 
     # Where transformers finds the place, it may choose the disk.
     placement = Placement(device_map, resaving_folder(0) if device_map in _SPREADING else None)
@@ -188,6 +193,7 @@ def load_model(
             highlight=False,
             soft_wrap=True,
         )
+    keep_unpacked(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -197,7 +203,7 @@ def _opened(
     config: PretrainedConfig,
     placement: Placement,
     dtype: str,
-    quantization: Any,
+    quantization: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The model as transformers opens it, with all of its weights where they belong.
@@ -207,7 +213,7 @@ def _opened(
     """
     arguments: dict[str, Any] = {"device_map": placement.device_map, "offload_folder": placement.folder}
     if quantization is not None:
-        arguments["quantization_config"] = quantization
+        arguments["quantization_config"] = nf4(dtype_of(config, dtype))
     if getattr(config, _RESCALING, 0):
         arguments[_RESCALING] = 0
 
@@ -234,6 +240,29 @@ def _opened(
     check_complete(reported(loading_info), model, source)
     opened: PreTrainedModel = model
     return opened
+
+
+def check_quantization(source: str | Path, loading: LoadingSettings) -> None:
+    """Refuse what cannot be loaded in 4 bits, before anything but the configuration is read.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or the weights were rounded before.
+    """
+    if loading.quantization is None:
+        return
+    asked = f"--quantization {loading.quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{asked} needs bitsandbytes: pip install 'blockspin[quantization]', or leave it out")
+
+    quantized = is_gguf(source)
+    if not quantized:
+        config = load_config(source, trust_remote_code=loading.trust_remote_code)
+        quantized = getattr(config, "quantization_config", None) is not None
+    if quantized:
+        raise ValueError(
+            f"{str(source)!r} is quantised already, and {asked} would round its weights once more; leave it out, or "
+            "give the model that this one was made of"
+        )
 
 
 def _placement(

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..memory import available_memory
 from ..tables import short
@@ -59,11 +59,12 @@ def place_of_blocks(model: PreTrainedModel, dtype: str, device: str, stream: boo
 
 def weights_bytes(model: PreTrainedModel, dtype: str) -> int:
     """What the weights of a model take in memory. dtype: "auto" is that of the checkpoint."""
-    return count_parameters(model) * _dtype(model, dtype).itemsize
+    return count_parameters(model) * dtype_of(model.config, dtype).itemsize
 
 
-def _dtype(model: PreTrainedModel, name: str) -> torch.dtype:
-    stored = getattr(model.config.get_text_config(decoder=True), "dtype", None) or torch.float32
+def dtype_of(config: PretrainedConfig, name: str) -> torch.dtype:
+    """The dtype of a name; "auto" is that of the checkpoint."""
+    stored = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     found = stored if name == "auto" else name
     return found if isinstance(found, torch.dtype) else getattr(torch, found)
 
@@ -110,7 +111,7 @@ def resaved_bytes(model: PreTrainedModel, dtype: str, paths: Iterable[Path]) -> 
     layers = find_stack(model).layers
     for name, parameter in layers.named_parameters():
         if name not in ends:
-            needed += parameter.numel() * _dtype(model, dtype).itemsize
+            needed += parameter.numel() * dtype_of(model.config, dtype).itemsize
     return needed
 
 

@@ -24,7 +24,7 @@ from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
-from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.loading import check_quantization, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
 from ..problem import Block, Budget, RemovalProblem, check_goal
@@ -49,6 +49,7 @@ from .stages import (
     goals_stage,
     load_samples,
     max_length,
+    open_original,
     origin,
     pose_problem,
     selection_stage,
@@ -102,6 +103,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
 def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     """All of `compress` but the training."""
     remote = config.trust_remote_code
+    check_quantization(config.model, config)
     model_config = load_config(config.model, trust_remote_code=remote)
     from_main(lambda: check_before(config, model_config))
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
@@ -170,8 +172,7 @@ def _model_to_shorten(
     Raises:
         ValueError: it cannot be opened, or a setting needs it in memory.
     """
-    remote = config.trust_remote_code
-    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    model = open_original(config)
     if is_offloaded(model):
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
@@ -225,7 +226,8 @@ def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:
     source = config.evaluation or config.calibration
     name = public_name(source)
     size = f"{len(samples)} samples ({sum(map(len, samples)):,} tokens)"
-    return f"Measured on {size} of {name} that nothing was chosen on; ± one standard error."
+    loaded = f" All models were loaded in {config.quantization}." if config.quantization is not None else ""
+    return f"Measured on {size} of {name} that nothing was chosen on; ± one standard error.{loaded}"
 
 
 def read_rows(out: Path) -> list[Evaluation]:
@@ -291,7 +293,13 @@ def evaluated(
 ) -> Evaluation:
     """The row of the model in the folder `name` of the run."""
     remote = _trusts_result(config)
-    model = load_model(str(out / name), dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    model = load_model(
+        str(out / name),
+        dtype=config.dtype,
+        device_map=config.place,
+        quantization=config.quantization,
+        trust_remote_code=remote,
+    )
     size = checkpoint_bytes(out / name, trust_remote_code=remote)
     (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
     return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))

@@ -23,7 +23,7 @@ from ..memory import states_limit
 from ..model.batches import BatchSize, frozen, input_device, make_batches
 from ..model.blocks import count_parameters
 from ..model.head import CHUNK_BYTES
-from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.loading import check_quantization, load_config, load_tokenizer
 from ..model.losses import sample_losses
 from ..model.offload import check_in_memory
 from ..model.passes import num_passes
@@ -35,7 +35,7 @@ from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes
 from ..tables import Column, Table, short
 from .preflight import check_before, check_run
-from .stages import Samples, find_states, load_samples, pose_problem
+from .stages import Samples, find_states, load_samples, open_original, pose_problem
 from .sweeps import count_sweeps, memory_of_sweeps, timed_block
 
 TRIALS = 2  # batches that are timed, after one that warms up
@@ -150,11 +150,12 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     if out is not None:
         check_run(config, out)
     remote = config.trust_remote_code
+    check_quantization(config.model, config)
     model_config = load_config(config.model, trust_remote_code=remote)
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
-    model = load_model(config.model, dtype=config.dtype, device_map=config.place, trust_remote_code=remote)
+    model = open_original(config)
     return plan_with(config, trace_model(model, config.units), samples, tokenizer, out)
 
 

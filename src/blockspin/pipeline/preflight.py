@@ -118,6 +118,11 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
     if config.stream:
         check_streaming(config)
+    if config.quantization is not None and config.needs_times and config.profile is None:
+        raise ValueError(
+            "times of a model in 4 bits are not those of the checkpoint; leave out --quantization, or give the times "
+            "(--profile, of `blockspin profile`)"
+        )
     if config.distill is not None:
         check_distillation(config, model_config, blocks)
 

@@ -16,6 +16,7 @@ from ..model.batches import BatchSize
 from ..model.blocks import count_parameters, find_stack
 from ..model.offload import is_offloaded
 from ..model.quality import quality_of
+from ..model.quantization import is_quantized
 from ..problem import Removal, Units
 from ..processes import gathered, share
 from ..progress import console, track
@@ -128,7 +129,7 @@ def _text_to_fit(model: nn.Module, samples: Sequence[Tensor], seed: int) -> list
     reason, text = "", []
     if is_offloaded(model):
         reason = "its blocks are not in memory"
-    elif getattr(model.config, "quantization_config", None) is not None:
+    elif is_quantized(model):
         reason = "its weights are quantised"
     else:
         text = _enough(model, samples, seed)
