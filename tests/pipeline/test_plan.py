@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Command, random_samples, settings, tiny_model
+import torch
+import transformers as tf
+from conftest import Command, random_samples, save_tokenizer, settings, tiny_model
+from safetensors.torch import load_file
 
 from blockspin.comparison.cost import counted
 from blockspin.config import CompressConfig
@@ -16,11 +21,12 @@ from blockspin.evaluation.harness import num_questions
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import trace_model
 from blockspin.pipeline.compress import compress
-from blockspin.pipeline.plan import SOLVER_SECONDS, _energy_passes, _solving, duration, plan_run
+from blockspin.pipeline.plan import RECORDS, SOLVER_SECONDS, _energy_passes, _solving, duration, plan_run
 from blockspin.pipeline.stages import Samples
 from blockspin.pipeline.sweeps import count_sweeps
 from blockspin.problem import Block
 from blockspin.surgery.checkpoint import checkpoint_bytes
+from blockspin.training import DistillConfig
 
 
 @pytest.mark.parametrize("energy", ["secant", "gauss-newton", "fisher", "empirical-fisher"])
@@ -67,15 +73,56 @@ def test_sizes_are_those_of_the_run(command: Command, tiny_folder: Path, text_fi
     config = settings(tiny_folder, text_file)
     plan = plan_run(config)
     forms = 4 * 4**2 * 24  # energies of 24 samples
-    checkpoint = checkpoint_bytes(tiny_folder, (0, 1))
-    assert plan.disk_bytes == pytest.approx(2 * checkpoint + forms, rel=0.02)  # as pruned, and repaired
+    weights = load_file(tiny_folder / "model.safetensors")
+    maps = sum(weight.nbytes for name, weight in weights.items() if "_proj" in name)
+    left = checkpoint_bytes(tiny_folder, (0, 1)) / checkpoint_bytes(tiny_folder)
+    checkpoint = checkpoint_bytes(tiny_folder, (0, 1)) + (tiny_folder / "tokenizer.json").stat().st_size
+    expected = 2 * checkpoint + left * maps + forms  # as pruned, repaired, and what the repair has finished
+    assert plan.disk_bytes - RECORDS == pytest.approx(expected, rel=0.02)
     plain = plan_run(settings(tiny_folder, text_file, repair=False))
-    assert plain.disk_bytes == pytest.approx(checkpoint + forms, rel=0.02)
+    assert plain.disk_bytes - RECORDS == pytest.approx(checkpoint + forms, rel=0.02)
     assert {step.stage for step in plan.steps} - {step.stage for step in plain.steps} == {"repair"}
     evaluation = next(step for step in plan.steps if step.stage == "evaluation")
     assert evaluation.samples == 8
     assert evaluation.seconds == pytest.approx(evaluation.tokens / plan.tokens_per_second)
     assert json.loads(json.dumps(plan.as_json()))["steps"][0]["samples"] == 24
+
+
+@pytest.fixture
+def wide_folder(tmp_path: Path) -> Path:
+    """A model whose weights take more than everything else that a run writes: 5 MB."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = tf.LlamaConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    save_tokenizer(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("stages", ["checkpoint", "repair", "repair and training"])
+def test_a_run_writes_at_most_what_is_planned(
+    stages: str, wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are most whenever a folder is about to be deleted, or at the end."""
+    text, out, most = tmp_path / "text.txt", tmp_path / "run", 0
+    text.write_text("\n\n".join(f"text {i} counts to {i * i} and has {i % 7} words" * 3 for i in range(160)))
+
+    def measure(folder: object = None, *arguments: Any, **options: Any) -> None:
+        nonlocal most
+        most = max(most, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
+        if folder is not None:
+            rmtree(folder, *arguments, **options)
+
+    rmtree: Any = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", measure)
+    # The lowest layers go, so that the repair changes all that are left.
+    config = settings(wide_folder, text, energy_samples=100, protect=(2, 3, 4, 5), repair=stages != "checkpoint")
+    if "training" in stages:
+        config = replace(config, distill=DistillConfig(max_steps=3, save_steps=1, eval_steps=3, max_length=32))
+    planned = plan_run(config).disk_bytes
+    compress(config, out)
+    measure()
+    assert most <= planned <= 1.3 * most
 
 
 def test_stages_that_are_there_are_done(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -267,13 +267,11 @@ def _parent(name: str) -> str:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers the parameters of a module hold; shared parameters count once.
-
-    Of weights in 4 bits those count that they stand for.
-    """
-    return sum(map(_count_numbers, module.parameters()))
+    """How many numbers the parameters of a module hold; shared parameters count once."""
+    return sum(map(count_numbers, module.parameters()))
 
 
-def _count_numbers(parameter: nn.Parameter) -> int:
+def count_numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds; in 4 bits, those that it stands for."""
     packed = getattr(parameter, "quant_state", None)  # of bitsandbytes, which holds two numbers in a byte
     return parameter.numel() if packed is None else math.prod(packed.shape)

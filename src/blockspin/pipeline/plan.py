@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..costs.targets import goals_of, read_times, what_is_left
 from ..costs.timing import measure_times
+from ..distillation.preflight import memory_estimate
 from ..energies.fitted import PASSES_PER_BLOCK
 from ..energies.gradients import Gradients
 from ..evaluation.tasks import count_questions
 from ..memory import states_limit
 from ..model.batches import BatchSize, frozen, input_device, make_batches
-from ..model.blocks import count_parameters
+from ..model.blocks import count_numbers, count_parameters
 from ..model.head import CHUNK_BYTES
 from ..model.loading import check_quantization, load_config, load_tokenizer
 from ..model.losses import sample_losses
@@ -32,8 +33,9 @@ from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
 from ..repairs.own_text import own_share
 from ..selection.select import ACTIVATION_SAMPLES
 from ..solvers.candidates import random_candidate
-from ..surgery.checkpoint import checkpoint_bytes
+from ..surgery.checkpoint import checkpoint_bytes, small_files_bytes
 from ..tables import Column, Table, short
+from ..training import DistillConfig
 from .preflight import check_before, check_run
 from .stages import Samples, find_states, load_samples, open_original, pose_problem
 from .sweeps import count_sweeps, memory_of_sweeps, timed_block
@@ -42,6 +44,7 @@ TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
 COMPARED = 3  # shortened models in the report: the lowest state, the chosen one, a random one
 FLOAT = 4  # bytes
+RECORDS = 250_000  # bytes of the page of a run, of what it is made of, and of what a Trainer notes
 LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
 WRITING = 2  # text that the model writes, in passes over it
@@ -84,7 +87,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """memory_bytes: weights, logits and kept hidden states at most; disk_bytes: all files of the run, roughly.
+    """memory_bytes: weights, logits and kept hidden states at most. disk_bytes: files of the run when they are most.
 
     tokens_per_second: forward passes of the whole model, measured. budgets: what the targets ask for.
     sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
@@ -185,10 +188,7 @@ def plan_with(
     if out is not None:
         steps = [_marked(step, out) for step in steps]
 
-    whole = checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
-    forms = FLOAT * traced.num_units**2 * len(samples.calibration)
-    checkpoints = 1 + config.repair + (config.distill is not None)
-    disk = int(checkpoints * left * whole) + forms
+    disk = _disk(config, traced, samples, left)
     memory = _memory(config, traced, samples)
     return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading, tuple(budgets))
 
@@ -242,9 +242,7 @@ def _steps(
         passes = 1 + REPAIRING * left + WRITING * share
         steps.append(running("repair", [*samples.calibration, *samples.selection], passes / (1 - share)))
     if config.distill is not None:
-        training = config.distill
-        per_step = training.batch_size * training.gradient_accumulation * training.max_length
-        tokens = float(TRAINING * per_step * training.max_steps)
+        tokens = float(TRAINING * _tokens_of(config.distill))
         steps.append(Step("distillation (at most)", 0, None, tokens, tokens / speed))
     return steps
 
@@ -324,6 +322,39 @@ def _parameters_gone(config: CompressConfig, blocks: Sequence[Block], budgets: S
     for seed in range(RANDOM_REMOVALS):
         gone += sum(blocks[i].num_parameters for i in random_candidate(problem, seed).removed)
     return gone / RANDOM_REMOVALS
+
+
+def _disk(config: CompressConfig, traced: TracedModel, samples: Samples, left: float) -> int:
+    """Bytes of the files of the run while they are most, with what a repair and a training keep to continue.
+
+    left: the share of the parameters that stays.
+    """
+    whole = checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
+    smaller = left * whole + small_files_bytes(config.model)
+    forms = FLOAT * traced.num_units**2 * len(samples.calibration)
+
+    checkpoints, most = 1, smaller
+    if config.repair:
+        checkpoints += 1
+        most = checkpoints * smaller + left * _repaired_bytes(traced)
+    if config.distill is not None:
+        sizes = memory_estimate(int(left * count_parameters(traced.model)), 0, 0, config.distill, shards=1)
+        state = sizes["student"] + sizes["optimiser"]  # a new one is written before the old one goes
+        written = max(2 * state, smaller + state)
+        most = max(most, checkpoints * smaller + written + FLOAT * _tokens_of(config.distill))
+    return int(most + forms + RECORDS)
+
+
+def _tokens_of(training: DistillConfig) -> int:
+    """How many tokens a training sees at most."""
+    return training.batch_size * training.gradient_accumulation * training.max_length * training.max_steps
+
+
+def _repaired_bytes(traced: TracedModel) -> int:
+    """Bytes of the matrices of all blocks, at most what a repair finishes: kept as wide as they are in memory."""
+    numbers = sum(count_numbers(weight) for weight in traced.layers.parameters() if weight.ndim == 2)
+    width: int = traced.model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
+    return numbers * width
 
 
 def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:

@@ -243,6 +243,12 @@ def copy_small_files(folder: Path, target: Path, module_settings: ModuleSettings
             shutil.copy2(file, target / inside)
 
 
+def small_files_bytes(source: str | Path) -> int:
+    """Bytes of what a shortened checkpoint takes along besides the weights: the tokenizer, most of all."""
+    files = _other_files(local_folder(source))
+    return sum(file.stat().st_size for file in files if not _holds_weights(file))
+
+
 def _other_files(folder: Path) -> Iterator[Path]:
     """The files in a folder and below, but for hidden ones, config.json, blockspin.json and the model card."""
     for file in sorted(folder.rglob("*")):
