@@ -158,83 +158,72 @@ def fit_removals(
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = problems_for(traced.units, known.singles, goal, protect, budgets)
 
-    _take_turns(known, problems, traced, budget, len(used), np.random.default_rng(seed), progress)
-    _measure_lowest(known, problems, traced, len(used))
-    return replace(_energies(known, traced), metadata=metadata or {})
+    turns = _Turns(traced, problems, known, budget, len(used), np.random.default_rng(seed))
+    turns.take(progress)
+    turns.measure_lowest()
+    return replace(turns.energies(), metadata=metadata or {})
 
 
-def _take_turns(
-    known: Measurements,
-    problems: Sequence[RemovalProblem],
-    traced: TracedModel,
-    budget: float,
-    num_samples: int,
-    generator: np.random.Generator,
-    progress: bool,
-) -> None:
-    """The two turns of every sample: random removals, then the lowest of what fits all measurements so far."""
-    with bar(progress) as display:
-        task = display.add_task("Removals", total=round(budget), completed=round(known.passes))
-        plans = _random_turns(known, problems, traced, budget, num_samples, generator)
-        known.prepare(plans)
-        for sample, removals in enumerate(plans):
-            known.add(removals, sample)
-            display.update(task, completed=round(known.passes))
+@dataclass(frozen=True)
+class _Turns:
+    """The two turns of every sample: random removals, then the lowest of what fits all measurements so far.
 
-        for sample in range(num_samples):
-            known.add(_lowest_turn(known, problems, traced, budget, num_samples - sample, generator), sample)
-            display.update(task, completed=round(known.passes))
+    budget: passes over one sample of all turns and of the single removals before them.
+    """
 
+    traced: TracedModel
+    problems: Sequence[RemovalProblem]
+    known: Measurements
+    budget: float
+    num_samples: int
+    generator: np.random.Generator
 
-def _random_turns(
-    known: Measurements,
-    problems: Sequence[RemovalProblem],
-    traced: TracedModel,
-    budget: float,
-    num_samples: int,
-    generator: np.random.Generator,
-) -> list[list[Removal]]:
-    """For each sample the random removals of the first of its two turns, of a budget of passes in all."""
-    plans = []
-    spent = known.passes
-    for turn in range(num_samples):
-        # What a turn spends too much or too little, the others share.
-        share = (budget - spent) / (2 * num_samples - turn)
-        plans.append(affordable(traced, random_removals(problems, known.singles, generator), share))
-        spent += num_passes(traced, [(), *plans[-1]])
-    return plans
+    def take(self, progress: bool) -> None:
+        """Measure the removals of every turn."""
+        known = self.known
+        with bar(progress) as display:
+            task = display.add_task("Removals", total=round(self.budget), completed=round(known.passes))
+            plans = self.random_removals()
+            known.prepare(plans)
+            for sample, removals in enumerate(plans):
+                known.add(removals, sample)
+                display.update(task, completed=round(known.passes))
 
+            for sample in range(self.num_samples):
+                known.add(self.lowest_removals(self.num_samples - sample), sample)
+                display.update(task, completed=round(known.passes))
 
-def _lowest_turn(
-    known: Measurements,
-    problems: Sequence[RemovalProblem],
-    traced: TracedModel,
-    budget: float,
-    turns_left: int,
-    generator: np.random.Generator,
-) -> list[Removal]:
-    """The low states of a sample's second turn, of the form that fits all so far and of a replicate's form."""
-    best = _energies(known, traced)
-    forms = [best.hessian, best.resampled(generator).hessian]
-    wanted = lowest_removals(problems, forms, known, generator)
-    share = (budget - known.passes) / turns_left
-    return affordable(traced, wanted, share)
+    def random_removals(self) -> list[list[Removal]]:
+        """Those of each sample's first turn."""
+        plans = []
+        spent = self.known.passes
+        for turn in range(self.num_samples):
+            # What a turn spends too much or too little, the others share.
+            share = (self.budget - spent) / (2 * self.num_samples - turn)
+            wanted = random_removals(self.problems, self.known.singles, self.generator)
+            plans.append(affordable(self.traced, wanted, share))
+            spent += num_passes(self.traced, [(), *plans[-1]])
+        return plans
 
+    def lowest_removals(self, turns_left: int) -> list[Removal]:
+        """Those of a second turn: low states of the form that fits all so far, and of a bootstrap replicate's form."""
+        best = self.energies()
+        forms = [best.hessian, best.resampled(self.generator).hessian]
+        wanted = lowest_removals(self.problems, forms, self.known, self.generator)
+        share = (self.budget - self.known.passes) / turns_left
+        return affordable(self.traced, wanted, share)
 
-def _measure_lowest(
-    known: Measurements, problems: Sequence[RemovalProblem], traced: TracedModel, num_samples: int
-) -> None:
-    """Measure the lowest states that have not been measured, until there are none."""
-    for check in range(MOST_CHECKS):
-        unseen = unmeasured_lowest(problems, _energies(known, traced).hessian, known)
-        if not unseen:
-            break
-        known.add(unseen, check % num_samples)
+    def measure_lowest(self) -> None:
+        """Measure the lowest states that have not been measured, until there are none."""
+        for check in range(MOST_CHECKS):
+            unseen = unmeasured_lowest(self.problems, self.energies().hessian, self.known)
+            if not unseen:
+                break
+            self.known.add(unseen, check % self.num_samples)
 
-
-def _energies(known: Measurements, traced: TracedModel) -> Fitted:
-    """What fits everything measured so far."""
-    return Fitted(*known.arrays(), known.singles, traced.units)
+    def energies(self) -> Fitted:
+        """What fits everything measured so far."""
+        return Fitted(*self.known.arrays(), self.known.singles, self.traced.units)
 
 
 def _affordable_samples(samples: Sequence[Tensor], passes: float, num_units: int) -> Sequence[Tensor]:
