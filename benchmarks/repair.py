@@ -20,7 +20,7 @@ import json
 import lzma
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,17 +103,17 @@ class Texts:
         return [sample for sample, _ in zip(self.samples(kind), range(number), strict=False)]
 
     def tokens(self, kinds: Sequence[str], number: int) -> list[Tensor]:
-        """Samples of so many tokens, as many of each kind."""
+        """Samples of so many tokens, as many of each kind; twice as many of a kind that is named twice."""
         drawn: list[Tensor] = []
-        for kind in kinds:
-            left = number // len(kinds)
+        for kind, times in Counter(kinds).items():
+            left = number * times // len(kinds)
             for sample in self.samples(kind):
                 if left < 2:
                     break
                 drawn.append(sample[:left])
                 left -= len(drawn[-1])
             if left >= LENGTH:
-                print(f"{kind}: {left} tokens of {number // len(kinds)} are missing")
+                print(f"{kind}: {left} tokens of {number * times // len(kinds)} are missing")
         return drawn
 
 
@@ -191,7 +191,7 @@ def jobs(arguments: argparse.Namespace, found: Mapping[str, Removal]) -> list[Jo
     # What decides between variants, then every removal, then the others' repairs, then the rest.
     listed = [Job(removed, name, SAME, most) for name in ("plain", OURS, *VARIANTS[:4], OUTWARD) for removed in tried]
     listed += [Job(removed, OURS, SAME, tokens) for removed in tried for tokens in fewer]
-    listed += [Job(removed, OURS, (*SAME, OWN), most) for removed in tried]
+    listed += [Job(removed, OURS, (*SAME, OWN, *more), most) for more in ((), (OWN,)) for removed in tried]
     listed += [Job(removed, name, SAME, most) for removed in main for name in ("plain", OURS)]
     listed += [Job(removed, name, SAME, most) for removed in [*tried, *main] for name in BASELINES]
     for kinds in (("chat",), (*SAME, "pep"), (*SAME, "code"), (OWN,)):
@@ -228,7 +228,7 @@ def measured(
 ) -> Row:
     """One row."""
     if OWN in job.kinds:
-        texts.write(original, job.tokens // len(job.kinds))
+        texts.write(original, job.tokens * job.kinds.count(OWN) // len(job.kinds))
     samples = [] if job.method == "plain" else texts.tokens(job.kinds, job.tokens)
     shortened = remove_blocks(original, job.removed, copy=False)
 
