@@ -78,6 +78,16 @@ def test_a_run_can_do_without_the_repair_and_have_it_later(tiny_folder: Path, te
         compress(settings(tiny_folder, text_file, repair=False), tmp_path / "run")
 
 
+def test_too_little_text_for_the_repair_is_refused_first(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The repair comes last, and what it lacks is known when the model is open."""
+    little = settings(tiny_folder, text_file, energy_samples=2, selection_samples=1, max_length=8)
+    with pytest.raises(ValueError, match=r"inputs needs at least [\d,]+ for a repair"):
+        compress(little, tmp_path / "run")
+    assert not (tmp_path / "run" / "energies.safetensors").exists()
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    assert compress(replace(little, repair=False), tmp_path / "run")[0].name == "original"
+
+
 def test_the_choice_is_the_candidate_of_lowest_measured_loss(tiny_folder: Path) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(tiny_folder)
     samples = [torch.arange(2, 30), torch.arange(40, 50)]

@@ -159,7 +159,16 @@ def check_inputs(
         ValueError: the models do not belong together, or there is too little text.
     """
     kept_blocks(shortened, original, removed)
-    traced = trace_model(shortened)
+    check_text(shortened, samples, batch_size, seed)
+
+
+def check_text(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize, seed: int) -> None:
+    """Refuse text that is too little for a repair of a model, shortened or not yet.
+
+    Raises:
+        ValueError: says how much is needed.
+    """
+    traced = trace_model(model)
     Text(samples, batch_size, seed).check_enough(_widest(traced.layers, find_maps(traced)))
 
 
