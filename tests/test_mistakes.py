@@ -138,17 +138,33 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     import datasets
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_reachable", lambda: False)
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    for arguments in (("info", "org/absent"), energies_of(tiny_folder, "org/absent", tmp_path / "e.safetensors")):
+    cases = {
+        ("info", "org/absent"): "'org/absent': there is no such folder, the hub cannot be reached",
+        energies_of(tiny_folder, "org/absent", tmp_path / "e.safetensors"): "org/absent",
+    }
+    if importlib.util.find_spec("lm_eval"):
+        cases["evaluate", tiny_folder, "--tasks", "arc_easy"] = "the data of task arc_easy cannot be loaded"
+    for arguments, message in cases.items():
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         capsys.readouterr()
         code, printed = command(*arguments)
         assert (code, printed.count("\n")) == (2, 1), printed
-        assert "org/absent" in printed
+        assert message in printed
     assert sum(waited) < 1
+
+
+def test_a_model_that_needs_another_word(refuses: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """The folder of a run, and code that comes with a model."""
+    inside = tmp_path / "run" / "checkpoint"
+    shutil.copytree(tiny_folder, inside)
+    assert f"give {inside}" in refuses("info", tmp_path / "run")
+    change_config(inside, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (inside / "own.py").write_text("raise RuntimeError")
+    assert "--trust-remote-code" in refuses("info", inside)
 
 
 @contextmanager

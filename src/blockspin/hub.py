@@ -32,6 +32,11 @@ def use_hub() -> None:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
+def is_offline() -> bool:
+    """Whether only what is in the cache of the hub is used: it could not be reached, or HF_HUB_OFFLINE is set."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 @functools.cache
 def _reachable() -> bool:
     try:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..errors import first_line
+from ..hub import use_hub
 from ..memory import OutOfMemory, is_out_of_memory
 from ..model.gguf import ordinary_source
 from ..model.loading import load_model
@@ -39,6 +40,7 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> dict[str, dict
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else "; `lm_eval ls tasks` lists all"
             raise ValueError(f"lm-eval has no task {name!r} (--tasks){hint}")
+    use_hub()
     return {name: _load(manager, name) for name in names}
 
 

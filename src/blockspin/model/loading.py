@@ -23,7 +23,7 @@ from transformers import (
 
 from ..config import DTYPES, STREAM, LoadingSettings
 from ..errors import first_line
-from ..hub import can_be_hub_id, use_hub
+from ..hub import can_be_hub_id, is_offline, use_hub
 from ..processes import gathered
 from ..progress import console
 from ..tables import short
@@ -48,6 +48,8 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps
 # RWKV halves its hidden states after every so many blocks, and divides the weights in its memory to match, so that a
 # block cannot stand elsewhere, nor the model be saved. Without that it computes the same.
 _RESCALING = "rescale_every"
+
+_IN_A_RUN = ("distilled", "repaired", "checkpoint")  # folders of models in the folder of a run, the last stage first
 
 _AUTO_CLASSES = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -115,13 +117,15 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     """
     source = find_source(source)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json; give a folder made by save_pretrained, or a hub id")
+        inside = [name for name in _IN_A_RUN if (Path(source) / name / "config.json").is_file()]
+        remedy = f"give {Path(source) / inside[0]}" if inside else "give a folder made by save_pretrained, or a hub id"
+        raise ValueError(f"{source} has no config.json; {remedy}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         text = config.get_text_config(decoder=True)
         architectures = ", ".join(getattr(config, "architectures", None) or [])
     except Exception as error:  # each class of configurations checks its settings, or trips over them, in its own way
-        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
+        raise ValueError(f"cannot open the model {str(source)!r}: {_why_not_opened(source, error)}") from error
 
     # Encoders alone (BERT) can be opened as causal models too; what they were trained as tells them apart.
     known = trust_remote_code or any(type(config) in mapping for mapping, _ in _AUTO_CLASSES)
@@ -130,6 +134,15 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
         described = architectures or config.model_type
         raise ValueError(f"{str(source)!r} ({described}) is not a decoder-only causal language model")
     return config
+
+
+def _why_not_opened(source: str | Path, error: Exception) -> str:
+    """What hinders transformers, with what can be done about it."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which runs with --trust-remote-code; read it before"
+    if not Path(source).is_dir() and is_offline():
+        return "there is no such folder, the hub cannot be reached, and its cache has no such model"
+    return first_line(error)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
