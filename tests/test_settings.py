@@ -139,13 +139,33 @@ def test_a_switch_in_a_file_can_be_turned_off(
     assert [config.gradient_checkpointing for config in seen] == [True, False]
 
 
-def test_options_are_in_panels_and_required_ones_are_marked(command: Command) -> None:
+def test_options_are_in_groups_and_required_ones_are_marked(command: Command) -> None:
     _, printed = command("compress", "--help")
-    for panel in ("Run", "Data", "Model", "Energy", "Solver", "Choice", "Tasks", "Training"):
-        assert f"─ {panel} ─" in printed
+    for group in ("Run", "Data", "Model", "Energy", "Solver", "Choice", "Tasks", "Training"):
+        assert f"\n{group}:\n" in printed
     assert "Required" in printed
     _, printed = command("solve", "--help")
     assert "[required]" in printed
+
+
+def test_the_help_names_every_option_whole_in_a_narrow_terminal() -> None:
+    """And what a command does in one line of the list of all."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from blockspin.cli import app
+
+    group: Any = get_command(app)
+    narrow = {"COLUMNS": "60"}
+    for name, command in group.commands.items():
+        shown = CliRunner().invoke(app, [name, "--help"], env=narrow).output
+        for parameter in command.params:
+            for option in [*parameter.opts, *parameter.secondary_opts]:
+                assert parameter.hidden or option in shown, (name, option)
+
+    listed = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    assert "..." not in listed.partition("Commands:")[2]
+    assert listed.index("demo") < listed.index("compress") < listed.index("evaluate")
 
 
 def test_the_version_is_the_package_s(command: Command) -> None:

@@ -10,8 +10,12 @@ import typer
 
 from ..processes import from_main, is_known, is_main, start
 from ..progress import console, logger
-from . import quality, runs, stages  # noqa: F401  (each adds its commands to the application)
 from .app import app
+
+# Each adds its commands to the application; --help shows them in this order.
+# isort: off
+from . import runs, stages, quality  # noqa: F401
+# isort: on
 
 __all__ = ["app", "main"]
 

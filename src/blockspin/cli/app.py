@@ -24,13 +24,20 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="blockspin",
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # whose tables cut the names of options short
+    context_settings={"max_content_width": 120},
     help="Compress language models by removing whole transformer blocks, chosen by constrained binary optimisation. "
     "Start with `blockspin demo`; for your own model use `blockspin compress`.",
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file of a causal language model.")]
-Data = Annotated[str, typer.Option("--data", help="Hub id or local file (.json, .jsonl, .parquet, .txt, also .gz).")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Texts or conversations: hub id or local file (.jsonl, .json, .parquet, .csv, .txt, also .gz or .xz).",
+    ),
+]
 Calibration = Annotated[
     str, typer.Option("--calibration", help="Text the energy is computed on: hub id or local file.")
 ]
@@ -42,7 +49,8 @@ Remove = Annotated[
         "instead.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder or file for the result.")]
+Out = Annotated[Path, typer.Option("--out", help="File for the result.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; options given here win.")]
 

@@ -12,11 +12,12 @@ from ..lock import locked
 from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
-from .app import AsJson, Out, SettingsFile, app, load_samples, show, show_json
+from .app import AsJson, OutFolder, SettingsFile, app, load_samples, show, show_json
+from .help import Command
 from .options import Given, with_settings
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Hub ids or local folders; the first is the reference.")],
@@ -45,7 +46,7 @@ def evaluate(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Benchmark scores, perplexity, size and speed of models side by side.
+    """Show scores, perplexity, size and speed of models side by side.
 
     Without --data, --text or --cost the models are scored on --tasks, by default those of the paper. The same command
     again continues with the next task, or shows the results at once.
@@ -83,11 +84,11 @@ def evaluate(
         show_json(result.as_json())
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def distill(
     student: Annotated[str, typer.Argument(help="The shortened model: a folder that `blockspin prune` made.")],
-    out: Out,
+    out: OutFolder,
     settings: Given[DistillConfig],
     config: SettingsFile = None,
 ) -> None:

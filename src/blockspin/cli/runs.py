@@ -12,7 +12,8 @@ from ..config import CompressConfig, parse_remove
 from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
-from .app import AsJson, Calibration, Model, Out, SettingsFile, app, show, show_json
+from .app import AsJson, Calibration, Model, OutFolder, SettingsFile, app, show, show_json
+from .help import Command
 from .options import Given, Options, with_settings
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 _DECIDED = ("teacher", "split", "max_length", "seed", "trust_remote_code")
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def demo(
-    out: Out = Path("blockspin-demo"),
+    out: OutFolder = Path("blockspin-demo"),
     remove: Annotated[str, typer.Option("--remove", help="How many of its blocks go.")] = "8",
     model: Annotated[
         Literal["embedded", "smollm2"],
@@ -38,7 +39,7 @@ def demo(
     ] = "embedded",
     json: AsJson = False,
 ) -> None:
-    """Compress a model that needs no download, and show what it costs and saves."""
+    """Compress a model that needs no download. A table shows what it costs and saves."""
     from ..demo import CALIBRATION, MODEL, VALIDATION
 
     large = model == "smollm2"
@@ -59,7 +60,7 @@ def demo(
     console.print(f"\nLoad it with AutoModelForCausalLM.from_pretrained({str(out / 'repaired')!r}).", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def compress(
     settings: Annotated[Given[CompressConfig], Options(without=("model",))],
@@ -67,7 +68,7 @@ def compress(
     model: Annotated[
         str | None, typer.Argument(help="Hub id, local folder or GGUF file of a causal language model.")
     ] = None,
-    out: Out = Path("blockspin-run"),
+    out: OutFolder = Path("blockspin-run"),
     config: SettingsFile = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Train the result with the original as its teacher, and evaluate again.")
@@ -77,7 +78,7 @@ def compress(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Compress a model: energies, spectrum, choice, smaller checkpoint, evaluation, repair; with --distill, training.
+    """Compress a model: choose blocks, remove them, repair, evaluate. With --distill it is trained too.
 
     Everything is in the folder --out. Run the same command again to continue a run that was cut off.
 
@@ -99,7 +100,7 @@ def compress(
         _compress(CompressConfig(**values), out, json)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def compare(
     model: Model,
@@ -113,7 +114,7 @@ def compare(
             "are the goal.",
         ),
     ] = None,
-    out: Out = Path("blockspin-comparison"),
+    out: OutFolder = Path("blockspin-comparison"),
     against: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +125,7 @@ def compare(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Which blocks would each method remove, and how good is the result? Tables, figures and one HTML page in --out.
+    """Show what every method would remove, and how good the result is. Tables, figures and one HTML page in --out.
 
     Run the same command again to continue; more goals may be added to a folder, other targets too.
 
@@ -154,13 +155,13 @@ def compare(
     console.print(f"Tables and figures: {page}.", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def report(
     out: Annotated[Path, typer.Argument(help="The folder of a comparison or a run.")],
     json: AsJson = False,
 ) -> None:
-    """Make the HTML page of a comparison or a run again; of a comparison also its tables and figures."""
+    """Make the HTML page of a run or a comparison again. Of a comparison also its tables and figures."""
     from ..comparison.report import write_report
     from ..comparison.results import Comparison
 

@@ -30,6 +30,7 @@ from .app import (
     Data,
     Model,
     Out,
+    OutFolder,
     Remove,
     app,
     load_samples,
@@ -40,19 +41,20 @@ from .app import (
     show,
     show_json,
 )
+from .help import Command
 from .options import Options, with_settings
 
 EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `blockspin energies`.")]
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def info(
     model: Model,
     loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream", "quantization"))],
     json: AsJson = False,
 ) -> None:
-    """Show the blocks of a model, which of them can be removed, and what removing some would save; reads no weights."""
+    """Show the blocks of a model, and what removing some would save. Reads no weights."""
     from ..overview import overview
 
     found = overview(model, trust_remote_code=loading.trust_remote_code)
@@ -64,7 +66,7 @@ def info(
     show(found.savings_table())
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def profile(
     model: Model,
@@ -78,7 +80,7 @@ def profile(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated for each.")] = 64,
     json: AsJson = False,
 ) -> None:
-    """Measure how long each kind of block takes on this machine, for --target-speedup; about a minute.
+    """Measure how long each kind of block takes on this machine. For --target-speedup; about a minute.
 
     The table is plain JSON: one for another machine can be written by hand.
 
@@ -99,8 +101,8 @@ def profile(
     console.print(f"Wrote {out}.", soft_wrap=True)
 
 
-@app.command()
-@app.command("gradients", hidden=True)
+@app.command(cls=Command)
+@app.command("gradients", cls=Command, hidden=True)
 @with_settings
 def energies(
     model: Model,
@@ -119,7 +121,7 @@ def energies(
         ),
     ] = None,
 ) -> None:
-    """Compute what the energies of a model are made of once; solve for any number of removals from the file.
+    """Compute what predicts the loss without any set of blocks. `solve` and `select` read the file.
 
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
     """
@@ -145,7 +147,7 @@ def energies(
     console.print(f"{energy.energy} of {len(samples)} samples, {found}: {out}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def solve(
     file: Annotated[Path, typer.Argument(help="A file made by `blockspin energies`.")],
@@ -163,7 +165,7 @@ def solve(
     points: Annotated[int, typer.Option("--points", min=2, help="Budgets of a --sweep.")] = 10,
     json: AsJson = False,
 ) -> None:
-    """Find the lowest-energy removals; say what is proven of them, and how they depend on the samples.
+    """Find the lowest-energy removals, and say what is proven of them. Also how they depend on the samples.
 
     Example: blockspin solve energies.safetensors --target-memory 24GB --context 32k --batch 8 --target-params 6e9
 
@@ -232,7 +234,7 @@ def _sweep(
         console.print(f"Wrote {out} and the figure {picture}.", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def select(
     model: Model,
@@ -247,7 +249,7 @@ def select(
     out: Out = Path("candidates.json"),
     json: AsJson = False,
 ) -> None:
-    """Choose a removal by measuring: race the distinct low-energy states on held-out text, and polish the winner.
+    """Choose a removal by measuring low-energy ones on held-out text. They race, and the winner is polished.
 
     Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
     """
@@ -289,18 +291,18 @@ def select(
         typer.echo(ranges(selection.chosen.removed))
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def prune(
     model: Model,
     blocks: Annotated[str, typer.Option("--blocks", help="The blocks, or sub-layers, to remove: 3-6,9,15.")],
-    out: Out,
+    out: OutFolder,
     loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream", "quantization"))],
     units: Annotated[
         Units, typer.Option("--units", help="What the numbers stand for: blocks or sublayers.")
     ] = "blocks",
 ) -> None:
-    """Write a checkpoint without some blocks, shard by shard, or without sub-layers, for which the model is loaded."""
+    """Write a checkpoint without some blocks or sub-layers. Shard by shard; for sub-layers the model is loaded."""
     from ..surgery.checkpoint import prune_checkpoint
     from ..surgery.sublayer_checkpoint import prune_sublayers
 
@@ -309,13 +311,13 @@ def prune(
     console.print(f"The smaller model is in {out}.", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings
 def repair(
     shortened: Annotated[str, typer.Argument(help="The shortened model: a folder that `blockspin prune` made.")],
     original: Annotated[str, typer.Option("--original", help="The model it was made of: hub id or local folder.")],
     data: Data,
-    out: Out,
+    out: OutFolder,
     drawing: DataSettings,
     batches: BatchSettings,
     loading: Annotated[LoadingSettings, Options(without=("quantization",))],
@@ -330,7 +332,7 @@ def repair(
         ),
     ] = None,
 ) -> None:
-    """Give linear maps of a shortened model new weights, in closed form, so that it follows the original.
+    """Repair a shortened model in closed form. Linear maps get new weights, with which it follows the original.
 
     Run the same command again to continue a repair that was cut off.
 
