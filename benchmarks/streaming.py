@@ -39,7 +39,7 @@ from blockspin.tables import Column, Table, short
 GROUPS = Path("/sys/fs/cgroup")
 # The functions of a run that are timed, and what they do.
 STAGES = {
-    "load_model": "loading",
+    "open_original": "loading",
     "energies_stage": "energies",
     "selection_stage": "choice",
     "checkpoint_stage": "checkpoint",
@@ -120,6 +120,7 @@ def run(folder: Path, stream: bool, samples: int, length: int, repair: bool) -> 
         budget=6,
         max_candidates=6,
         repair=repair,
+        own_text=0,
         choose_repaired=False,
         stream=stream,
         device_map=None if stream else "cpu",

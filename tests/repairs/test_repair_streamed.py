@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,18 +18,21 @@ from tiny import tiny_config, tiny_random_model
 from torch import Tensor
 
 from blockspin.memory import OutOfMemory
+from blockspin.model import offload
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model
 from blockspin.model.offload import offloaded_by_name, offloading_hooks
 from blockspin.model.quality import quality_of
-from blockspin.model.tracing import TracedModel
+from blockspin.model.tracing import TracedModel, trace_model
 from blockspin.repairs.aims import Aim
 from blockspin.repairs.checkpoint import repair_checkpoint
 from blockspin.repairs.finished import FinishedBlocks
 from blockspin.repairs.least_squares import NormalEquations
+from blockspin.repairs.pairing import Kept
 from blockspin.repairs.readings import Reading
-from blockspin.repairs.run import repair
+from blockspin.repairs.run import _reading_order, _turns, repair
 from blockspin.surgery.checkpoint import prune_checkpoint
+from blockspin.surgery.memory import remove_blocks
 
 SAMPLES = random_samples(tuple(24 - i % 5 for i in range(64)))
 FAMILIES = {"llama": [2], "gpt2": [0], "nemotron_h": [0, 3], "mixtral": [1]}
@@ -97,6 +101,17 @@ def test_one_of_the_models_may_be_in_memory(tmp_path: Path) -> None:
     assert repair(load_model(short, device_map="stream"), load_model(whole), SAMPLES) == expected
 
 
+def test_the_original_of_a_model_without_sublayers_may_be_on_disk(tmp_path: Path) -> None:
+    """A block of it is read once more where its first sub-layer is gone: attention of block 2, MLP of block 1."""
+    whole, _ = folders("llama", tmp_path)
+    reports = []
+    for place in ("cpu", "stream"):
+        shortened = remove_blocks(load_model(whole), [3, 4], units="sublayers")
+        reports.append(repair(shortened, load_model(whole, device_map=place), SAMPLES))
+    assert reports[0] == reports[1]
+    assert any(step.kept for step in reports[0].steps)
+
+
 def test_weights_that_accelerate_keeps_in_host_memory_are_repaired(tmp_path: Path) -> None:
     """All of them, the embedding too: each module has a hook that brings its weights and takes them away again."""
     whole, short = folders("llama", tmp_path)
@@ -154,6 +169,36 @@ def test_weights_are_read_a_few_times_and_one_block_is_in_memory(
     # before and after (2). The original's maps do not matter; its first block is read for the start too.
     assert max(read[0].values()) == 8
     assert sorted({*read[1].values()}) == [7, 8]
+
+
+def test_the_next_block_is_read_while_one_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, and never more than that one."""
+    whole, short = folders("llama", tmp_path)
+    models = [load_model(folder, device_map="stream") for folder in (short, whole)]
+    layers = [layer for model in models for layer in find_stack(model).layers]
+    held: list[int] = []  # blocks in memory when another one is read
+    reading = 0
+    load = offload.load_weights
+
+    def noting(module: torch.nn.Module) -> list[Tensor]:
+        nonlocal reading
+        if threading.current_thread() is threading.main_thread():
+            return load(module)
+        reading += 1
+        assert reading == 1
+        held.append(sum(next(layer.parameters()).device.type != "meta" for layer in layers))
+        weights = load(module)
+        reading -= 1
+        return weights
+
+    traced = [trace_model(model) for model in models]
+    monkeypatch.setattr(offload, "load_weights", noting)
+    kept = [Kept(block) for block in range(4) if block not in FAMILIES["llama"]]
+    order = _reading_order(_turns(kept, 4), *traced)
+    assert [layers.index(layer) for layer in order] == [3, 4, 5, 1, 6, 2]
+    repair(models[0], models[1], SAMPLES, batch_size=8)
+    assert set(held) <= {0, 1}
+    assert 1 in held
 
 
 def interrupted_at(block: int) -> Callable[..., None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,15 +213,51 @@ def _put(tensor: OffloadedTensor, value: Tensor) -> None:
     own[tensor.name] = value  # type: ignore[assignment]
 
 
+class ReadAhead:
+    """Modules that become resident one after another; a thread loads the weights of the next one meanwhile.
+
+    So the weights of two modules are held at most. To be used as a context manager.
+
+    order: the modules, each as often as it becomes resident. Those whose weights stay where they run may be in it.
+    """
+
+    def __init__(self, order: Iterable[nn.Module]) -> None:
+        self._waiting = deque(filter(is_offloaded, order))
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._load_next()
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    @contextmanager
+    def resident(self, module: nn.Module) -> Iterator[None]:
+        """As `resident`, for the module whose turn it is; nothing happens where the module is resident already."""
+        if not is_offloaded(module):
+            yield
+            return
+
+        assert module is self._waiting.popleft()
+        weights = self._coming.result()
+        again = bool(self._waiting) and self._waiting[0] is module  # what is resident cannot be loaded
+        if not again:
+            self._load_next()
+        with resident(module, weights):
+            del weights
+            yield
+        if again:
+            self._load_next()
+
+    def _load_next(self) -> None:
+        if self._waiting:
+            self._coming = self._thread.submit(load_weights, self._waiting[0])
+
+
 def resident_in_turn(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
     """Each module, resident until the next one is asked for; a thread loads the weights of the next meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(load_weights, modules[0]) if modules else None
-        for place, module in enumerate(modules):
-            assert coming is not None
-            weights = coming.result()
-            following = modules[place + 1 : place + 2]
-            coming = reader.submit(load_weights, following[0]) if following else None
-            with resident(module, weights):
-                del weights
+    with ReadAhead(modules) as ahead:
+        for module in modules:
+            with ahead.resident(module):
                 yield module

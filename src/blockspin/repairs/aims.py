@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..model.offload import resident
 from .shelf import Held
 from .walk import Walk
 
@@ -55,7 +54,7 @@ def aims_at(theirs: Walk, block: int, end: int, branches: tuple[int, ...] = (), 
     # The successor may have lost its first branches too.
     goals = list(theirs.streams)
     if first > 0:
-        with resident(theirs.layer):
+        with theirs.resident():
             goals = [theirs.shelf.keep(theirs.look(number).additions[first - 1]) for number in range(len(goals))]
 
     aims = []

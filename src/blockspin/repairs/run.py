@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..model import fingerprint
 from ..model.batches import BatchSize, Room
-from ..model.offload import check_in_memory, forget, is_offloaded, replace_weights, resident, restore_weights
+from ..model.offload import ReadAhead, check_in_memory, forget, is_offloaded, replace_weights, restore_weights
 from ..model.placement import delete_with, resaving_folder
 from ..model.quality import quality_of
-from ..model.tracing import trace_model
+from ..model.tracing import TracedModel, trace_model
 from ..progress import track
 from .aims import aims_at
 from .finished import FinishedBlocks
@@ -58,8 +59,8 @@ def repair(
     that read the stream; None leaves them alone.
     seed: draws the samples that are held out.
     partial: a folder for finished blocks, from which the same call continues; it goes when the repair is done.
-    Weights of either model may be offloaded: one block of each is in memory. New ones of an offloaded `shortened` stay
-    in `partial`, or in the folder for temporary files, until the model is gone.
+    Weights of either model may be offloaded: a block of one of them is in memory, and the next is read. New ones of an
+    offloaded `shortened` stay in `partial`, or in the folder for temporary files, until the model is gone.
 
     Raises:
         ValueError: the models do not belong together, weights are quantised, or offloaded where blocks take more from
@@ -121,17 +122,17 @@ def run_repair(
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
     old = _weights(ours.layers, maps)
-    blocks, room = kept_branches(shortened, original, kept), Room()
+    turns, room = _turns(kept_branches(shortened, original, kept), theirs.depth), Room()
 
     def walk_through() -> tuple[Fitting, Walk, list[Step]]:
         """Once more from the first block on where memory ran out, most often at the first block that is repaired."""
         _put_back(old)
         restore_weights(ours.layers)
         batches = room.cut(text.batches)
-        with open_shelf(original, batches) as shelf:
-            fitting = Fitting(Walk(ours, batches, shelf), maps, text, ridge, reading_ridge)
-            through_original = Walk(theirs, batches, shelf)
-            return fitting, through_original, _repair_blocks(fitting, through_original, blocks, finished, progress)
+        with open_shelf(original, batches) as shelf, ReadAhead(_reading_order(turns, ours, theirs)) as ahead:
+            fitting = Fitting(Walk(ours, batches, shelf, ahead), maps, text, ridge, reading_ridge)
+            through_original = Walk(theirs, batches, shelf, ahead)
+            return fitting, through_original, _repair_blocks(fitting, through_original, turns, finished, progress)
 
     fitting, through_original, steps = room.together(text.batches, walk_through)
     forget(shortened, fingerprint.OF_WEIGHTS)
@@ -196,24 +197,58 @@ def _finished_before(
     return FinishedBlocks(partial, identity)
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A block of the shortened model, which a repair comes to.
+
+    following: the next one. same: whether up to that one nothing is gone, so that the models are the same.
+    """
+
+    block: Kept
+    following: Kept
+    same: bool
+
+
+def _turns(kept: Sequence[Kept], depth: int) -> list[_Turn]:
+    """The blocks of the shortened model in order. depth: of the original."""
+    behind = Kept(depth)  # as if a block followed the last
+    turns, same = [], True
+    for position, (block, following) in enumerate(zip(kept, [*kept[1:], behind], strict=True)):
+        same &= not block.branches and block.index == position
+        nothing_between = following.index == position + 1 and following.first == 0
+        turns.append(_Turn(block, following, same and nothing_between))
+    return turns
+
+
+def _reading_order(turns: Sequence[_Turn], ours: TracedModel, theirs: TracedModel) -> list[nn.Module]:
+    """The blocks of both models as `_repair_blocks` comes to them."""
+    layers, order = list(theirs.layers), list[nn.Module]()
+    reached = 0
+    for position, turn in enumerate(turns):
+        order += layers[reached : turn.following.index]
+        reached = turn.following.index
+        if turn.following.first > 0:
+            order.append(layers[reached])
+        if not turn.same:
+            order.append(ours.layers[position])
+    return order
+
+
 def _repair_blocks(
-    fitting: Fitting, theirs: Walk, kept: Sequence[Kept], finished: FinishedBlocks, progress: bool
+    fitting: Fitting, theirs: Walk, turns: Sequence[_Turn], finished: FinishedBlocks, progress: bool
 ) -> list[Step]:
-    """Walk through both models side by side and change the shortened one. kept: its blocks."""
+    """Walk through both models side by side and change the shortened one."""
     ours = fitting.walk
     steps: list[Step] = []
-    behind = Kept(theirs.depth)  # as if a block followed the last
-    equal = True  # whether the models are the same up to the block
-    for position in track(range(len(kept)), "Repairing", len(kept), show=progress):
-        block, following = kept[position], [*kept, behind][position + 1]
+    for turn in track(turns, "Repairing", len(turns), show=progress):
+        block, following = turn.block, turn.following
         aims = aims_at(theirs, block.index, following.index, block.branches, following.first)
-        equal &= not block.branches and block.index == position
-        if equal and following.index == position + 1 and following.first == 0:  # nothing is gone behind it
+        if turn.same:
             ours.follow(theirs)
             continue
 
         layer = ours.layer
-        with resident(layer):
+        with ours.resident():
             done = finished.restore(block.index, layer)
             if done is None:
                 done = fitting.refit(block.index, aims)

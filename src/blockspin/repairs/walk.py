@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
 
 from ..model.batches import Batch, frozen
-from ..model.offload import resident
+from ..model.offload import ReadAhead, resident
 from ..model.residual import kept_streams
 from ..model.tracing import TracedModel, resumed, skipped
 from .projections import Observation, observed
@@ -24,12 +24,17 @@ class Walk:
 
     Where a block takes more from the blocks before it than their hidden states, a pass starts at the first block again.
     Offloaded weights of a block are read once to go through it; for a look or two, make it `resident` first.
+
+    ahead: reads the blocks in the order in which they become resident; None: each is read when it does.
     """
 
-    def __init__(self, traced: TracedModel, batches: Sequence[Batch], shelf: Shelf) -> None:
+    def __init__(
+        self, traced: TracedModel, batches: Sequence[Batch], shelf: Shelf, ahead: ReadAhead | None = None
+    ) -> None:
         self.traced, self.batches, self.shelf = traced, batches, shelf
         self.block = 0
         self.ran = 0
+        self._ahead = ahead
         with resident(traced.layers[0]):
             self.streams = [self._embedded(batch) for batch in batches]
 
@@ -47,6 +52,10 @@ class Walk:
     def batch_dim(self) -> int:
         """The dimension of the streams that counts samples, 0 or 1."""
         return self.traced.traces[self.block].batch_dim
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Inside, the weights of the block stay where it runs."""
+        return resident(self.layer) if self._ahead is None else self._ahead.resident(self.layer)
 
     def follow(self, other: Walk) -> None:
         """Take over where the walk through another model is, and the states there."""
@@ -75,7 +84,7 @@ class Walk:
     def step(self) -> list[list[Held]]:
         """Go through the block. Returns for each batch the residual stream after each of its additions but the last."""
         between = []
-        with resident(self.layer):
+        with self.resident():
             for number in range(len(self.batches)):
                 additions = [self.shelf.keep(addition) for addition in self.look(number).additions]
                 between.append(additions[:-1])
