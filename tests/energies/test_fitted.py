@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from blockspin.comparison.figures import spearman
 from blockspin.energies import Energies, estimate_energies
-from blockspin.energies.design import CHECKED, problems_for, random_removals, unmeasured_lowest
+from blockspin.energies.design import CHECKED, any_number, problems_for, random_removals, unmeasured_lowest
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.energies.measurements import SINGLES_SAMPLES, Measurements
 from blockspin.energies.quadratic import RATIOS, fit_quadratic, resemblance
@@ -267,6 +267,23 @@ def test_what_is_lowest_has_been_measured() -> None:
     known = {tuple(np.flatnonzero(row).tolist()) for row in found.removed}
     lowest = solve(RemovalProblem(found.hessian, goal, blocks=found.blocks), states=CHECKED).states
     assert {state.removed for state in lowest} <= known
+
+
+@pytest.mark.parametrize("passes", [60, PASSES])
+def test_without_a_goal_deeper_removals_than_half_are_not_below_all(passes: int) -> None:
+    """Budgets do not say how many blocks go: what the form prefers beyond the measured numbers must be measured."""
+    found = fit_removals(six_blocks(), SAMPLES, passes=passes, progress=False)
+    known = {tuple(np.flatnonzero(row).tolist()) for row in found.removed}
+    half = Budget("half", (1,) * 6, 3, 6)
+    (lowest,) = solve(RemovalProblem(found.hessian, blocks=found.blocks, budgets=[half]), states=1).states
+    assert lowest.removed in known
+
+
+def test_a_form_that_falls_beyond_half_of_the_blocks_is_found_out() -> None:
+    blocks = [Block(i, "attention+mlp", 1) for i in range(6)]
+    falling = np.eye(6) - 1 / 3  # k of the blocks cost k - k^2 / 3, which is least where one stays
+    problem = any_number(blocks, np.ones(6), protect=[0, 5])
+    assert unmeasured_lowest([problem], falling, Known([(1, 2, 3)]))[0] == (1, 2, 3, 4)
 
 
 def test_states_that_were_not_measured_are_found() -> None:

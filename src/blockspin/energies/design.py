@@ -40,9 +40,25 @@ def problems_for(
         return [RemovalProblem(form, goal, blocks=blocks, protect=protect, budgets=budgets)]
 
     n = len(blocks)
-    most = min(max(1, n // 2), n - len(set(protect)))
+    most = _most(n, protect)
     least = min(max(1, round(n / 8)), most)
     return [RemovalProblem(form, size, blocks=blocks, protect=protect) for size in range(least, most + 1)]
+
+
+def any_number(blocks: Sequence[Block], singles: Floats, protect: Sequence[int]) -> RemovalProblem:
+    """At least half of the blocks, or of those that may go: what budgets without a number of blocks can lead to.
+
+    All other numbers of `problems_for` are measured; beyond them a form can be far too low, and then the solution of
+    a small budget would be to remove almost everything.
+    """
+    n = len(blocks)
+    half = Budget("half of the blocks", (1,) * n, _most(n, protect), n)
+    return RemovalProblem(np.diag(logarithms(singles)), blocks=blocks, protect=protect, budgets=[half])
+
+
+def _most(n: int, protect: Sequence[int]) -> int:
+    """Half of n blocks, or as many as are not protected."""
+    return min(max(1, n // 2), n - len(set(protect)))
 
 
 def random_removals(

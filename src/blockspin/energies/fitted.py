@@ -24,7 +24,7 @@ from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Budget, Floats, Goal, Removal, RemovalProblem, Units, check_goal
 from ..progress import bar
-from .design import affordable, lowest_removals, problems_for, random_removals, unmeasured_lowest
+from .design import affordable, any_number, lowest_removals, problems_for, random_removals, unmeasured_lowest
 from .energies import Energies
 from .measurements import SINGLES_SAMPLES, Measurements, logarithms
 from .quadratic import QuadraticFit, fit_quadratic
@@ -135,8 +135,8 @@ def fit_removals(
 
     samples: as many of them are used as have turns of `LEAST_TURN` passes at least.
     goal, budgets, protect: the form is made for removals that meet the goal and all budgets (weights of the units) and
-        are not deeper than that takes; with neither, for those of an eighth to a half of the units. Protected units are
-        in none of them.
+        are not deeper than that takes; with neither, for those of an eighth to a half of the units, and what is lowest
+        beyond is measured too, since budgets allow it. Protected units are in none of them.
     passes: forward passes over one sample, but for the last few; by default `PASSES_PER_BLOCK` for each block and one
         for the whole.
     batch_size: of the single removals; the others are measured on one sample at a time.
@@ -157,8 +157,11 @@ def fit_removals(
     identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, budgets, protect, units)
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = problems_for(traced.units, known.singles, goal, protect, budgets)
+    checked = [*problems]
+    if goal is None and not budgets:
+        checked.append(any_number(traced.units, known.singles, protect))
 
-    turns = _Turns(traced, problems, known, budget, len(used), np.random.default_rng(seed))
+    turns = _Turns(traced, problems, checked, known, budget, len(used), np.random.default_rng(seed))
     turns.take(progress)
     turns.measure_lowest()
     return replace(turns.energies(), metadata=metadata or {})
@@ -168,11 +171,13 @@ def fit_removals(
 class _Turns:
     """The two turns of every sample: random removals, then the lowest of what fits all measurements so far.
 
+    checked: the problems whose lowest states must have been measured in the end.
     budget: passes over one sample of all turns and of the single removals before them.
     """
 
     traced: TracedModel
     problems: Sequence[RemovalProblem]
+    checked: Sequence[RemovalProblem]
     known: Measurements
     budget: float
     num_samples: int
@@ -216,7 +221,7 @@ class _Turns:
     def measure_lowest(self) -> None:
         """Measure the lowest states that have not been measured, until there are none."""
         for check in range(MOST_CHECKS):
-            unseen = unmeasured_lowest(self.problems, self.energies().hessian, self.known)
+            unseen = unmeasured_lowest(self.checked, self.energies().hessian, self.known)
             if not unseen:
                 break
             self.known.add(unseen, check % self.num_samples)
