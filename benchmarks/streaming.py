@@ -4,7 +4,7 @@ python benchmarks/streaming.py [--layers 24] [--width 2048] [--limit-gib 2] [--r
 
 A Llama of random weights in float32 is compressed twice, each time by `compress` in a fresh process: in memory, and
 with --stream in a control group that is killed beyond the limit (Linux, as root). The files must be equal; with
---repair those of the repaired model too, which needs more text (--samples 16 --length 128 for a width of 512). Stage by
+--repair those of the repaired model too, which needs more text (--samples 12 --length 128 for a width of 512). Stage by
 stage the times stand side by side, with the sweeps that were made and what one reading of the weights takes.
 """
 
@@ -84,7 +84,7 @@ def make_model(folder: Path, layers: int, width: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(folder: Path, stream: bool, samples: int, length: int, repair: bool) -> None:
+def run(folder: Path, stream: bool, samples: int, length: int, batch_size: int, repair: bool) -> None:
     """Compress the model into `in-memory` or `streamed` beside it, and write what it took to a file there."""
     sweeps = 0
     counted = offload.resident_in_turn
@@ -116,7 +116,7 @@ def run(folder: Path, stream: bool, samples: int, length: int, repair: bool) -> 
         selection_samples=samples,
         evaluation_samples=samples,
         max_length=length,
-        batch_size=samples,
+        batch_size=batch_size,
         budget=6,
         max_candidates=6,
         repair=repair,
@@ -164,7 +164,8 @@ def child(mode: str, given: argparse.Namespace, limit: int | None = None) -> Non
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
     command = [sys.executable, __file__, "--mode", mode, "--folder", str(given.folder)]
-    command += ["--samples", str(given.samples), "--length", str(given.length)]
+    for name in ("samples", "length", "batch_size"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     command += ["--repair"] if given.repair else []
     done = subprocess.run(command, preexec_fn=join)
     if group is not None:
@@ -202,6 +203,7 @@ def main() -> None:
     arguments.add_argument("--width", type=int, default=2048)
     arguments.add_argument("--samples", type=int, default=4)
     arguments.add_argument("--length", type=int, default=32)
+    arguments.add_argument("--batch-size", type=int, default=4)
     arguments.add_argument("--limit-gib", type=float, default=2)
     arguments.add_argument("--repair", action="store_true", help="repair the smaller model as well")
     arguments.add_argument("--folder", type=Path, default=Path("streaming-benchmark"))
@@ -214,7 +216,7 @@ def main() -> None:
         (given.folder / "reading.json").write_text(json.dumps(reading(model)))
         return
     if given.mode:
-        run(model, given.mode == "streamed", given.samples, given.length, given.repair)
+        run(model, given.mode == "streamed", given.samples, given.length, given.batch_size, given.repair)
         return
 
     if not model.is_dir():
