@@ -157,6 +157,29 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     assert sum(waited) < 1
 
 
+def test_energies_of_another_model(command: Command, refuses: Any, text_file: Path, tmp_path: Path) -> None:
+    llama, other = save_tiny(tmp_path / "llama"), save_tiny(tmp_path / "other", "qwen3")
+    energies = tmp_path / "energies.safetensors"
+    assert command(*energies_of(llama, text_file, energies))[0] == 0
+    shared = ("--energies", energies, "--remove", 1, "--data", text_file, "--num-samples", 2, "--max-length", 16)
+    line = refuses("select", other, *shared, "--out", tmp_path / "candidates.json")
+    assert f"the energies are of {llama}" in line
+
+
+def test_what_is_missing_is_named_as_an_option(refuses: Any, tiny_folder: Path, text_file: Path) -> None:
+    assert "--calibration" in refuses("compress", tiny_folder, "--remove", 1)
+    assert "which model" in refuses("compress", "--remove", 1, "--calibration", text_file)
+    units = refuses("compress", tiny_folder, "--units", "attention")
+    assert "'blocks', 'sublayers'" in units
+    assert "Value error" not in units
+
+
+def test_a_folder_without_tokenizer(refuses: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for path in tiny_folder.glob("token*"):
+        path.unlink()
+    assert "it has none" in refuses(*energies_of(tiny_folder, text_file, tmp_path / "e.safetensors"))
+
+
 def test_a_model_that_needs_another_word(refuses: Any, tiny_folder: Path, tmp_path: Path) -> None:
     """The folder of a run, and code that comes with a model."""
     inside = tmp_path / "run" / "checkpoint"

@@ -120,6 +120,12 @@ def test_nothing_but_ours_is_printed(tiny_folder: Path, text_file: Path) -> None
     assert json.loads(quiet.stdout)[0]["loss"] == json.loads(plain.stdout)[0]["loss"]
 
 
+def test_no_bars_of_other_packages_while_a_checkpoint_is_written(tiny_folder: Path, tmp_path: Path) -> None:
+    which = ("--units", "sublayers", "--blocks", 1, "--out", tmp_path / "short")
+    ended = _in_a_process("prune", tiny_folder, *which, "--quiet")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_errors_are_told_however_quiet(command: Command, tiny_folder: Path, tmp_path: Path) -> None:
     given = ("prune", tiny_folder, "--blocks", "99", "--out", tmp_path / "out")
     quiet = _in_a_process(*given, "--quiet")

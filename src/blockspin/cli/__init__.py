@@ -43,7 +43,8 @@ def main() -> None:
             raise
         _fail("there is not enough memory; lower --batch-size or --max-length, or free some", error)
     except _UsageError as error:
-        _fail(f"{error.format_message().rstrip('.')} (see --help)")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")  # pydantic's words
+        _fail(f"{message} (see --help)")
 
     # Typer makes this code of Ctrl-C.
     if code == _INTERRUPTED:

@@ -91,9 +91,10 @@ def compress(
         from_file = DistillConfig.known(values.get("distill") or {}, "distill")
         values["distill"] = {**from_file, **training.values}
 
-    missing = [name for name in ("model", "calibration") if name not in values]
-    if missing:
-        raise ValueError(f"compress needs {', '.join(missing)} (as an option or in --config)")
+    if "model" not in values:
+        raise ValueError("say which model to compress (compress MODEL, or `model` in --config)")
+    if "calibration" not in values:
+        raise ValueError("say which text the energies are computed on (--calibration, here or in --config)")
     if dry_run:
         _show_plan(CompressConfig(**values), out, json)
     else:

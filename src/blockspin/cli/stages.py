@@ -256,7 +256,7 @@ def select(
     from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
     from ..model.loading import check_quantization, load_config
-    from ..pipeline.stages import find_states, pose_problem, selection_stage
+    from ..pipeline.stages import check_same_units, find_states, pose_problem, selection_stage
     from ..surgery.feasible import Removable, protect_what_must_stay
 
     check_quantization(model, loading)
@@ -272,10 +272,11 @@ def select(
 
         number = choosing.selection_samples  # and as many for repairs
         drawn = load_samples(model, data, (1 + choosing.choose_repaired) * number, drawing, loading)
-        samples = drawn[:number]
+        samples, opened = drawn[:number], open_model(model, loading)
+        check_same_units(found, opened)
         selection = selection_stage(
             choosing,
-            open_model(model, loading),
+            opened,
             found,
             problem,
             spectrum,

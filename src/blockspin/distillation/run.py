@@ -26,6 +26,7 @@ from ..model.batches import frozen
 from ..model.generation import check_generates
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder
+from ..model.weights import silenced
 from ..processes import TIMEOUT, from_main
 from ..progress import console
 from ..surgery.card import add_training
@@ -345,7 +346,8 @@ def _write(
     known = json.loads(about.read_text()) if about.is_file() else {}
 
     with replacing(out) as temporary:
-        student.save_pretrained(temporary, state_dict=weights)
+        with silenced():
+            student.save_pretrained(temporary, state_dict=weights)
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
         record = {**known, "distillation": summary}
         write_json(temporary / "blockspin.json", record)

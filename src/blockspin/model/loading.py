@@ -348,5 +348,15 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the reader of tokenizer.json has no error of its own
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {first_line(error)}") from error
+        why = first_line(error) if _may_have_tokenizer(source) else "it has none; save the model's there too"
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {why}") from error
     return tokenizer
+
+
+def _may_have_tokenizer(source: str | Path) -> bool:
+    """Whether a folder has a file that could be one of a tokenizer; True for what is no folder."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return True
+    names = [path.name for path in folder.iterdir()]
+    return any("token" in name or "vocab" in name or name.endswith(".model") for name in names)

@@ -306,7 +306,7 @@ def _drop_quantisation(config: PretrainedConfig) -> bool:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Inside, transformers prints no table of what is missing, of which what matters becomes one line, and no bar of
-    the tensors that are loaded; bars of downloads stay. accelerate does not say that weights lie elsewhere."""
+    the tensors that are read or written; bars of downloads stay. accelerate does not say that weights lie elsewhere."""
     loggers = list(map(logging.getLogger, _LOGGERS))
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -23,7 +23,8 @@ from ..model.batches import NotFiniteError
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_model, model_without_weights, vocabulary_size
 from ..model.offload import check_in_memory, is_offloaded
-from ..model.tracing import trace_model
+from ..model.quantization import is_quantized
+from ..model.tracing import find_units, trace_model
 from ..problem import Block, Budget, Goal, Removal, RemovalProblem, goal_name, units_of
 from ..processes import from_main, is_main
 from ..progress import console
@@ -261,6 +262,22 @@ def spectrum_stage(settings: SolvingSettings, problem: RemovalProblem, path: Pat
         return Spectrum.load(path)
 
     return from_main(found)
+
+
+def check_same_units(energies: Energies, model: PreTrainedModel) -> None:
+    """Refuse energies of another model, where that shows in its units.
+
+    Raises:
+        ValueError: kinds, or sizes where no weights are packed, are not those of the model.
+    """
+
+    def described(units: Sequence[Block]) -> list[tuple[str, int]]:
+        return [(unit.kind, 0 if is_quantized(model) else unit.num_parameters) for unit in units]
+
+    units = find_units(model, units_of(energies.blocks))
+    if described(units) != described(energies.blocks):
+        other = energies.metadata.get("model") or "another model"
+        raise ValueError(f"the energies are of {other}, whose blocks are not those of this model (--energies)")
 
 
 def selection_stage(

@@ -43,7 +43,8 @@ def checked_protect(protect: Iterable[int], num_blocks: int) -> Removal:
     """The protected blocks, sorted. Raises ValueError where one is no index of a block."""
     indices = sorted({whole(i, "protect") for i in protect})
     if indices and not 0 <= indices[0] <= indices[-1] < num_blocks:
-        raise ValueError(f"protect={indices}: block indices are 0 to {num_blocks - 1}")
+        wrong = next(index for index in indices if not 0 <= index < num_blocks)
+        raise ValueError(f"protect: block indices are 0 to {num_blocks - 1}, not {wrong} (--protect)")
     return tuple(indices)
 
 

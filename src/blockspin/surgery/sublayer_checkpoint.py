@@ -15,6 +15,7 @@ from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
 from ..model.loading import load_model, local_folder
 from ..model.tracing import TracedModel, trace_model
+from ..model.weights import silenced
 from ..problem import Block, block_of
 from ..progress import console
 from .absent import lacks_modules
@@ -75,7 +76,8 @@ def prune_sublayers(
     with locked(target), replacing(target) as temporary:
         temporary.mkdir()
         copy_small_files(folder, temporary, module_settings(model, Renaming(kept, traced.depth)))
-        smaller.save_pretrained(temporary, max_shard_size=_SHARD)  # with its modelling file, which may be another
+        with silenced():  # with its modelling file, which may be another
+            smaller.save_pretrained(temporary, max_shard_size=_SHARD)
         record = record_removal(folder, source, tuple(whole), kept, [], about)
         write_json(temporary / RECORD, record)
         write_card(temporary, record, count_parameters(smaller), folder / CARD)
