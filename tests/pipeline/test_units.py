@@ -41,7 +41,9 @@ def test_a_run_removes_sublayers(tiny_folder: Path, text_file: Path, tmp_path: P
     assert by_name["chosen"].loss == pytest.approx(mean_loss(loaded, drawn[32:]), rel=1e-5)
     repaired = tf.AutoModelForCausalLM.from_pretrained(out / "repaired", trust_remote_code=True, dtype=torch.float32)
     assert by_name["repaired"].loss == pytest.approx(mean_loss(repaired, drawn[32:]), rel=1e-5)
-    assert "sub-layers" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Which sub-layers are gone" in page
+    assert "blocks" not in [cell.lower() for cell in re.findall(r"<th[^>]*>([^<]*)<", page)]
 
 
 def test_each_stage_has_its_command(command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

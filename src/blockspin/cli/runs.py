@@ -210,5 +210,5 @@ def _compress(config: CompressConfig, out: Path, json: bool) -> None:
     if json:
         show_json([row.as_json() for row in rows])
     else:
-        show(results_table(rows))
+        show(results_table(rows, config.units))
     console.print(f"The run is in {out}, the smaller model in {result_folder(config, out)}.", soft_wrap=True)

@@ -39,15 +39,15 @@ class Robustness:
         """One or two sentences, with a warning where more samples are needed."""
         text = (
             f"Drawn anew, the samples give the same ground state in {self.same:.0%} of cases and keep "
-            f"{self.shared:.0%} of its blocks; the order of the low states correlates by {self.order:.2f}."
+            f"{self.shared:.0%} of what it removes; the order of the low states correlates by {self.order:.2f}."
         )
 
-        # Blocks that are sometimes in the ground state and sometimes not, the most frequent first.
+        # What is sometimes in the ground state and sometimes not, the most frequent first.
         order = np.argsort(-self.frequency)
         uncertain = order[(self.frequency[order] > OFTEN_ENOUGH) & (self.frequency[order] < 1 - OFTEN_ENOUGH)]
         if len(uncertain):
             listed = [f"{i} ({self.frequency[i]:.0%})" for i in uncertain]
-            text += f" Uncertain blocks: {', '.join(listed)}."
+            text += f" Uncertain: {', '.join(listed)}."
 
         if self.shared < MOSTLY_SHARED:
             text += " The energies are uncertain: use more samples."

@@ -32,7 +32,7 @@ from ..model.losses import losses_of, sample_losses
 from ..model.offload import is_offloaded
 from ..model.passes import over_removals
 from ..model.tracing import TracedModel, trace_model
-from ..problem import Removal
+from ..problem import NOUNS, Removal, Units
 from ..processes import from_main
 from ..progress import track
 from ..tables import Column, Table, ranges, short
@@ -317,10 +317,13 @@ def evaluation_of(
     )
 
 
-def results_table(rows: Sequence[Evaluation]) -> Table:
-    """A row for each model; perplexity, parameters, size and speed also relative to the first."""
+def results_table(rows: Sequence[Evaluation], units: Units = "blocks") -> Table:
+    """A row for each model; perplexity, parameters, size and speed also relative to the first.
+
+    units: what the rows tell to be removed.
+    """
     first = rows[0]
-    columns = [Column("model", words=True), Column("removed"), Column("blocks", words=True)]
+    columns = [Column("model", words=True), Column("removed"), Column(NOUNS[units], words=True)]
     columns += map(Column, ("perplexity", "parameters", "on disk", "tokens/s"))
     columns += [Column(score.task) for score in first.scores]
 

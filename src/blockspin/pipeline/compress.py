@@ -152,7 +152,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     compared = _compared(config, problem, spectrum, selection, removable)
     rows = evaluate_removals(config, model, compared, samples.evaluation, score)
     where = measured_on(config, samples.evaluation)
-    from_main(lambda: add_results(out / "checkpoint", results_table(rows), where))
+    from_main(lambda: add_results(out / "checkpoint", results_table(rows, config.units), where))
     from_main(lambda: write_rows(rows, out))
     return rows
 

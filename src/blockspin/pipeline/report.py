@@ -87,13 +87,13 @@ def report_page(
         page.section(
             "What it costs and saves",
             [
-                page.html_table(results_table(rows), [rows.index(chosen)]),
+                page.html_table(results_table(rows, config.units), [rows.index(chosen)]),
                 page.paragraph("Measured on text that nothing was chosen on; ± is one standard error."),
             ],
             shown=True,
         ),
         *_targets(goals),
-        page.section("Which blocks are gone", [page.block_map(strips)], "block 0 is at the left", shown=True),
+        page.section(f"Which {noun} are gone", [page.block_map(strips)], "the first is at the left", shown=True),
         page.section("The best removals that were measured", [page.html_table(selection.table())]),
         _origin(config, about),
     ]
@@ -127,9 +127,10 @@ def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Se
         f"{chosen.num_parameters / original.num_parameters:.0%} of its parameters{speed}; "
         f"its perplexity {'rises' if rise >= 0 else 'falls'} by {abs(rise):.1f}%{spread}."
     )
+    repairs = f", and {selection.repair_passes:.0f} to repair the last of them" if selection.repair_passes else ""
     second = (
         f"They were chosen among {len(selection.trials)} removals that were measured, at the cost of "
-        f"{selection.passes:.0f} forward passes over the samples of the choice."
+        f"{selection.passes:.0f} forward passes over the samples of the choice{repairs}."
     )
     return first, second
 
@@ -140,7 +141,10 @@ def numbers_of(original: Evaluation, chosen: Evaluation, noun: str) -> list[tupl
     saved, faster = 1 - chosen.num_bytes / original.num_bytes, chosen.times_as_fast(original)
     numbers = [
         (f"{len(chosen.removed)} {noun}", f"removed: {ranges(chosen.removed)}"),
-        (f"{rise:+.1f}%{spread}", f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}"),
+        (
+            f"{rise:+.1f}%{spread}".replace("-", "−"),
+            f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}",
+        ),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(chosen.num_bytes, 'B')}"),
     ]
     if faster is not None:

@@ -84,7 +84,7 @@ class Selection:
         """The best trials."""
         after_repair = any(trial.repaired is not None for trial in self.trials)
         above = "above the best" if after_repair else "above the chosen"
-        columns = [Column("source", words=True), Column("removed blocks", words=True)]
+        columns = [Column("source", words=True), Column("removed", words=True)]
         columns += [Column(heading) for heading in ("energy", self.objective, above, "samples")]
         if after_repair:
             columns.append(Column("repaired"))

@@ -76,7 +76,7 @@ class Spectrum:
     def table(self, limit: int | None = None) -> Table:
         """The states in order, the first `limit` of them; None: all."""
         columns = [Column("state"), Column("energy"), Column("above 0"), Column("proven")]
-        columns.append(Column("removed blocks", words=True))
+        columns.append(Column("removed", words=True))
 
         rows = []
         for k, state in enumerate(self.states[:limit]):
