@@ -38,7 +38,7 @@ from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 
 STARTS = ("blockspin", "block influence", "SLEB", "random")
-MOST, LEAST = 1_000_000, 50_000  # tokens
+MOST, LEAST = 1_000_000, 50_000  # tokens of a training
 PREDICTED_TOKENS, CHANGE_TOKENS = 200_000, 300_000
 SHORT_STEPS = 50  # of one window
 TIMED_STEPS = 60
@@ -54,7 +54,7 @@ def from_start(bench: Bench, start: Start, repaired: bool) -> None:
     bench.row(replace(run, tokens=0))
     run = replace(run, rate=bench.best_rate(run))
     bench.row(replace(run, tokens=MOST))
-    bench.row(replace(run, tokens=LEAST))
+    bench.row(replace(run, tokens=bench.least))
     if start[1] in STARTS[:2]:
         bench.row(replace(run, tokens=MOST, seed=1))
 
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the parts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no training starts that would end later")
+    parser.add_argument("--windows", type=int, help="to measure on, of each text, evenly spread (default: all)")
+    parser.add_argument("--least", type=int, default=LEAST, help="tokens of the shortest training")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if arguments.list:

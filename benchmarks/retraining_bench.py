@@ -32,6 +32,7 @@ CHOOSING = 200_000  # tokens after which the learning rate is chosen
 NEVER = 10**6  # steps
 FIRST_GUESS = 20_000.0  # tokens/s
 DATA = ("calibration", "validation", "chat", "text", "train")
+MEASURED = ("validation", "chat", "text")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, ends_at: float) -> None:
         self.device, self.tiny = torch.device(arguments.device), arguments.tiny
-        self.out, self.ends_at = arguments.out, ends_at
+        self.out, self.ends_at, self.least = arguments.out, ends_at, arguments.least
         self.original = tiny_model() if self.tiny else load_model(arguments.model, dtype="float32")
         self.original.to(self.device)
         self.teacher = copy.deepcopy(self.original)
@@ -73,6 +74,9 @@ class Bench:
         with np.load(arguments.data.with_suffix(".npz")) as arrays:
             found = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in DATA}  # (windows, 512)
             flat, ends = arrays["prompts"].astype(int).tolist(), np.cumsum(arrays["prompt_lengths"], dtype=int).tolist()
+        for name in MEASURED:
+            number = min(arguments.windows or len(found[name]), len(found[name]))
+            found[name] = found[name][np.linspace(0, len(found[name]) - 1, number).round().astype(int)]
         if self.tiny:
             found = {name: rows[:8, :16] % self.original.config.vocab_size for name, rows in found.items()}
         self.data: dict[str, list[Tensor]] = {name: list(rows) for name, rows in found.items()}
