@@ -239,7 +239,8 @@ class ReadAhead:
             yield
             return
 
-        assert module is self._waiting.popleft()
+        turn = self._waiting.popleft()
+        assert module is turn, "modules become resident in the order that was given"
         weights = self._coming.result()
         again = bool(self._waiting) and self._waiting[0] is module  # what is resident cannot be loaded
         if not again:
