@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from blockspin import memory
 
@@ -58,3 +59,30 @@ def test_limits_of_control_groups_count(
 def test_without_limits_it_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_MEMBERSHIPS", tmp_path / "none")
     assert memory.available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_processes_of_a_machine_share_its_memory_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_MEMBERSHIPS", tmp_path / "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    share = psutil.virtual_memory().available / 4
+    assert memory.available_memory() == pytest.approx(share, rel=0.2)
+    assert memory.free_memory(torch.device("cpu")) == pytest.approx(share, rel=0.2)
+
+
+HELD = """
+import psutil, torch
+from blockspin.memory import release_memory
+
+rows = [torch.zeros(20_000) for _ in range(2_000)]  # 160 MB in pieces that are too small to be mapped one by one
+last = rows[-1]
+del rows
+before = psutil.Process().memory_info().rss
+release_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what glibc keeps")
+def test_memory_below_what_is_still_used_goes_back_to_the_system() -> None:
+    run = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 0.9 * 160e6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers as tf
@@ -10,6 +13,7 @@ from conftest import random_samples, tiny_model
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_blocks
+from blockspin.model.branches import followed
 from blockspin.model.gates import gated
 from blockspin.model.tracing import skipped, trace_model
 from blockspin.surgery.memory import remove_blocks
@@ -110,3 +114,16 @@ def test_an_encoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="not causal"):
         trace_model(tf.BertForMaskedLM(config))
+
+
+def test_what_a_block_did_is_not_kept_for_the_garbage_collector() -> None:
+    layer, stream = torch.nn.Linear(8, 8), torch.randn(1, 3, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        output, additions = followed(lambda: stream + layer(stream), stream)
+        held = weakref.ref(additions[-1])
+        del output, additions
+        assert held() is None
+    finally:
+        gc.enable()

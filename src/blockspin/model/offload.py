@@ -16,6 +16,8 @@ from accelerate.utils import named_module_tensors
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..memory import trim_heap
+
 T = TypeVar("T")
 _MEMORY = "_blockspin_memory"  # the attribute of a model with what `remembered` keeps
 
@@ -248,6 +250,7 @@ class ReadAhead:
         with resident(module, weights):
             del weights
             yield
+        trim_heap()
         if again:
             self._load_next()
 

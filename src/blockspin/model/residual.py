@@ -26,6 +26,11 @@ class ResidualBranches(TorchFunctionMode):
         self.stream, self.gate = stream, gate
         self.number = 0  # branches seen so far
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        # A gate that asks for the number holds this object, and would keep the stream until the collector comes by.
+        del self.gate
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _ADDITIONS and len(args) == 2 and (args[0] is self.stream or args[1] is self.stream):

@@ -19,6 +19,7 @@ from ..energies import Energies, estimate_energies, load_energies
 from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, losses_without
 from ..evaluation.scores import Score
 from ..files import write_json
+from ..memory import release_memory
 from ..model.batches import NotFiniteError
 from ..model.blocks import count_parameters
 from ..model.loading import context_length, load_config, load_model, model_without_weights, vocabulary_size
@@ -143,6 +144,7 @@ def energies_stage(
                 metadata=metadata,
             )
             from_main(lambda: energies.save(path))
+            release_memory()
     return from_main(lambda: load_energies(path))
 
 
@@ -319,6 +321,7 @@ def selection_stage(
             shown = selection.table().text(console.width)
             console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
             from_main(lambda: write_json(path, {**selection.as_json(), "robustness": trust.as_json()}))
+            release_memory()
         if is_main():
             repaired_beside(partial).unlink(missing_ok=True)
     return from_main(lambda: Selection.load(path))
