@@ -23,6 +23,7 @@ from blockspin.data.calibration import load_calibration
 from blockspin.energies import load_energies
 from blockspin.model.losses import mean_loss
 from blockspin.pipeline.compress import compress
+from blockspin.pipeline.plan import plan_run
 from blockspin.pipeline.preflight import open_run
 from blockspin.problem import Block, RemovalProblem
 from blockspin.selection.result import Selection
@@ -83,6 +84,8 @@ def test_too_little_text_for_the_repair_is_refused_first(tiny_folder: Path, text
     little = settings(tiny_folder, text_file, energy_samples=2, selection_samples=1, max_length=8)
     with pytest.raises(ValueError, match=r"inputs needs at least [\d,]+ for a repair"):
         compress(little, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"inputs needs at least [\d,]+ for a repair"):
+        plan_run(little)
     assert not (tmp_path / "run" / "energies.safetensors").exists()
     assert not (tmp_path / "run" / "run.yaml").exists()
     assert compress(replace(little, repair=False), tmp_path / "run")[0].name == "original"

@@ -26,13 +26,11 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..model.loading import check_quantization, load_config, load_model, load_tokenizer
 from ..model.offload import is_offloaded
-from ..model.quantization import is_quantized
 from ..model.tracing import find_units, trace_model
 from ..problem import Block, Budget, RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
-from ..repairs.run import check_text
 from ..selection.result import Selection
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
@@ -41,7 +39,7 @@ from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable, protect_what_must_stay
 from .origin import describe_samples, public_name
 from .plan import plan_with
-from .preflight import check_before, check_streaming, open_run
+from .preflight import check_before, check_repair_text, check_streaming, open_run
 from .report import write_run_report
 from .stages import (
     Samples,
@@ -120,7 +118,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     units = find_units(model, config.units)
     if config.remove is not None:
         check_goal(units, config.remove, config.protect)
-    _check_repair_text(config, model, samples)
+    check_repair_text(config, model, samples)
     from_main(lambda: config.save(out / "run.yaml"))
 
     times, budgets = _targets(config, model, units, out)
@@ -165,16 +163,6 @@ def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerB
     """
     if config.distill is not None and config.distill.data is not None:
         next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
-
-
-def _check_repair_text(config: CompressConfig, model: PreTrainedModel, samples: Samples) -> None:
-    """Refuse too little text for the repair, which comes last, where the model's maps can be seen at once.
-
-    Raises:
-        ValueError: says how much is needed.
-    """
-    if config.repair and not is_offloaded(model) and not is_quantized(model):
-        check_text(model, [*samples.calibration, *samples.selection], config.batch_size, config.seed)
 
 
 def _model_to_shorten(

@@ -36,7 +36,7 @@ from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes, small_files_bytes
 from ..tables import Column, Table, short
 from ..training import DistillConfig
-from .preflight import check_before, check_run
+from .preflight import check_before, check_repair_text, check_run
 from .stages import Samples, find_states, load_samples, open_original, pose_problem
 from .sweeps import count_sweeps, memory_of_sweeps, timed_block
 
@@ -159,6 +159,7 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
     model = open_original(config)
+    check_repair_text(config, model, samples)
     return plan_with(config, trace_model(model, config.units), samples, tokenizer, out)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import (
     GRADIENT_ENERGIES,
@@ -31,12 +31,15 @@ from ..distillation.preflight import (
 from ..journal import check_settings
 from ..model.blocks import count_parameters, find_blocks
 from ..model.loading import model_without_weights
+from ..model.offload import is_offloaded
+from ..model.quantization import is_quantized
 from ..problem import Block, Budget, check_goal
+from ..repairs.run import check_text
 from ..settings import Settings
 from ..solvers import SOLVERS
 from ..surgery.checkpoint import checkpoint_bytes
 from ..targets import TargetSettings
-from .stages import max_length
+from .stages import Samples, max_length
 
 
 def _names(*groups: type[Settings]) -> tuple[str, ...]:
@@ -154,6 +157,16 @@ def check_streaming(config: CompressConfig) -> None:
             "where blocks are read one by one (--stream), a token that the original writes takes a reading of all "
             "weights; leave out --own-text"
         )
+
+
+def check_repair_text(config: CompressConfig, model: PreTrainedModel, samples: Samples) -> None:
+    """Refuse too little text for the repair, which comes last, where the model's maps can be seen at once.
+
+    Raises:
+        ValueError: says how much is needed.
+    """
+    if config.repair and not is_offloaded(model) and not is_quantized(model):
+        check_text(model, [*samples.calibration, *samples.selection], config.batch_size, config.seed)
 
 
 def check_distillation(config: CompressConfig, model_config: PretrainedConfig, blocks: Sequence[Block]) -> None:
