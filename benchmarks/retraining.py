@@ -10,6 +10,7 @@ can run side by side. `--list` prints them, the most important first:
                                two seeds where it matters); the learning rate is chosen on validation windows
     predict-0, predict-1       20 removals: does KL before training, repaired or not, or after 50 short steps, order
                                them as the KL after 200 k tokens does?
+    own-text                   with a third of the text written by the original itself, from several starts
     loss, trained, order, answers, on-policy
                                changes of the recipe, one at a time, from the first start, with 300 k tokens
     throughput                 tokens/s of the training beside those of a plain Trainer; run it alone
@@ -34,6 +35,7 @@ from retraining_bench import BATCH, CHOOSING, FIRST, RATES, Bench, OutOfTimeErro
 
 from blockspin.data.packing import pack
 from blockspin.distillation.generation import generate_answers
+from blockspin.repairs.own_text import own_text
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 
@@ -124,6 +126,26 @@ def self_generated(bench: Bench) -> None:
             bench.row(Run(FIRST, len(own) * length, seed=seed, name=name, text=text))
 
 
+def own_text_too(bench: Bench) -> None:
+    """On conversations only, or with a third of the text written by the original, which is of all kinds it knows."""
+    length = len(bench.data["train"][0])
+    tokens = 4 * length if bench.tiny else CHOOSING // 3
+    written = own_text(bench.teacher, tokens, length, partial=bench.out / "own.journal")
+    own = [torch.tensor(window) for window in pack((row.tolist() for row in written), length, None)]
+
+    bench.data["a third own"] = [*own, *bench.data["train"][: 2 * len(own)]]
+    calibration = bench.data["calibration"]
+    mixed, only = "calibration, a third own", "calibration"
+    bench.data[mixed] = [*calibration[: len(calibration) * 2 // 3], *own[: len(calibration) // 3]]
+
+    for tokens in (bench.least, CHOOSING):
+        for repaired, fitted_to in ((True, mixed), (False, only), (True, only)):
+            run = Run(FIRST, tokens, repaired=repaired, fitted_to=fitted_to, name="own text")
+            bench.row(replace(run, tokens=0))
+            for text in ("train", "a third own"):
+                bench.row(replace(run, text=text))
+
+
 def in_steps(bench: Bench) -> None:
     """Instead of all at once: remove, repair and train in steps, with as many tokens in all."""
     removed = bench.removals[FIRST]
@@ -155,7 +177,7 @@ def throughput(bench: Bench) -> None:
             bench.row(run)
             plain = replace(run, name="plain Trainer")
             if bench.find(plain) is None:
-                speed = plain_speed(bench.student(FIRST, repaired=True), bench.teacher, windows, batch, steps)
+                speed = plain_speed(bench.student(run), bench.teacher, windows, batch, steps)
                 bench.keep(plain, {"tokens_per_second": round(speed)})
 
 
@@ -170,6 +192,7 @@ def parts() -> dict[str, Callable[[Bench], None]]:
                     found[part_of(start, repaired)] = partial(from_start, start=start, repaired=repaired)
     found["predict-0"] = partial(predict, remainder=0)
     found["predict-1"] = partial(predict, remainder=1)
+    found["own-text"] = own_text_too
     found["loss"] = partial(change, changes=LOSSES, seeds=(1, 2))
     found["answers"] = self_generated
     found["on-policy"] = partial(change, changes=ON_POLICY)

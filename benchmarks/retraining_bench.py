@@ -37,13 +37,16 @@ MEASURED = ("validation", "chat", "text")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: from where, how long, on which text and how; batch counts the windows of a step, and changes are
-    those of the settings."""
+    """One training: from where, how long, on which text and how.
+
+    fitted_to: the text of the repair. text: that of the training. batch: windows of a step. changes: of the settings.
+    """
 
     start: Start
     tokens: int
     rate: float = RATES[1]
     repaired: bool = True
+    fitted_to: str = "calibration"
     seed: int = 0
     name: str = "main"
     text: str = "train"
@@ -91,20 +94,22 @@ class Bench:
 
         self.speed = FIRST_GUESS
         self.part, self.rows = "", list[dict[str, Any]]()
-        self._repaired: tuple[Start, PreTrainedModel] | None = None  # the last start that was repaired
+        self._repaired: tuple[tuple[Start, str], PreTrainedModel] | None = None  # the last start that was repaired
 
     def open(self, part: str) -> None:
         """Go on to another part."""
         self.part, self.rows = part, read_rows(self.out / f"{part}.jsonl")
 
-    def student(self, start: Start, repaired: bool) -> PreTrainedModel:
+    def student(self, run: Run) -> PreTrainedModel:
         """A new student. A start is repaired once."""
-        if not repaired:
-            return remove_blocks(self.original, self.removals[start])
-        if self._repaired is None or self._repaired[0] != start:
-            model = remove_blocks(self.original, self.removals[start])
-            print(repair(model, self.original, self.data["calibration"]).summary(), flush=True)
-            self._repaired = start, model
+        if not run.repaired:
+            return remove_blocks(self.original, self.removals[run.start])
+
+        made_of = run.start, run.fitted_to
+        if self._repaired is None or self._repaired[0] != made_of:
+            model = remove_blocks(self.original, self.removals[run.start])
+            print(repair(model, self.original, self.data[run.fitted_to]).summary(), flush=True)
+            self._repaired = made_of, model
         return copy.deepcopy(self._repaired[1])
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -118,7 +123,7 @@ class Bench:
             return known
 
         self.check_time(run.tokens)
-        student = self.student(run.start, run.repaired)
+        student = self.student(run)
         values = self.train(student, run) if run.tokens else {"original": self.measured(self.original)}
         return self.keep(run, {**values, **self.measured(student)})
 
