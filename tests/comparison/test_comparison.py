@@ -181,7 +181,7 @@ def test_an_interrupted_comparison_runs_no_finished_method_again(
     assert [(r.method, r.goal, r.removed, r.loss) for r in resumed.rows] == [
         (r.method, r.goal, r.removed, r.loss) for r in unbroken.rows
     ]
-    monkeypatch.setattr("blockspin.comparison.run.open_original", lambda *a, **k: pytest.fail("loaded the model again"))
+    monkeypatch.setattr("blockspin.comparison.run.load_as", lambda *a, **k: pytest.fail("loaded the model again"))
     assert compare(config, GOALS, tmp_path / "out").rows == resumed.rows
 
 

@@ -17,7 +17,6 @@ from ..targets import NO_GOAL, TargetSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from ..energies import Energies
 
@@ -101,19 +100,6 @@ def load_samples(model: str, data: str, number: int, how: DataSettings, loading:
         seed=how.seed,
         split=how.split,
         vocabulary=vocabulary_size(config),
-    )
-
-
-def open_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
-    """The model as the settings say."""
-    from ..model.loading import load_model
-
-    return load_model(
-        name,
-        dtype=loading.dtype,
-        device_map=loading.place,
-        quantization=loading.quantization,
-        trust_remote_code=loading.trust_remote_code,
     )
 
 

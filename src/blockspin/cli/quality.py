@@ -56,15 +56,12 @@ def evaluate(
     from ..evaluation.cost import Workload
     from ..evaluation.nemo_skills import commands
     from ..evaluation.side_by_side import evaluate_side_by_side, no_table
-    from ..model.loading import check_quantization
 
     config = EvaluateConfig(**settings.values)
     if print_nemo_skills:
         typer.echo(commands(models, config))
         return
 
-    for model in models:
-        check_quantization(model, config)
     named = "tasks" in settings.values or "rollouts" in settings.values
     batch_size = 1 if config.batch_size == "auto" else int(config.batch_size)
     with locked(out):

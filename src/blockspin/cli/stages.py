@@ -35,7 +35,6 @@ from .app import (
     app,
     load_samples,
     model_of,
-    open_model,
     parse_goal,
     refuse_existing,
     show,
@@ -89,10 +88,11 @@ def profile(
     """
     from ..costs.timing import measure_times
     from ..evaluation.cost import Workload
+    from ..model.loading import load_as
 
     with locked(out):
         refuse_existing(out)
-        times = measure_times(open_model(model, loading), units, Workload(batch_size, length, new_tokens))
+        times = measure_times(load_as(model, loading), units, Workload(batch_size, length, new_tokens))
         times.save(out)
     if json:
         show_json(asdict(times))
@@ -126,7 +126,7 @@ def energies(
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
     """
     from ..costs.targets import goals_of, read_times
-    from ..model.loading import check_quantization
+    from ..model.loading import check_quantization, load_as
     from ..model.tracing import find_units
     from ..pipeline.stages import energies_stage
     from ..problem import NOUNS
@@ -138,7 +138,7 @@ def energies(
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
         metadata = {"model": model, "calibration": calibration}
 
-        opened, budgets = open_model(model, loading), []
+        opened, budgets = load_as(model, loading), []
         if targets.has_targets:
             remote = loading.trust_remote_code
             budgets = goals_of(targets, model, find_units(opened, energy.units), times, trust_remote_code=remote)
@@ -255,7 +255,7 @@ def select(
     """
     from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
-    from ..model.loading import check_quantization, load_config
+    from ..model.loading import check_quantization, load_as, load_config
     from ..pipeline.stages import check_same_units, find_states, pose_problem, selection_stage
     from ..surgery.feasible import Removable, protect_what_must_stay
 
@@ -272,7 +272,7 @@ def select(
 
         number = choosing.selection_samples  # and as many for repairs
         drawn = load_samples(model, data, (1 + choosing.choose_repaired) * number, drawing, loading)
-        samples, opened = drawn[:number], open_model(model, loading)
+        samples, opened = drawn[:number], load_as(model, loading)
         check_same_units(found, opened)
         selection = selection_stage(
             choosing,

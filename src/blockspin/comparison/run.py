@@ -26,7 +26,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..memory import is_out_of_memory
 from ..model.blocks import count_parameters
-from ..model.loading import check_quantization, load_config, load_tokenizer
+from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import check_in_memory
 from ..model.quality import quality_of, shared_qualities
 from ..model.tracing import TracedModel, trace_model
@@ -35,7 +35,6 @@ from ..pipeline.preflight import check_before, goals_before
 from ..pipeline.stages import (
     energies_stage,
     load_samples,
-    open_original,
     origin,
     pose_problem,
     spectrum_stage,
@@ -147,7 +146,7 @@ def _opened(
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
     score = scorer(config, tokenizer, out / "scores")
-    model = open_original(config)
+    model = load_as(config.model, config)
     check_in_memory(model, "a comparison")
     traced = trace_model(model, config.units)
     removable = Removable(model_config, traced.units, trust_remote_code=remote)

@@ -21,7 +21,7 @@ from ..errors import first_line
 from ..hub import use_hub
 from ..memory import OutOfMemory, is_out_of_memory
 from ..model.gguf import ordinary_source
-from ..model.loading import load_model
+from ..model.loading import load_as
 
 FEWSHOT_SEED = 1234  # of the harness's command line
 CPU_BATCH_SIZE = 8  # for "auto" where memory does not run out early
@@ -71,13 +71,7 @@ def open_model(model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokeniz
     from lm_eval.models.huggingface import HFLM
 
     if not isinstance(model, PreTrainedModel):
-        model = load_model(
-            model,
-            dtype=config.dtype,
-            device_map=config.place,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_as(model, config)
 
     # On a GPU the harness finds out what fits into the memory.
     batch_size = config.batch_size

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..files import replacing, write_json
-from ..model.loading import load_config, load_model, load_tokenizer
+from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..problem import Removal
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.provenance import kept_blocks_of
@@ -112,6 +112,7 @@ def evaluate_side_by_side(
     tokenizers = {}
     for name, source in result.models.items():
         load_config(source, trust_remote_code=remote)
+        check_quantization(source, config)
         tokenizers[name] = load_tokenizer(source, trust_remote_code=remote)
     if tasks:
         _check_tasks(result.models, tokenizers, config)
@@ -121,7 +122,7 @@ def evaluate_side_by_side(
 
     if texts:
         for name, source in result.models.items():
-            model = _load(source, config)
+            model = load_as(source, config)
             result.texts[name] = []
             for text in texts:
                 result.texts[name].append(text_perplexity(model, tokenizers[name], text, window=window))
@@ -147,7 +148,7 @@ def _measure_together(
     sizes, loaded = [], {}
     for name, source in result.models.items():
         sizes.append(checkpoint_bytes(source, trust_remote_code=remote))
-        loaded[name] = _load(source, config)
+        loaded[name] = load_as(source, config)
 
     if samples:
         rows = evaluate_models(loaded, sizes, samples, batch_size=config.batch_size)
@@ -163,16 +164,6 @@ def _removed_from(source: str, depth: int) -> Removal:
     """The blocks of a model of so many that a shortened checkpoint lacks; none where no record tells."""
     kept = kept_blocks_of(Path(source), depth)
     return () if kept is None else tuple(sorted({*range(depth)} - {*kept}))
-
-
-def _load(source: str, config: EvaluateConfig) -> PreTrainedModel:
-    return load_model(
-        source,
-        dtype=config.dtype,
-        device_map=config.place,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:

@@ -255,6 +255,17 @@ def _opened(
     return opened
 
 
+def load_as(source: str | Path, loading: LoadingSettings) -> PreTrainedModel:
+    """As `load_model`, with the settings of a run."""
+    return load_model(
+        source,
+        dtype=loading.dtype,
+        device_map=loading.place,
+        quantization=loading.quantization,
+        trust_remote_code=loading.trust_remote_code,
+    )
+
+
 def check_quantization(source: str | Path, loading: LoadingSettings) -> None:
     """Refuse what cannot be loaded in 4 bits, before anything but the configuration is read.
 

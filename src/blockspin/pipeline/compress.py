@@ -24,7 +24,7 @@ from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
-from ..model.loading import check_quantization, load_config, load_model, load_tokenizer
+from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
 from ..problem import Block, Budget, RemovalProblem, check_goal
@@ -49,7 +49,6 @@ from .stages import (
     goals_stage,
     load_samples,
     max_length,
-    open_original,
     origin,
     pose_problem,
     selection_stage,
@@ -173,7 +172,7 @@ def _model_to_shorten(
     Raises:
         ValueError: it cannot be opened, or a setting needs it in memory.
     """
-    model = open_original(config)
+    model = load_as(config.model, config)
     if is_offloaded(model):
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
@@ -294,13 +293,7 @@ def evaluated(
 ) -> Evaluation:
     """The row of the model in the folder `name` of the run."""
     remote = _trusts_result(config)
-    model = load_model(
-        str(out / name),
-        dtype=config.dtype,
-        device_map=config.place,
-        quantization=config.quantization,
-        trust_remote_code=remote,
-    )
+    model = load_as(out / name, replace(config, trust_remote_code=remote))
     size = checkpoint_bytes(out / name, trust_remote_code=remote)
     (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
     return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))

@@ -24,7 +24,7 @@ from ..memory import states_limit
 from ..model.batches import BatchSize, frozen, input_device, make_batches
 from ..model.blocks import count_numbers, count_parameters
 from ..model.head import CHUNK_BYTES
-from ..model.loading import check_quantization, load_config, load_tokenizer
+from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.losses import sample_losses
 from ..model.offload import check_in_memory
 from ..model.passes import num_passes
@@ -37,7 +37,7 @@ from ..surgery.checkpoint import checkpoint_bytes, small_files_bytes
 from ..tables import Column, Table, short
 from ..training import DistillConfig
 from .preflight import check_before, check_repair_text, check_run
-from .stages import Samples, find_states, load_samples, open_original, pose_problem
+from .stages import Samples, find_states, load_samples, pose_problem
 from .sweeps import count_sweeps, memory_of_sweeps, timed_block
 
 TRIALS = 2  # batches that are timed, after one that warms up
@@ -158,7 +158,7 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     check_before(config, model_config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
     samples = load_samples(config, tokenizer, model_config)
-    model = open_original(config)
+    model = load_as(config.model, config)
     check_repair_text(config, model, samples)
     return plan_with(config, trace_model(model, config.units), samples, tokenizer, out)
 

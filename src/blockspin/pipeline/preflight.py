@@ -114,11 +114,13 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
         raise ValueError(
             "a checkpoint without sub-layers is proven by loading it; leave out --stream, or remove --units blocks"
         )
+
     if config.beta != 0 and config.energy not in GRADIENT_ENERGIES:
         raise ValueError(f"--beta weighs a gradient: choose --energy {' or '.join(GRADIENT_ENERGIES)}, or leave it out")
-    checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.solver != "auto" and config.solver not in SOLVERS:
         raise ValueError(f"unknown solver {config.solver!r}; choose auto or one of {', '.join(SOLVERS)} (--solver)")
+
+    checkpoint_bytes(config.model, trust_remote_code=config.trust_remote_code)
     if config.stream:
         check_streaming(config)
     if config.quantization is not None and config.needs_times and config.profile is None:

@@ -22,7 +22,7 @@ from ..files import write_json
 from ..memory import release_memory
 from ..model.batches import NotFiniteError
 from ..model.blocks import count_parameters
-from ..model.loading import context_length, load_config, load_model, model_without_weights, vocabulary_size
+from ..model.loading import context_length, load_config, model_without_weights, vocabulary_size
 from ..model.offload import check_in_memory, is_offloaded
 from ..model.quantization import is_quantized
 from ..model.tracing import find_units, trace_model
@@ -91,17 +91,6 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
 def max_length(settings: DataSettings, model_config: PretrainedConfig) -> int:
     """Tokens of a sample: what the settings allow and the model holds."""
     return min(settings.max_length, context_length(model_config) or settings.max_length)
-
-
-def open_original(config: CompressConfig) -> PreTrainedModel:
-    """The model that a run shortens, as its settings say."""
-    return load_model(
-        config.model,
-        dtype=config.dtype,
-        device_map=config.place,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def origin(config: CompressConfig) -> dict[str, str]:
