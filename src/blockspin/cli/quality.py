@@ -62,13 +62,13 @@ def evaluate(
         typer.echo(commands(models, config))
         return
 
-    named = "tasks" in settings.values or "rollouts" in settings.values
+    _check_quantization(models, config)
     batch_size = 1 if config.batch_size == "auto" else int(config.batch_size)
     with locked(out):
         result = evaluate_side_by_side(
             models,
             config,
-            tasks=named or not (data or text or cost),
+            tasks=not settings.values.keys().isdisjoint(("tasks", "rollouts")) or not (data or text or cost),
             samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
             texts=text or (),
             window=window,
@@ -79,6 +79,14 @@ def evaluate(
             from_main(lambda: result.save(out))
     if json:
         show_json(result.as_json())
+
+
+def _check_quantization(models: list[str], config: EvaluateConfig) -> None:
+    """Refuse models that cannot be loaded in 4 bits before anything else is read."""
+    from ..model.loading import check_quantization
+
+    for model in models:
+        check_quantization(model, config)
 
 
 @app.command(cls=Command)

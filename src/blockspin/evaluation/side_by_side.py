@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..files import replacing, write_json
-from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
+from ..model.loading import load_as, load_config, load_tokenizer
 from ..problem import Removal
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.provenance import kept_blocks_of
@@ -112,7 +112,6 @@ def evaluate_side_by_side(
     tokenizers = {}
     for name, source in result.models.items():
         load_config(source, trust_remote_code=remote)
-        check_quantization(source, config)
         tokenizers[name] = load_tokenizer(source, trust_remote_code=remote)
     if tasks:
         _check_tasks(result.models, tokenizers, config)
