@@ -39,7 +39,7 @@ from blockspin.tables import Column, Table, short
 GROUPS = Path("/sys/fs/cgroup")
 # The functions of a run that are timed, and what they do.
 STAGES = {
-    "open_original": "loading",
+    "load_as": "loading",
     "energies_stage": "energies",
     "selection_stage": "choice",
     "checkpoint_stage": "checkpoint",
