@@ -11,6 +11,7 @@ can run side by side. `--list` prints them, the most important first:
     predict-0, predict-1       20 removals: does KL before training, repaired or not, or after 50 short steps, order
                                them as the KL after 200 k tokens does?
     own-text                   with a third of the text written by the original itself, from several starts
+    starts                     as few tokens from the plain start as from the repaired one, three learning rates each
     loss, trained, order, answers, on-policy
                                changes of the recipe, one at a time, from the first start, with 300 k tokens
     throughput                 tokens/s of the training beside those of a plain Trainer; run it alone
@@ -44,6 +45,8 @@ MOST, LEAST = 1_000_000, 50_000  # tokens of a training
 PREDICTED_TOKENS, CHANGE_TOKENS = 200_000, 300_000
 SHORT_STEPS = 50  # of one window
 TIMED_STEPS = 60
+LOW_RATES = (6e-5, 2e-4, 6e-4)  # for short trainings
+THIRD_OWN, MIXED = "a third own", "calibration, a third own"  # texts of a training and of a repair
 GENERATED, ANSWER_TOKENS, ANSWERED_AT_ONCE = 1536, 256, 512
 
 
@@ -128,22 +131,36 @@ def self_generated(bench: Bench) -> None:
 
 def own_text_too(bench: Bench) -> None:
     """On conversations only, or with a third of the text written by the original, which is of all kinds it knows."""
+    mix_own_text(bench)
+    for tokens in (bench.least, CHOOSING):
+        for repaired, fitted_to in ((True, MIXED), (False, "calibration"), (True, "calibration")):
+            run = Run(FIRST, tokens, repaired=repaired, fitted_to=fitted_to, name="own text")
+            bench.row(replace(run, tokens=0))
+            for text in ("train", THIRD_OWN):
+                bench.row(replace(run, text=text))
+
+
+def equal_tokens(bench: Bench) -> None:
+    """Three learning rates from the plain and the repaired start, then a third own text with the better of them."""
+    mix_own_text(bench)
+    for repaired in (True, False):
+        run = Run(FIRST, bench.least, repaired=repaired, fitted_to=MIXED, name="starts")
+        bench.row(replace(run, tokens=0))
+        validation = {rate: bench.row(replace(run, rate=rate))["validation"] for rate in LOW_RATES}
+        best = min(validation, key=lambda rate: validation[rate])
+        bench.row(replace(run, rate=best, text=THIRD_OWN))
+
+
+def mix_own_text(bench: Bench) -> None:
+    """The texts of the training and of the repair, with a third of each written by the original."""
     length = len(bench.data["train"][0])
     tokens = 4 * length if bench.tiny else CHOOSING // 3
     written = own_text(bench.teacher, tokens, length, partial=bench.out / "own.journal")
     own = [torch.tensor(window) for window in pack((row.tolist() for row in written), length, None)]
 
-    bench.data["a third own"] = [*own, *bench.data["train"][: 2 * len(own)]]
+    bench.data[THIRD_OWN] = [*own, *bench.data["train"][: 2 * len(own)]]
     calibration = bench.data["calibration"]
-    mixed, only = "calibration, a third own", "calibration"
-    bench.data[mixed] = [*calibration[: len(calibration) * 2 // 3], *own[: len(calibration) // 3]]
-
-    for tokens in (bench.least, CHOOSING):
-        for repaired, fitted_to in ((True, mixed), (False, only), (True, only)):
-            run = Run(FIRST, tokens, repaired=repaired, fitted_to=fitted_to, name="own text")
-            bench.row(replace(run, tokens=0))
-            for text in ("train", "a third own"):
-                bench.row(replace(run, text=text))
+    bench.data[MIXED] = [*calibration[: len(calibration) * 2 // 3], *own[: len(calibration) // 3]]
 
 
 def in_steps(bench: Bench) -> None:
@@ -193,6 +210,7 @@ def parts() -> dict[str, Callable[[Bench], None]]:
     found["predict-0"] = partial(predict, remainder=0)
     found["predict-1"] = partial(predict, remainder=1)
     found["own-text"] = own_text_too
+    found["starts"] = equal_tokens
     found["loss"] = partial(change, changes=LOSSES, seeds=(1, 2))
     found["answers"] = self_generated
     found["on-policy"] = partial(change, changes=ON_POLICY)
