@@ -5,7 +5,8 @@ and their own lowest states on text not used before, and what each method choose
 over one sample. SLEB and EvoPress, which search by measuring, get as many passes as our energies and choice together:
 EvoPress as its budget, SLEB as more samples. The others cost less. With the part "repaired", what every method has
 chosen is repaired with the same text and measured again, beside what blockspin chooses where its last candidates are
-compared after a repair. Run it with
+compared after a repair. The part "bound" searches on the held-out conversations themselves with --bound-passes, and so
+shows how much there is left to win. Run it with
 
     python benchmarks/real_model.py --chat conversations.jsonl.gz --text text.jsonl.xz --out real_model.json
 
@@ -274,15 +275,33 @@ def run_ours(
             results.add(draw.label, f"blockspin, {which}", row)
 
 
-def energies_of(arguments: argparse.Namespace, model: nn.Module, draw: Draw, goal: int | None, passes: float) -> Fitted:
-    """Fitted to the first samples of a draw; from a file after the first time."""
+def run_bound(
+    arguments: argparse.Namespace, model: nn.Module, results: Results, held_out: HeldOut, remove: int
+) -> None:
+    """The lowest removal that a long search on the held-out conversations themselves finds: no choice can be better."""
+    label = f"M={remove} bound"
+    if results.lack(label, "searched on the held-out conversations"):
+        chat = held_out.texts["chat"]
+        found = energies_of(arguments, model, Draw(label, chat, seed=0), remove, arguments.energy_passes[0], "bound")
+        partial = beside_results(arguments.out, "bound", remove)
+        passes = arguments.bound_passes
+        selection = ours(model, found, remove, [*chat[:FIT_SAMPLES], *chat], 0, passes, partial=partial)
+        removed = selection.trials[0].removed
+        row = {**compared(removed, removed, held_out), "passes": selection.passes, "measured": len(selection.trials)}
+        results.add(label, "searched on the held-out conversations", row)
+
+
+def energies_of(
+    arguments: argparse.Namespace, model: nn.Module, draw: Draw, goal: int | None, passes: float, *parts: str
+) -> Fitted:
+    """Fitted to the first samples of a draw; from a file, whose name has more parts, after the first time."""
     return fit_removals(
         model,
         draw.samples[:FIT_SAMPLES],
         goal=goal,
         passes=passes,
         seed=draw.seed,
-        partial=beside_results(arguments.out, goal or "any", draw.seed, f"{passes:g}"),
+        partial=beside_results(arguments.out, *parts, goal or "any", draw.seed, f"{passes:g}"),
         progress=False,
     )
 
@@ -302,6 +321,12 @@ def run(
     """Everything for each draw and number of removals. repairing: what removals are repaired with."""
     results = Results(arguments.out)
     repaired = Repaired(model, held_out.texts, repairing, arguments.out.with_suffix(".repaired.json"))
+    if "bound" in arguments.parts:
+        for remove in arguments.remove:
+            run_bound(arguments, model, results, held_out, remove)
+    if set(arguments.parts) == {"bound"}:
+        return
+
     for number, remove in product(arguments.draws, arguments.remove):
         label = f"M={remove} draw={number} {arguments.calibration} {arguments.length}"
         draw = Draw(label, draws[number], number)
@@ -332,8 +357,9 @@ def main() -> None:
     parser.add_argument("--calibration", choices=("chat", "text", "mix"), default="chat")
     parser.add_argument("--energy-passes", type=float, nargs="+", default=[744.0], help="one form for each number")
     parser.add_argument("--passes", type=float, default=1000.0, help="over one sample, of energies and choice together")
+    parser.add_argument("--bound-passes", type=float, default=5000.0, help="over one sample, of the part bound")
     parser.add_argument("--any-size", action="store_true", help="energies for all numbers of blocks at once, too")
-    parts = ("energies", "choices", "repaired")
+    parts = ("energies", "choices", "repaired", "bound")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="what to measure")
     parser.add_argument("--repair-tokens", type=int, default=16_384, help="conversations, and as much calibration text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
