@@ -75,6 +75,17 @@ def test_solve_as_json_and_cut(command: Command, energies: Path) -> None:
     assert "4 more states" in printed
 
 
+def test_a_single_sample_has_no_standard_error(
+    command: Command, energies: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    given = ("--energies", energies, "--remove", 2, "--data", text_file, *DATA, "--no-choose-repaired")
+    for number, shown in ((1, False), (4, True)):
+        out = tmp_path / f"{number}.json"
+        code, printed = command("select", tiny_folder, *given, "--num-samples", number, "--out", out)
+        assert code == 0, printed
+        assert ("±" in printed) == shown
+
+
 def test_evaluate_knows_what_a_checkpoint_lacks(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

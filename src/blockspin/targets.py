@@ -79,6 +79,19 @@ class TargetSettings(Settings):
         amounts = {name: getattr(self, name) for name in TARGETS}
         return {name: amount for name, amount in amounts.items() if amount is not None}
 
+    def unused(self, swept: str | None = None) -> str | None:
+        """Says which of the settings change nothing, because no target counts what they are about; None where all do.
+
+        swept: the setting of a target that has all amounts in turn.
+        """
+        said = []
+        about_memory = [name for name, given in (("context", self.context), ("batch", self.batch > 1)) if given]
+        if about_memory and self.target_memory is None and swept != "target_memory":
+            said.append(f"without a target of memory (--target-memory) {' and '.join(map(flag, about_memory))}")
+        if self.profile is not None and not self.needs_times and not (swept or "").endswith("speedup"):
+            said.append("without a target of time (--target-speedup, --target-prefill-speedup) --profile")
+        return f"Note: {', and '.join(said)} changes nothing." if said else None
+
 
 def target_text(name: str, amount: float) -> str:
     """A target as it is typed: "--target-size 5GB". name: its setting."""

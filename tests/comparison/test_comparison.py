@@ -310,7 +310,9 @@ def test_the_commands(finished: Path, command: Command) -> None:
         errors = [line for line in printed.splitlines() if line.startswith("Error:")]
         assert (code, len(errors)) == (2, 1), printed
         assert message in errors[0]
-    assert command("report", finished)[0] == 2
+    code, printed = command("report", finished)
+    assert code == 2
+    assert "no folder of `blockspin compress` or `blockspin compare`" in printed
 
 
 def test_draws_of_one_method_become_their_mean() -> None:

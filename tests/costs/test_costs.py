@@ -210,7 +210,15 @@ def test_other_work_on_the_machine_does_not_change_a_profile(
     assert "times differ by 0.0%" in times.table().markdown()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"whole": [1, 2]}', '{"whole": [1, "x"], "kinds": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"whole": [1, 2]}', '{"whole": [1, "x"], "kinds": {}}'),
+        '{"whole": [1, 2], "kinds": {"attention+mlp": [0, 0]}}',
+        '{"whole": [0, 2], "kinds": {"attention+mlp": [0.1, 0.1]}}',
+        '{"whole": [1, 2], "kinds": {"attention+mlp": [0.1, Infinity]}}',
+    ],
+)
 def test_what_is_no_table_of_times_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
@@ -234,6 +242,25 @@ def energies_file(folder: Path) -> Path:
     path = folder / "energies.safetensors"
     Gradients(matrix, blocks, np.zeros(40, np.float32), metadata={"model": str(folder / "model")}).save(path)
     return path
+
+
+def test_options_that_change_nothing_are_named(tmp_path: Path, command: Command) -> None:
+    path = energies_file(tmp_path)
+    times = tmp_path / "times.json"
+    table(list(unit_costs(tmp_path / "model").units)).save(times)
+    unused = ["--context", "1k", "--batch", 2, "--profile", times]
+    _, said = command("solve", path, "--remove", 1, *unused)
+    assert "--target-memory) --context and --batch" in said
+    assert "--target-prefill-speedup) --profile changes nothing" in said
+
+    # What a target or a sweep counts is of use.
+    for target in (["--remove", 1, "--target-memory", "99%"], ["--sweep", "memory", "--points", 2]):
+        code, said = command("solve", path, *target, "--context", 8, "--batch", 2)
+        assert code == 0, said
+        assert "changes nothing" not in said
+    code, said = command("solve", path, "--sweep", "speedup", "--points", 2, "--profile", times)
+    assert code == 0, said
+    assert "changes nothing" not in said
 
 
 def test_solving_for_targets(tmp_path: Path, command: Command) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers as tf
 from conftest import random_samples, tiny_model
 from tiny import tiny_config, tiny_random_model
 
+import blockspin as bs
 from blockspin.model.batches import make_batches
 from blockspin.model.passes import num_passes, removal_passes
 from blockspin.model.quality import shared_losses
@@ -81,3 +84,23 @@ def test_a_fault_in_a_pass_is_not_taken_for_a_need(error: type[Exception], monke
     monkeypatch.setattr(TracedModel, "shares_passes", False)
     with pytest.raises(error, match="too long"):
         shared_losses(traced, [(1,)], random_samples((9,)))
+
+
+@pytest.mark.parametrize("compiled", ["whole", "in place", "a block in place"])
+@pytest.mark.parametrize("use", [bs.find_blocks, bs.find_units, lambda model: bs.perplexity(model, random_samples())])
+def test_a_compiled_model_is_refused_at_once(compiled: str, use: Callable[[torch.nn.Module], object]) -> None:
+    """Instead of compiling it again for every set of blocks."""
+    model: torch.nn.Module = tiny_model("llama")
+    if compiled == "whole":
+        model = torch.compile(model)  # type: ignore[assignment]
+    elif compiled == "in place":
+        model.compile()
+    else:
+        model.get_submodule("model.layers.2").compile()
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
+        use(model)
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear is no causal language model .* give what Auto"):
+        bs.find_blocks(torch.nn.Linear(2, 2))

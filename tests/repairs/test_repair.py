@@ -277,6 +277,8 @@ def test_in_projections_alone_are_repaired_where_norms_follow_the_others() -> No
     assert changed <= {f"model.layers.{i}.{name}.weight" for i in (1, 2) for name in GEMMA_READS}
     assert report.kl_after < report.kl_before
     assert report.untouched == (0, 2, 3)
+    assert "out-projections of the blocks 0, 2, 3 stay as they are" in report.summary()
+    assert "a norm behind the map" in report.summary()
 
 
 def test_experts_are_left_alone_and_that_is_said() -> None:

@@ -12,7 +12,7 @@ from ..config import CompressConfig, parse_remove
 from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
-from .app import AsJson, Calibration, Model, OutFolder, SettingsFile, app, show, show_json
+from .app import AsJson, Calibration, Model, OutFolder, SettingsFile, app, say_unused, show, show_json
 from .help import Command
 from .options import Given, Options, with_settings
 
@@ -95,10 +95,12 @@ def compress(
         raise ValueError("say which model to compress (compress MODEL, or `model` in --config)")
     if "calibration" not in values:
         raise ValueError("say which text the energies are computed on (--calibration, here or in --config)")
+    checked = CompressConfig(**values)
+    say_unused(checked)
     if dry_run:
-        _show_plan(CompressConfig(**values), out, json)
+        _show_plan(checked, out, json)
     else:
-        _compress(CompressConfig(**values), out, json)
+        _compress(checked, out, json)
 
 
 @app.command(cls=Command)
@@ -147,6 +149,7 @@ def compare(
     first = next(iter(removes.values()), None)
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
     goals = goals_named(config, removes)
+    say_unused(config)
 
     comparison = run(config, goals, out, against=against)
     _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, config.units, json)
@@ -171,6 +174,10 @@ def report(
 
         console.print(f"Wrote {write_run_report(out)}.", soft_wrap=True)
         return
+    if not (out / "comparison.json").is_file():
+        raise ValueError(
+            f"{out} is no folder of `blockspin compress` or `blockspin compare`; give the folder of their --out"
+        )
     page = write_report(out)
     comparison = Comparison.load(out / "comparison.json")
     _show_rows(comparison.rows, comparison.settings["objective"], comparison.units, json)

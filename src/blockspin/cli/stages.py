@@ -37,6 +37,7 @@ from .app import (
     model_of,
     parse_goal,
     refuse_existing,
+    say_unused,
     show,
     show_json,
 )
@@ -133,6 +134,7 @@ def energies(
 
     goal, times = None if remove is None else parse_remove(remove), read_times(targets)
     check_quantization(model, loading)
+    say_unused(targets)
     with locked(out):
         refuse_existing(out)
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
@@ -180,6 +182,7 @@ def solve(
     from ..pipeline.stages import find_states, pose_problem
 
     goal, found = parse_goal(remove, targets), load_energies(file)
+    say_unused(targets)
     with locked(out):
         budgets = goals_of(targets, model_of(found), found.blocks, read_times(targets)) if targets.has_targets else []
         problem = pose_problem(found, goal, solving, budgets)
@@ -219,6 +222,7 @@ def _sweep(
     if times is None and counted.endswith("speedup"):
         raise ValueError(f"--sweep of times needs a table: {NO_TIMES}")
     model = model_of(found)
+    say_unused(targets, counted)
     with locked(out):
         budgets = goals_of(targets, model, found.blocks, times)
         swept = quantity_of(counted, targets, model, found.blocks, times)
@@ -260,6 +264,7 @@ def select(
     from ..surgery.feasible import Removable, protect_what_must_stay
 
     check_quantization(model, loading)
+    say_unused(targets)
     with locked(out):
         refuse_existing(out)
         goal, found = parse_goal(remove, targets), load_energies(energies)

@@ -92,6 +92,7 @@ class TimeTable:
             values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             values["whole"] = _seconds(values["whole"])
             values["kinds"] = {kind: _seconds(pair) for kind, pair in values["kinds"].items()}
+            _check_seconds(values["whole"], values["kinds"])
             return cls(**values | {"workload": Workload(**values["workload"])})
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); make it with blockspin profile") from None
@@ -105,6 +106,20 @@ def _seconds(pair: Sequence[float]) -> Seconds:
     if not (prefill >= 0 and decode >= 0):
         raise ValueError(f"{pair} are no times")
     return Seconds(prefill, decode)
+
+
+def _check_seconds(whole: Seconds, kinds: Mapping[str, Seconds]) -> None:
+    """Refuse times that say nothing. Only a kind of which no unit could be left out takes none.
+
+    Raises:
+        ValueError: the whole model takes no time, or no kind of unit does, or one is not finite.
+    """
+    if not all(math.isfinite(seconds) for pair in (whole, *kinds.values()) for seconds in pair):
+        raise ValueError("every time must be a finite number of seconds")
+    if min(whole) <= 0:
+        raise ValueError(f"the whole model must take more than 0 s, not {list(whole)}")
+    if not any(max(pair) > 0 for pair in kinds.values()):
+        raise ValueError("one unit must take more than 0 s, at least of one kind")
 
 
 def measure_times(

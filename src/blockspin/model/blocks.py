@@ -51,8 +51,10 @@ def find_stack(model: nn.Module) -> Stack:
     with a configuration of their own (an image encoder) do not count.
 
     Raises:
-        ValueError: the model has no such list, so its blocks cannot be told apart, or it is part of an encoder-decoder.
+        ValueError: the model has no such list, so its blocks cannot be told apart, it is part of an encoder-decoder, or
+            `check_model` refuses it.
     """
+    check_model(model)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     depths = {getattr(text, "num_hidden_layers", None)}
@@ -98,6 +100,28 @@ def find_stack(model: nn.Module) -> Stack:
             "blockspin removes blocks that are modules of their own"
         )
     return Stack(name, stacks[name])
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no language model, or is compiled.
+
+    Blocks are left out and gated by changing how they run. A compiled model is compiled anew for each such change: a
+    pass of milliseconds takes minutes.
+
+    Raises:
+        ValueError: the module has no configuration of transformers, or `torch.compile` was called on a part of it.
+    """
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(
+                "the model is compiled, and would be compiled anew for every set of blocks that is tried; give it as "
+                "it was before torch.compile (`model._orig_mod`, or load it again) and compile the result"
+            )
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model of transformers: it has no configuration; give what "
+            "AutoModelForCausalLM.from_pretrained returns"
+        )
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, frozen, input_device
-from .blocks import find_stack
+from .blocks import check_model, find_stack
 from .offload import resident
 from .residual import patched_forward
 
@@ -138,7 +138,12 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def split_model(model: nn.Module) -> SplitModel:
-    """The model in two halves that give the logits of the whole model on a few tokens."""
+    """The model in two halves that give the logits of the whole model on a few tokens.
+
+    Raises:
+        ValueError: as `check_model` says.
+    """
+    check_model(model)
     token_ids = torch.tensor([PROBE], device=input_device(model))
     with frozen(model), torch.no_grad():
         expected: Tensor = model(input_ids=token_ids, use_cache=False).logits[0]  # (tokens, vocabulary)

@@ -57,7 +57,10 @@ class RepairReport:
             )
         if self.untouched:
             blocks = ", ".join(map(str, self.untouched))
-            text += f" Blocks without an out-projection that can be changed (routed experts, ...) stay: {blocks}."
+            text += (
+                f" The out-projections of the blocks {blocks} stay as they are: what they give does not reach the "
+                "residual stream unchanged (routed experts, or a norm behind the map)."
+            )
         return text
 
     def as_json(self) -> dict[str, Any]:

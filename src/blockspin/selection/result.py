@@ -122,15 +122,16 @@ def trial_of(ledger: Ledger, candidate: Candidate, best: Removal) -> Trial:
     """What the ledger says of a candidate, compared with the best."""
     removed = candidate.removed
     above, above_error = ledger.difference(removed, best)
+    has_scatter = len(ledger.weights) > 1  # of a single sample, or a function's value, no error is known
     return Trial(
         removed=removed,
         source=candidate.source,
         energy=candidate.energy,
         loss=ledger.mean(removed),
-        standard_error=_finite(ledger.standard_error(removed)),
+        standard_error=_finite(ledger.standard_error(removed)) if has_scatter else None,
         num_samples=len(ledger.values[removed]),
         above=above,
-        above_error=_finite(above_error),
+        above_error=_finite(above_error) if has_scatter else None,
     )
 
 
