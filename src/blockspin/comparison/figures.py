@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..config import GRADIENT_ENERGIES
 from ..solvers import Spectrum
-from .results import ORIGINAL, RANDOM, Point, Row, averaged, goal_title
+from .results import ORIGINAL, RANDOM, SELECTED, Point, Row, averaged, goal_title
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
@@ -28,7 +28,6 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
 )
 PALE = "#EEEEEE"  # blocks that stay
 MUTE, LINE = "#B4BCC6", "#E3E6EA"  # what is there without being looked at; grid lines
-OURS = "CBO, selected"
 NAMED = 3  # other methods that get a colour
 TOP = 3.0  # times the worst of those is where the axis ends
 OBJECTIVES = {
@@ -183,14 +182,14 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
     axes = figure.add_subplot()
     for method in dict.fromkeys(row.method for row in shown):
         own = sorted((row for row in shown if row.method == method), key=lambda row: _percent_gone(row, original))
-        values = [measured(row, original, objective) for row in own]
+        values = [row.measured(objective, original) for row in own]
         x = [_percent_gone(row, original) for row in own]
         y = [max(value, LEAST_LOSS) for value, _ in values]
         if method not in coloured:
             axes.plot(x, y, color=MUTE, lw=0.9, marker=".", ms=4, zorder=1)
             continue
 
-        place = coloured.index(method)
+        place, ours = coloured.index(method), method == SELECTED
         errors = [error or 0.0 for _, error in values]
         axes.errorbar(
             x,
@@ -200,10 +199,10 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
             label=method,
             color=COLOURS[place],
             marker=MARKERS[place],
-            lw=2.6 if is_ours(method) else 1.5,
-            ms=7 if is_ours(method) else 5,
+            lw=2.6 if ours else 1.5,
+            ms=7 if ours else 5,
             capsize=3,
-            zorder=3 if is_ours(method) else 2,
+            zorder=3 if ours else 2,
         )
 
     if len(coloured) < len({row.method for row in shown}):
@@ -214,7 +213,7 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
     axes.spines[["top", "right"]].set_visible(False)
 
     # What is far worse than all that have a colour would press those together.
-    worst = max(measured(row, original, objective)[0] for row in shown if row.method in coloured)
+    worst = max(row.measured(objective, original)[0] for row in shown if row.method in coloured)
     axes.set_ylim(top=min(axes.get_ylim()[1], TOP * max(worst, LEAST_LOSS)))
 
     handles, labels = axes.get_legend_handles_labels()
@@ -232,12 +231,12 @@ def quality_figure(rows: Sequence[Row], objective: str, *, narrow: bool = False)
 
 def ranking_figure(shown: Sequence[Row], original: Row, objective: str, *, narrow: bool = False) -> Figure:
     """Of a single goal: the methods one below the other, the lowest objective first, with standard errors."""
-    ranked = sorted(shown, key=lambda row: measured(row, original, objective)[0])
+    ranked = sorted(shown, key=lambda row: row.measured(objective, original)[0])
     figure = Figure(figsize=(4.4 if narrow else 8.4, 0.26 * len(ranked) + 0.9), layout="constrained")
     axes = figure.add_subplot()
     for line, row in enumerate(ranked):
-        value, error = measured(row, original, objective)
-        value, ours = max(value, LEAST_LOSS), is_ours(row.method)
+        value, error = row.measured(objective, original)
+        value, ours = max(value, LEAST_LOSS), row.is_ours
         below = min(error or 0.0, 0.9 * value)  # the axis is logarithmic
         axes.errorbar(
             value,
@@ -263,7 +262,7 @@ def named_in_figure(shown: Sequence[Row], original: Row, objective: str) -> list
     ranks: dict[str, list[int]] = {}
     for goal in dict.fromkeys(row.goal for row in shown):
         own = [row for row in shown if row.goal == goal]
-        for rank, row in enumerate(sorted(own, key=lambda row: measured(row, original, objective)[0])):
+        for rank, row in enumerate(sorted(own, key=lambda row: row.measured(objective, original)[0])):
             ranks.setdefault(row.method, []).append(rank)
 
     # A method that is missing for a goal counts as the last there.
@@ -271,21 +270,9 @@ def named_in_figure(shown: Sequence[Row], original: Row, objective: str) -> list
     for places in ranks.values():
         places += [last] * (goals - len(places))
     order = sorted(ranks, key=lambda method: sum(ranks[method]))
-    ours = [method for method in order if is_ours(method)]
+    ours = [method for method in order if method == SELECTED]
     others = [method for method in order if not method.startswith("CBO")]
     return [*ours, *others[:NAMED]]
-
-
-def is_ours(method: str) -> bool:
-    """Whether it is the whole method of this package, rather than a part of it or another's."""
-    return method == OURS
-
-
-def measured(row: Row, original: Row, objective: str) -> tuple[float, float | None]:
-    """The objective on the evaluation samples and its standard error: kl, or the loss above the original's."""
-    if objective == "kl":
-        return row.kl, row.kl_error
-    return row.loss - original.loss, row.above_error
 
 
 def _percent_gone(row: Row, original: Row) -> float:

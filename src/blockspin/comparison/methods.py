@@ -27,12 +27,11 @@ from ..solvers.candidates import Candidate, random_candidate, states_as_candidat
 from ..surgery.feasible import Removable
 from .cost import MethodCost, counted
 from .known import Known
-from .results import RANDOM
+from .results import RANDOM, SELECTED
 
 RANDOM_DRAWS = 5
 STATES = 3  # states of the paper's energy that are methods of their own
 PAPER = "empirical-fisher"  # the energy of CBO:k; ours is that of the settings
-SELECTED = "CBO, selected"
 TO_BE_REPAIRED = "CBO, selected for repair"
 
 T = TypeVar("T")

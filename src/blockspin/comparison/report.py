@@ -21,8 +21,6 @@ from ..tables import Column, Table, ranges, short, write_csv
 from .figures import (
     energy_figure,
     hessian_figure,
-    is_ours,
-    measured,
     quality_figure,
     spectrum_figure,
     states_figure,
@@ -263,7 +261,7 @@ def _sentence(words: str) -> str:
 def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: int, noun: str) -> tuple[str, str]:
     """What was found, in a sentence; and how the methods compare, in another. depth, noun: 30 "blocks"."""
     original, ranked = ranked_rows(rows, goal, objective)
-    ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
+    ours = next((row for row in ranked if row.is_ours), ranked[0])
     rise, error = _rise(ours, original)
     gone = f"{len(ours.removed)} of its {depth} {noun}" if ours.removed else goal
     first = (
@@ -274,9 +272,9 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
 
     name = {"kl": "KL divergence from the original", "loss": "loss"}[objective]
     place = ranked.index(ours) + 1
-    value, spread = measured(ours, original, objective)
+    value, spread = ours.measured(objective, original)
     best = next((row for row in ranked if not ours.removed or row.removed != ours.removed), ours)
-    other, other_spread = measured(best, original, objective)
+    other, other_spread = best.measured(objective, original)
     told = f"{value:.4f}{_plus_minus(spread)}", f"{other:.4f}{_plus_minus(other_spread)}"
     asked = f"{goal_title(goal)} {noun}" if goal.isdigit() else goal_title(goal)
     second = (
@@ -290,7 +288,7 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
 def numbers_of(rows: Sequence[Row], goal: str, noun: str) -> list[tuple[str, str]]:
     """What was removed, what it costs, what it saves: large numbers with their words."""
     original, ranked = ranked_rows(rows, goal, "kl")
-    ours = next((row for row in ranked if is_ours(row.method)), ranked[0])
+    ours = next((row for row in ranked if row.is_ours), ranked[0])
     rise, error = _rise(ours, original)
     saved = 1 - ours.num_bytes / original.num_bytes
     faster = ours.tokens_per_second / original.tokens_per_second
@@ -310,10 +308,8 @@ def _rise(row: Row, original: Row) -> tuple[float, str]:
 
 def ranked_rows(rows: Sequence[Row], goal: str, objective: str) -> tuple[Row, list[Row]]:
     """The original, and the methods for a goal, the lowest objective first."""
-    own = [row for row in averaged(rows) if row.goal == goal]
-    original = next(row for row in own if row.method == ORIGINAL)
-    methods = [row for row in own if row.method != ORIGINAL]
-    return original, sorted(methods, key=lambda row: measured(row, original, objective)[0])
+    original, *ranked = [row for row in averaged(rows, objective) if row.goal == goal]
+    return original, ranked
 
 
 def goal_table(rows: Sequence[Row], goal: str, objective: str, units: Units) -> tuple[Table, list[int]]:
@@ -325,7 +321,7 @@ def goal_table(rows: Sequence[Row], goal: str, objective: str, units: Units) -> 
         headings[1:3] = ["loss above", "KL"]
 
     lines = [cells(row, original, units) for row in [original, *ranked]]
-    marked = [number for number, row in enumerate([original, *ranked]) if is_ours(row.method)]
+    marked = [number for number, row in enumerate([original, *ranked]) if row.is_ours]
     return _table(lines, headings, caption=f"Scores in percent; {AT_CHANCE}." if tasks else ""), marked
 
 
@@ -339,7 +335,7 @@ def method_map(rows: Sequence[Row], objective: str, depth: int) -> str:
             if row.removed:
                 merged = [lowest for lowest, _ in row.windows]
                 removed = [block for block in row.removed if block not in merged]
-                lines.append((row.method, page.block_strip(removed, depth, merged), is_ours(row.method)))
+                lines.append((row.method, page.block_strip(removed, depth, merged), row.is_ours))
 
     colours = (("accent", "removed"), ("merged", "holds merged weights"), ("line", "stays"))
     keys = "".join(f'<i class="key" style="background:var(--{name})"></i>{words}' for name, words in colours)

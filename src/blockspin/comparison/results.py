@@ -18,6 +18,7 @@ from .cost import MethodCost
 
 ORIGINAL = "original"  # the method that removes nothing
 RANDOM = "random"  # the method with several draws
+SELECTED = "CBO, selected"  # the whole method of this package, rather than a part of it or another's
 AVERAGED = ("loss", "kl", "agreement", "num_parameters", "num_bytes", "tokens_per_second", "passes", "seconds")
 
 
@@ -78,6 +79,17 @@ class Row(Choice):
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is of the whole method of this package."""
+        return self.method == SELECTED
+
+    def measured(self, objective: str, original: Row) -> tuple[float, float | None]:
+        """The objective on the evaluation samples and its standard error: kl, or the loss above the original's."""
+        if objective == "kl":
+            return self.kl, self.kl_error
+        return self.loss - original.loss, self.above_error
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "perplexity": self.perplexity}
