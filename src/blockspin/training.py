@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from .settings import SettingError, Settings, parse_names, setting
 
-QUANTIZATIONS = ("auto", "nf4", "none")
+TEACHER_QUANTIZATIONS = ("auto", "nf4", "none")
 DIVERGENCES = ("kl", "reverse-kl", "js")
 TRAINED = ("all", "neighbours", "norms-and-projections")
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")
@@ -69,7 +69,7 @@ class DistillConfig(Settings):
         choices=TRAINING_DTYPES,
     )
     teacher_quantization: str = setting(
-        "auto, nf4 (4 bits, needs bitsandbytes) or none.", "auto", choices=QUANTIZATIONS
+        "auto, nf4 (4 bits, needs bitsandbytes) or none.", "auto", choices=TEACHER_QUANTIZATIONS
     )
     train: str = setting(
         "all weights, those of the neighbours of removed blocks, or norms-and-projections: norms and out-projections.",
