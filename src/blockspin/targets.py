@@ -9,13 +9,13 @@ from .quantities import parse_count, parse_size, parse_tokens
 from .settings import Settings, flag, setting
 from .tables import short
 
+OF_TIME = ("target_speedup", "target_prefill_speedup")  # all others count what the units of the model take
 TARGETS = (
     "target_params",
     "target_active_params",
     "target_size",
     "target_memory",
-    "target_speedup",
-    "target_prefill_speedup",
+    *OF_TIME,
 )
 NO_GOAL = "say what to remove (--remove 8), or what the smaller model may cost (--target-size 5GB, ...)"
 
@@ -61,17 +61,17 @@ class TargetSettings(Settings):
     @property
     def has_targets(self) -> bool:
         """Whether there is any."""
-        return self.needs_times or self.needs_costs
+        return bool(self.targets)
 
     @property
     def needs_costs(self) -> bool:
         """Whether one counts what the units of the model take."""
-        return {self.target_params, self.target_active_params, self.target_size, self.target_memory} != {None}
+        return any(name not in OF_TIME for name in self.targets)
 
     @property
     def needs_times(self) -> bool:
         """Whether one counts time."""
-        return {self.target_speedup, self.target_prefill_speedup} != {None}
+        return any(name in OF_TIME for name in self.targets)
 
     @property
     def targets(self) -> dict[str, float]:
@@ -95,7 +95,7 @@ class TargetSettings(Settings):
 
 def target_text(name: str, amount: float) -> str:
     """A target as it is typed: "--target-size 5GB". name: its setting."""
-    if name.endswith("speedup"):
+    if name in OF_TIME:
         said = f"{amount:g}"
     elif amount < 1:
         said = f"{100 * amount:g}%"

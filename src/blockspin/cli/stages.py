@@ -23,7 +23,7 @@ from ..lock import locked
 from ..problem import Units
 from ..progress import console, terminal_width
 from ..tables import ranges
-from ..targets import TargetSettings
+from ..targets import OF_TIME, TargetSettings
 from .app import (
     AsJson,
     Calibration,
@@ -219,7 +219,7 @@ def _sweep(
     from ..pipeline.front import front_json, front_table, pareto_front, write_front
 
     found, times = load_energies(file), read_times(targets)
-    if times is None and counted.endswith("speedup"):
+    if times is None and counted in OF_TIME:
         raise ValueError(f"--sweep of times needs a table: {NO_TIMES}")
     model = model_of(found)
     say_unused(targets, counted)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..problem import Block, Budget, Removal
 from ..settings import flag
 from ..tables import Column, Table, short
-from ..targets import TargetSettings, target_text
+from ..targets import OF_TIME, TargetSettings, target_text
 from .timing import TimeTable, check_table
 from .units import UnitCosts, unit_costs
 
@@ -24,7 +24,7 @@ def quantity(name: str, costs: UnitCosts | None, times: TimeTable | None, batch:
     Raises:
         ValueError: the cache of the model is not known.
     """
-    if name in ("target_speedup", "target_prefill_speedup"):
+    if name in OF_TIME:
         assert times is not None, "times were read or measured"
         part = 1 if name == "target_speedup" else 0
         weight = tuple([round(times.kinds[unit.kind][part] / NANO) for unit in units])
@@ -58,7 +58,7 @@ def budgets_for(
     """
     budgets = []
     for name, target in targets.targets.items():
-        of_time = name.endswith("speedup")
+        of_time = name in OF_TIME
         if of_time and times is None:
             continue
         whole = quantity(name, costs, times, targets.batch, units)
@@ -105,7 +105,7 @@ def quantity_of(
         ValueError: as `goals_of` says.
     """
     costs = None
-    if not name.endswith("speedup"):
+    if name not in OF_TIME:
         costs = unit_costs(source, units, context=targets.context)
     elif times is not None:
         check_table(times, units, targets.profile or "the table of times")
