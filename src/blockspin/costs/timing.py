@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..evaluation.cost import Floats, Workload, check_workload, random_prompt, rounds_of_steps
+from ..evaluation.cost import Workload, check_workload, random_prompt, rounds_of_steps
 from ..files import write_json
 from ..machine import describe_machine
 from ..model.loading import context_length
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units
-from ..problem import Block, Removal, Units, units_of
+from ..problem import Block, Floats, Removal, Units, units_of
 from ..progress import logger, track
 from ..surgery.memory import remove_blocks
 from ..tables import Column, Table

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, StoppingCriteria
@@ -21,11 +20,11 @@ from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
 from ..model.loading import context_length
 from ..model.offload import check_in_memory
+from ..problem import Floats
 from ..progress import track
 from ..tables import Column, Table, short
 
 FEW, MORE = 1, 3  # generated tokens of the two runs whose difference is the operations of decoding
-Floats = NDArray[np.float64]
 _QUANTITIES = (
     "parameters",
     "on disk, bytes",

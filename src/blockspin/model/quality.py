@@ -11,11 +11,10 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..memory import states_limit
-from ..problem import Removal
+from ..problem import Floats, Removal
 from ..processes import gathered, number, part
 from .batches import (
     Batch,
@@ -33,8 +32,6 @@ from .offload import is_offloaded
 from .passes import in_order_of_walk, over_removals, removal_passes
 from .streaming import Job, swept
 from .tracing import TracedModel, trace_model
-
-Floats = NDArray[np.float64]
 
 
 class Reference:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..journal import Journal
@@ -18,9 +17,8 @@ from ..model.batches import BatchSize
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import kl, loss, measured
 from ..model.tracing import skipped, trace_model
-from ..problem import Removal, Units
+from ..problem import Floats, Removal, Units
 
-Floats = NDArray[np.float64]
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
 
