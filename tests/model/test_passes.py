@@ -40,11 +40,13 @@ def test_shared_passes_equal_plain_ones(family: str) -> None:
 
 
 @pytest.mark.parametrize("states", [0, 1, 2])
-def test_a_memory_limit_changes_nothing_but_the_time(states: int) -> None:
+def test_a_memory_limit_changes_nothing_but_the_time(states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = tiny_model("llama"), random_samples((9, 9))
     limit = states * 2 * 9 * 32 * 4  # bytes of the hidden states of the one batch
     expected = [mean_loss(remove_blocks(model, removed), samples) for removed in EVERY]
-    assert shared_losses(trace_model(model), EVERY, samples, memory_limit=limit) == pytest.approx(expected, rel=1e-5)
+    for module in ("passes", "quality"):
+        monkeypatch.setattr(f"blockspin.model.{module}.states_limit", lambda device: limit)
+    assert shared_losses(trace_model(model), EVERY, samples) == pytest.approx(expected, rel=1e-5)
 
 
 def count_block_runs(

@@ -28,6 +28,7 @@ from blockspin.evaluation.cost import measure_costs
 from blockspin.evaluation.perplexity import evaluate_models, perplexity, results_table
 from blockspin.memory import OutOfMemory
 from blockspin.model import streaming
+from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_blocks, find_stack
 from blockspin.model.fingerprint import of_results
 from blockspin.model.loading import load_model
@@ -35,7 +36,7 @@ from blockspin.model.offload import OffloadedTensor, offloaded_tensors
 from blockspin.model.passes import removal_passes
 from blockspin.model.placement import resaving_folder
 from blockspin.model.spill import spilled_states
-from blockspin.model.streaming import BatchInSweep, Job, streamed_passes
+from blockspin.model.streaming import BatchInSweep, Job, jobs_of, swept
 from blockspin.model.tracing import TracedModel, trace_model
 from blockspin.problem import RemovalProblem
 from blockspin.selection.select import run_selection
@@ -92,7 +93,7 @@ def test_sweeps_in_groups_and_through_a_file_give_the_same(tmp_path: Path) -> No
     streamed, samples = trace_model(on_disk(model, tmp_path)), random_samples()
     expected = outputs(trace_model(model), samples)
     for limit in (0, 20_000):
-        for batch, logits in streamed_passes(streamed, REMOVALS, samples, batch_size=2, memory_limit=limit):
+        for batch, logits in swept(streamed, jobs_of(streamed, REMOVALS, make_batches(samples, 2)), limit):
             for k, of_removal in logits:
                 for index, row in zip(batch.indices, of_removal, strict=True):
                     assert torch.equal(row, expected[k, index])
@@ -246,7 +247,7 @@ def test_full_disk_is_said_before_a_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     streamed = trace_model(on_disk(tiny_model("llama"), tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
     with pytest.raises(ValueError, match=r"100 B free.*--batch-size.*TMPDIR"):
-        next(streamed_passes(streamed, REMOVALS, random_samples(), memory_limit=0))
+        next(swept(streamed, jobs_of(streamed, REMOVALS, make_batches(random_samples(), "auto")), memory_limit=0))
 
 
 def test_experts_are_written_anew_and_deleted_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

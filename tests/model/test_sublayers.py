@@ -22,7 +22,7 @@ from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_stack
 from blockspin.model.gates import gated
 from blockspin.model.passes import num_passes, removal_passes
-from blockspin.model.streaming import streamed_passes
+from blockspin.model.streaming import jobs_of, swept
 from blockspin.model.tracing import TracedModel, closed, find_units, skipped, trace_model
 from blockspin.problem import Removal, RemovalProblem, Sublayer, units_of
 from blockspin.selection.select import run_selection
@@ -114,8 +114,9 @@ def test_shared_and_streamed_passes_are_those_of_each_removal(family: str) -> No
     traced = trace_model(model, "sublayers")
     assert traced.shares_passes
     removals: list[Removal] = [(), *REMOVALS]
-    for passes in (removal_passes, streamed_passes):
-        for _, outputs in passes(traced, removals, SAMPLES):
+    jobs = jobs_of(traced, removals, make_batches(SAMPLES, "auto"))
+    for passes in (removal_passes(traced, removals, SAMPLES), swept(traced, jobs)):
+        for _, outputs in passes:
             first = True
             for k, hidden in outputs:
                 assert not first or not removals[k]  # nothing removed comes first

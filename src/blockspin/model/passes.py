@@ -16,7 +16,7 @@ from ..progress import track
 from .batches import Batch, BatchSize, frozen, input_device, make_batches
 from .residual import drop_shallowest, kept_streams
 from .stacking import is_worth_stacking, stacked_passes
-from .streaming import jobs_of, streamed_passes, swept
+from .streaming import jobs_of, swept
 from .tracing import TracedModel, resumed, skipped
 
 T = TypeVar("T")
@@ -28,29 +28,26 @@ def removal_passes(
     samples: Sequence[Tensor],
     *,
     batch_size: BatchSize = "auto",
-    memory_limit: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
     """Yield every batch with what leaves the decoder without the blocks of removals[k]: (k, hidden states) for all k.
 
     Hidden states (batch, length, width) are what the head is applied to (`traced.halves`) where logits are needed. The
     removals share passes where the model allows it. The one that removes nothing comes first. Where weights of blocks
-    are offloaded, all passes share the loading (`streamed_passes`).
-
-    memory_limit: bytes of hidden states kept where passes branch; by default a share of what is free.
+    are offloaded, all passes share the loading (`swept`).
 
     Raises:
         ValueError: unusable samples or removals.
     """
+    batches = make_batches(samples, batch_size)
     if traced.is_offloaded and traced.shares_passes:
         with traced.halves.resident_head():
-            yield from streamed_passes(traced, removals, samples, batch_size=batch_size, progress=progress)
+            yield from swept(traced, jobs_of(traced, removals, batches), progress=progress)
         return
 
     with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
-        batches = make_batches(samples, batch_size)
         for batch in track(batches, "Evaluating", len(batches), show=progress):
-            yield batch, _passes(traced, batch, removals, memory_limit)
+            yield batch, _passes(traced, batch, removals)
 
 
 def over_removals(
@@ -60,7 +57,6 @@ def over_removals(
     run: Callable[[Batch, Iterator[tuple[int, Tensor]]], T],
     *,
     batch_size: BatchSize = "auto",
-    memory_limit: int | None = None,
     title: str = "Evaluating",
     done: int = 0,
     progress: bool = False,
@@ -83,20 +79,18 @@ def over_removals(
         return
 
     def run_batch(batch: Batch) -> T:
-        return run(batch, _passes(traced, batch, removals, memory_limit))
+        return run(batch, _passes(traced, batch, removals))
 
     with frozen(traced.model), torch.no_grad(), traced.halves.resident_head():
         yield from traced.room.shared_results(batches, run_batch, title, done, progress)
 
 
-def _passes(
-    traced: TracedModel, batch: Batch, removals: Sequence[Removal], memory_limit: int | None
-) -> Iterator[tuple[int, Tensor]]:
+def _passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal]) -> Iterator[tuple[int, Tensor]]:
     """The outputs of a batch, with shared passes where the model allows it."""
     if is_worth_stacking(traced, batch) and not traced.room.fallen_back:
         return stacked_passes(traced, batch, removals)
     if traced.shares_passes:
-        return shared_passes(traced, batch, removals, memory_limit)
+        return shared_passes(traced, batch, removals)
     return plain_passes(traced, batch, removals)
 
 
@@ -108,16 +102,14 @@ def plain_passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal])
         yield k, hidden
 
 
-def shared_passes(
-    traced: TracedModel, batch: Batch, removals: Sequence[Removal], memory_limit: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
+def shared_passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal]) -> Iterator[tuple[int, Tensor]]:
     """(k, what leaves the decoder without removals[k]) for every k, in the order of a walk through their prefixes.
 
     Removals are ordered so that those with common first blocks are neighbours, nothing removed first. Each pass keeps
     the hidden states at the blocks where later removals branch off, and starts from the deepest that it can use. Where
-    the states exceed `memory_limit` bytes, the shallowest are dropped and computed again. Call it on a `frozen` model.
+    the states exceed `states_limit`, the shallowest are dropped and computed again. Call it on a `frozen` model.
     """
-    limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
+    limit = states_limit(input_device(traced.model))  # bytes
     order, branchings = _walk(removals, list(map(block_of, traced.units)), traced.depth)
     states: dict[int, Tensor] = {}  # block -> hidden states that enter it (batch, length, width), ascending
     for place, k in enumerate(order):

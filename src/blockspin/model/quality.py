@@ -99,7 +99,6 @@ def measured(
     measure: Measure,
     *,
     batch_size: BatchSize = "auto",
-    memory_limit: int | None = None,
     progress: bool = False,
 ) -> Floats:
     """(number of removals, number of samples, number of measures): each model without some blocks, on each sample.
@@ -116,7 +115,7 @@ def measured(
 
         def of_own() -> Iterator[tuple[Sequence[int], Floats]]:
             if own:
-                yield chosen, measured(traced, own, samples, measure, batch_size=batch_size, memory_limit=memory_limit)
+                yield chosen, measured(traced, own, samples, measure, batch_size=batch_size)
 
         of_each: dict[int, Floats] = {}  # (number of samples, number of measures)
         for numbers, rows in gathered(of_own()):
@@ -124,14 +123,12 @@ def measured(
         return np.stack([of_each[k] for k in range(len(removals))])
 
     with_whole = [(), *removals]
-    limit = states_limit(input_device(traced.model)) if memory_limit is None else memory_limit
+    limit = states_limit(input_device(traced.model))
 
     def run(batch: Batch, outputs: Iterator[tuple[int, Tensor]]) -> Tensor:
         return _against_whole(traced, batch, outputs, measure, limit)  # (removals, batch, measures)
 
-    parts = over_removals(
-        traced, with_whole, samples, run, batch_size=batch_size, memory_limit=limit, progress=progress
-    )
+    parts = over_removals(traced, with_whole, samples, run, batch_size=batch_size, progress=progress)
     found: list[Floats] = [np.zeros(0)] * len(samples)  # of each sample (removals, measures)
     for batch, values in parts:
         for place, sample in enumerate(batch.indices):
@@ -256,7 +253,6 @@ def shared_losses(
     samples: Sequence[Tensor],
     *,
     batch_size: BatchSize = "auto",
-    memory_limit: int | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Token-mean cross-entropy without the blocks of each removal, in nats: `mean_loss` of every shortened model.
@@ -264,9 +260,7 @@ def shared_losses(
     Raises:
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
-    values = measured(
-        traced, removals, samples, loss, batch_size=batch_size, memory_limit=memory_limit, progress=progress
-    )
+    values = measured(traced, removals, samples, loss, batch_size=batch_size, progress=progress)
     losses: list[float] = token_mean(values[..., 0], samples).tolist()
     return losses
 

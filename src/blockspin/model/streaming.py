@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..memory import available_memory
 from ..problem import Removal
 from ..progress import track
-from .batches import Batch, BatchSize, frozen, make_batches
+from .batches import Batch, frozen
 from .blocks import check_removal
 from .calls import BlockCall
 from .offload import resident_in_turn, running_device
@@ -105,27 +105,6 @@ class BatchInSweep:
                 yield k, hidden
 
 
-def streamed_passes(
-    traced: TracedModel,
-    removals: Sequence[Removal],
-    samples: Sequence[Tensor],
-    *,
-    batch_size: BatchSize = "auto",
-    memory_limit: int | None = None,
-    progress: bool = False,
-) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """As `removal_passes`, in as few sweeps over the weights as the hidden states of all batches allow.
-
-    memory_limit: bytes of hidden states on the host; None: half of what is free. Batches share a sweep as long as their
-        states fit; what a single batch has beyond that goes into a temporary file.
-
-    Raises:
-        ValueError: unusable samples or removals, or no room for the temporary file.
-    """
-    jobs = jobs_of(traced, removals, make_batches(samples, batch_size))
-    yield from swept(traced, jobs, memory_limit, progress)
-
-
 def jobs_of(traced: TracedModel, removals: Sequence[Removal], batches: Sequence[Batch]) -> list[Job]:
     """All removals on every batch.
 
@@ -139,9 +118,16 @@ def jobs_of(traced: TracedModel, removals: Sequence[Removal], batches: Sequence[
 def swept(
     traced: TracedModel, jobs: Sequence[Job], memory_limit: int | None = None, progress: bool = False
 ) -> Iterator[tuple[Batch, Iterator[tuple[int, Tensor]]]]:
-    """Yield the batch of every job with its outputs, as `removal_passes` does; jobs may have removals of their own.
+    """Yield the batch of every job with its outputs: (k, what leaves the decoder without the blocks of removal k).
 
-    Where memory runs out, which a sweep meets at the first block, it starts again with batches that are halved.
+    It takes as few sweeps over the weights as the hidden states of all batches allow. Where memory runs out, which a
+    sweep meets at the first block, it starts again with batches that are halved.
+
+    memory_limit: bytes of hidden states on the host; None: half of what is free. Batches share a sweep as long as their
+        states fit; what a single batch has beyond that goes into a temporary file.
+
+    Raises:
+        ValueError: no room for the temporary file.
     """
     if not jobs:
         return
@@ -156,8 +142,8 @@ def swept(
             title = "Sweep" if len(groups) == 1 else f"Sweep {number + 1} of {len(groups)}"
             with spilled_states(memory_limit) as states:
                 sweep = partial(_one_sweep, traced, group, states, title, progress)
-                for batch in traced.room.together([job.batch for job in group], sweep):
-                    yield batch.batch, batch.outputs()
+                for in_sweep in traced.room.together([job.batch for job in group], sweep):
+                    yield in_sweep.batch, in_sweep.outputs()
 
 
 def walked(traced: TracedModel, batches: Sequence[Batch], memory_limit: int | None = None) -> Iterator[int]:
