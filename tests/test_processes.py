@@ -13,7 +13,7 @@ from several import in_processes
 
 from blockspin.journal import Journal
 from blockspin.lock import locked
-from blockspin.processes import from_main, gathered, is_known, is_main, number, share
+from blockspin.processes import from_main, gathered, is_known, is_main, num_processes, share
 
 SIZES = (0, 1, 3, 4, 7)
 WAIT = 0.05  # seconds in which others would run ahead
@@ -40,7 +40,7 @@ def several_things(folder: Path) -> dict[str, object]:
     for size in SIZES:
         seen[f"squares of {size}"] = shared_squares(size)
     seen["from main"] = from_main(dist.get_rank)
-    seen["alone"] = from_main(lambda: (number(), list(share([1, 2, 3])), list(gathered(iter([4])))))
+    seen["alone"] = from_main(lambda: (num_processes(), list(share([1, 2, 3])), list(gathered(iter([4])))))
 
     # Work that is shared out is not shared out again.
     seen["inside"] = list(gathered(from_main(lambda: len(share("abcd"))) for _ in share("ab")))
@@ -101,7 +101,7 @@ def test_a_process_that_ends_does_not_leave_the_others_waiting(tmp_path: Path) -
 
 
 def test_one_process_alone_does_everything() -> None:
-    assert (number(), is_main()) == (1, True)
+    assert (num_processes(), is_main()) == (1, True)
     assert share([1, 2, 3]) == [1, 2, 3]
     assert list(gathered(iter([4, 5]))) == [4, 5]
     assert from_main(lambda: 6) == 6

@@ -40,7 +40,7 @@ def start() -> None:
         sys.stdout = console.file = open(os.devnull, "w")  # noqa: SIM115, PTH123 (until the process ends)
 
 
-def number() -> int:
+def num_processes() -> int:
     """How many processes share the work; 1 in work that one process does alone."""
     return 1 if _alone.get() else _distributed()[0]
 
@@ -52,12 +52,13 @@ def is_main() -> bool:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """Those of the items that this process takes: every n-th of n processes."""
-    return items if number() == 1 else items[_distributed()[1] :: number()]
+    return items if num_processes() == 1 else items[_distributed()[1] :: num_processes()]
 
 
-def part(items: Sequence[T]) -> Sequence[T]:
+def share_of_neighbours(items: Sequence[T]) -> Sequence[T]:
     """Those of the items that this process takes where neighbours belong together: a run of them."""
-    processes, rank = number(), _distributed()[1] if number() > 1 else 0
+    processes = num_processes()
+    rank = _distributed()[1] if processes > 1 else 0
     return items[rank * len(items) // processes : (rank + 1) * len(items) // processes]
 
 
@@ -68,7 +69,7 @@ def gathered(values: Iterator[T]) -> Iterator[T]:
         Exception: what was raised in any of them, in all of them.
         ValueError: one of them has ended.
     """
-    if number() == 1:
+    if num_processes() == 1:
         yield from values
         return
 
@@ -85,7 +86,7 @@ def from_main(make: Callable[[], T]) -> T:
     Raises:
         Exception: what it raises, in all of them.
     """
-    if number() == 1:
+    if num_processes() == 1:
         return make()
     main = is_main()
     found: T = _exchanged(lambda: make() if main else None)[0]  # type: ignore[assignment]
@@ -108,7 +109,7 @@ def _exchanged(make: Callable[[], T]) -> list[T]:
     except Exception as error:
         own = error
 
-    everything: list[tuple[T, Exception | None]] = [(None, None)] * number()  # type: ignore[list-item]
+    everything: list[tuple[T, Exception | None]] = [(None, None)] * num_processes()  # type: ignore[list-item]
     try:
         dist.all_gather_object(everything, (value, _picklable(own)))
     except RuntimeError as error:  # what gloo makes of a closed connection

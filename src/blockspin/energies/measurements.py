@@ -15,7 +15,7 @@ from ..model.passes import num_passes
 from ..model.quality import kl, measured, measured_in_sweeps
 from ..model.tracing import TracedModel
 from ..problem import Floats, Removal
-from ..processes import number
+from ..processes import num_processes
 
 SINGLES_SAMPLES = 2  # on which every single block is removed
 FLOOR = 1e-6  # KL divergences are not taken to be smaller than this share of the largest, so that all have a logarithm
@@ -61,7 +61,7 @@ class Measurements:
         plans: for each sample the removals. Elsewhere nothing is gained, and `add` measures them; several processes
             share what it measures.
         """
-        if not (self._traced.is_offloaded and self._traced.shares_passes) or number() > 1:
+        if not (self._traced.is_offloaded and self._traced.shares_passes) or num_processes() > 1:
             return
 
         wanted: dict[int, list[Removal]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..memory import states_limit
 from ..problem import Floats, Removal
-from ..processes import gathered, number, part
+from ..processes import gathered, num_processes, share_of_neighbours
 from .batches import (
     Batch,
     BatchSize,
@@ -109,7 +109,7 @@ def measured(
         ValueError: unusable samples or removals, or a loss that is NaN or infinite.
     """
     batches = make_batches(samples, batch_size)
-    if len(batches) == 1 and number() > 1:
+    if len(batches) == 1 and num_processes() > 1:
         chosen = _own_part(traced, removals, batches[0])
         own = [removals[k] for k in chosen]
 
@@ -146,7 +146,7 @@ def _own_part(traced: TracedModel, removals: Sequence[Removal], batch: Batch) ->
     together = chunk // in_last_chunk
 
     groups = [order[first : first + together] for first in range(0, len(order), together)]
-    return [k for group in part(groups) for k in group]
+    return [k for group in share_of_neighbours(groups) for k in group]
 
 
 def measured_in_sweeps(
