@@ -34,10 +34,8 @@ def problems_for(
         ValueError: no removal meets them.
     """
     form = np.diag(logarithms(singles))
-    if isinstance(goal, float):
-        return [RemovalProblem(form, blocks=blocks, protect=protect, remove_parameters=goal, budgets=budgets)]
     if goal is not None or budgets:
-        return [RemovalProblem(form, goal, blocks=blocks, protect=protect, budgets=budgets)]
+        return [RemovalProblem.for_goal(form, goal, blocks=blocks, protect=protect, budgets=budgets)]
 
     n = len(blocks)
     most = _most(n, protect)

@@ -309,16 +309,8 @@ def _budgets(config: CompressConfig, traced: TracedModel) -> list[Budget]:
 
 def _parameters_gone(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget]) -> float:
     """How many parameters a removal takes away, in the mean over random ones that meet the goals."""
-    share = config.remove if isinstance(config.remove, float) else None
-    number = None if isinstance(config.remove, float) else config.remove
-    problem = RemovalProblem(
-        np.eye(len(blocks)),
-        number,
-        blocks=blocks,
-        protect=config.protect,
-        remove_parameters=share,
-        budgets=budgets,
-    )
+    any_form = np.eye(len(blocks))
+    problem = RemovalProblem.for_goal(any_form, config.remove, blocks=blocks, protect=config.protect, budgets=budgets)
     gone = 0
     for seed in range(RANDOM_REMOVALS):
         gone += sum(blocks[i].num_parameters for i in random_candidate(problem, seed).removed)

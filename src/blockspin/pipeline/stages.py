@@ -184,15 +184,13 @@ def problem_of(
     energies: Energies, remove: Goal | None, settings: SolvingSettings, budgets: Sequence[Budget] = ()
 ) -> RemovalProblem:
     """As `pose_problem`, without a word."""
-    share = remove if isinstance(remove, float) else None
-    return RemovalProblem(
+    return RemovalProblem.for_goal(
         energies.hessian,
-        None if isinstance(remove, float) else remove,
+        remove,
         blocks=energies.blocks,
         protect=settings.protect,
         beta=settings.beta,
         gradient=energies.mean_gradient,
-        remove_parameters=share,
         budgets=budgets,
     )
 

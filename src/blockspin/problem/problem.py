@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .constraints import Budget, Floats, Removal, met
-from .goals import checked_protect, constraints_of, share_of_parameters
+from .goals import Goal, checked_protect, constraints_of, share_of_parameters
 from .units import Block, Units, units_of
 from .views import Reduced, Views
 
@@ -63,6 +63,32 @@ class RemovalProblem(Views):
             raise ValueError("give exactly one of remove (a number of blocks) and remove_parameters (a share)")
         self.remove, self.remove_parameters, self.budgets = remove, remove_parameters, tuple(budgets)
         self.reduced = self._reduced()
+
+    @classmethod
+    def for_goal(
+        cls,
+        hessian: ArrayLike,
+        goal: Goal | None,
+        *,
+        blocks: Sequence[Block],
+        protect: Iterable[int] = (),
+        beta: float = 0.0,
+        gradient: ArrayLike | None = None,
+        budgets: Sequence[Budget] = (),
+    ) -> RemovalProblem:
+        """The problem of a goal as users state it: a number of blocks, one for each kind, or (a float) a share of the
+        parameters; None where budgets decide alone."""
+        number, share = (None, goal) if isinstance(goal, float) else (goal, None)
+        return cls(
+            hessian,
+            number,
+            blocks=blocks,
+            protect=protect,
+            beta=beta,
+            gradient=gradient,
+            remove_parameters=share,
+            budgets=budgets,
+        )
 
     def __repr__(self) -> str:
         goals = [f"remove={self.remove}"] if self.remove is not None else []
