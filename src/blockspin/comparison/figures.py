@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ..config import GRADIENT_ENERGIES
+from ..problem import rows_of
 from ..solvers import Spectrum
 from .results import ORIGINAL, RANDOM, SELECTED, Point, Row, averaged, goal_title
 
@@ -87,10 +88,8 @@ def states_figure(
     figure, panels = _panels(len(spectra), _grid_width(depth) + 1.6, 4.4, together)
     for (title, spectrum), axes in zip(spectra.items(), panels, strict=True):
         shown = spectrum.states[:states]
-        grid = np.zeros((len(shown), depth))
-        for line, state in enumerate(shown):
-            grid[line, list(state.removed)] = 1
-        _draw_grid(axes, grid, [BLUE])
+        grid = rows_of([state.removed for state in shown], depth)  # (states, depth)
+        _draw_grid(axes, grid.astype(np.float64), [BLUE])
 
         labelled = range(0, len(shown), 2)
         axes.set(xlabel=noun, yticks=labelled)

@@ -14,7 +14,7 @@ from ..model.batches import BatchSize
 from ..model.passes import num_passes
 from ..model.quality import kl, measured, measured_in_sweeps
 from ..model.tracing import TracedModel
-from ..problem import Floats, Removal
+from ..problem import Floats, Removal, rows_of
 from ..processes import num_processes
 
 SINGLES_SAMPLES = 2  # on which every single block is removed
@@ -87,9 +87,7 @@ class Measurements:
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32], Floats]:
         """The removals as rows of zeros and ones (K, N), the samples (K,), the divergences (K,)."""
-        removed = np.zeros((len(self.removals), self._traced.num_units), dtype=np.uint8)
-        for row, blocks in zip(removed, self.removals, strict=True):
-            row[list(blocks)] = 1
+        removed = rows_of(self.removals, self._traced.num_units).astype(np.uint8)
         return removed, np.array(self.samples, dtype=np.uint32), np.array(self.divergences)
 
     def times(self) -> Counter[Removal]:

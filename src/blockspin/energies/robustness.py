@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Removal, RemovalProblem
+from ..problem import Removal, RemovalProblem, rows_of
 from ..solvers import solve
 from .energies import Energies
 
@@ -73,9 +73,7 @@ def robustness(
         ground_states.append(solve(again, states=1, solver="tabu", seed=seed).states[0].removed)
         orders.append(np.corrcoef(_ranks(again, lowest), reference)[0, 1] if len(lowest) > 1 else 1.0)
 
-    picked = np.zeros((replicates, problem.num_blocks), dtype=bool)  # the ground state of each replicate
-    for row, removed in zip(picked, ground_states, strict=True):
-        row[list(removed)] = True
+    picked = rows_of(ground_states, problem.num_blocks)  # (replicates, num_blocks)
     kept = picked[:, list(lowest[0])].sum(axis=1)  # (replicates,) blocks of the ground state of all samples
     return Robustness(
         frequency=picked.mean(axis=0),

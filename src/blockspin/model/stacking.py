@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Removal
+from ..problem import Removal, rows_of
 from .batches import Batch, input_device
 from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_stream
 from .tracing import TracedModel
@@ -38,9 +38,7 @@ def stacked_passes(traced: TracedModel, batch: Batch, removals: Sequence[Removal
             batch.indices * len(group), batch.token_ids.repeat(len(group), 1), batch.lengths.repeat(len(group))
         )
 
-        removed = torch.zeros((len(group), traced.num_units), dtype=torch.bool)
-        for row, k in zip(removed, group, strict=True):
-            row[list(removals[k])] = True
+        removed = torch.from_numpy(rows_of([removals[k] for k in group], traced.num_units))  # (len(group), num_units)
         with closed_in_rows(traced, removed.repeat_interleave(size, dim=0)):
             hidden = traced.halves.hidden_of(stacked)  # (len(group) * batch, length, width)
         yield from zip(group, torch.split(hidden, size), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .constraints import Budget, Floats, Ints, Removal, completion
+from .constraints import Budget, Floats, Ints, Removal, completion, rows_of
 from .goals import Goal, check_goal, goal_name
 from .problem import RemovalProblem
 from .units import NOUNS, Block, Sublayer, Units, block_of, units_of
@@ -24,5 +24,6 @@ __all__ = [
     "check_goal",
     "completion",
     "goal_name",
+    "rows_of",
     "units_of",
 ]

@@ -69,6 +69,14 @@ class Constraints(NamedTuple):
     least: Floats  # (budgets,) whole numbers
 
 
+def rows_of(removals: Sequence[Removal], num_blocks: int) -> NDArray[np.bool_]:
+    """(number of removals, num_blocks) bool: True where a removal takes a block."""
+    rows = np.zeros((len(removals), num_blocks), dtype=bool)
+    for row, removed in zip(rows, removals, strict=True):
+        row[list(removed)] = True
+    return rows
+
+
 def whole(value: object, name: str) -> int:
     """A whole number, of whatever type. Raises ValueError naming the argument."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..energies.fitted import Fitted
 from ..energies.quadratic import fit_quadratic
-from ..problem import Floats, Removal, RemovalProblem
+from ..problem import Floats, Removal, RemovalProblem, rows_of
 from .ledger import Ledger
 
 # The standard error of a quadratic form at removals that are measured without any, on a logarithmic scale; where the
@@ -56,10 +56,7 @@ def refit(ledger: Ledger, problem: RemovalProblem, fitted: Fitted | None = None)
     errors[removals.index(best)] = np.median(errors[compared]) if compared else 0.0
     errors /= np.sqrt(2)
 
-    x = np.zeros((len(removals), problem.num_blocks), dtype=np.bool_)
-    for row, removed in zip(x, removals, strict=True):
-        row[list(removed)] = True
-
+    x = rows_of(removals, problem.num_blocks)  # (num_removals, num_blocks)
     misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
     if fitted is not None and ledger.logarithmic:
         number = np.array([len(ledger.values[removed]) for removed in removals], dtype=np.float64)
