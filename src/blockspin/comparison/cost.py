@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..model.blocks import find_stack
-from ..model.residual import stream_of
+from ..model.residual import stream_in, stream_of
 from ..processes import gathered
 
 KEEP_SECONDS = 5.0  # between two times that a cost is kept
@@ -45,7 +45,7 @@ def counted(model: nn.Module, tokens: int, keep: Callable[[MethodCost], None] | 
     def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal kept
         before = stream_of(args, kwargs)  # (batch, length, width)
-        after = output[0] if isinstance(output, tuple) else output
+        after = stream_in(output)
         if after is before:  # a bypassed block hands on the very tensor that it got
             return
 

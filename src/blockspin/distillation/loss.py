@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..model.blocks import find_stack
 from ..model.head import SplitModel, split_model, widened
-from ..model.residual import patched_forward
+from ..model.residual import patched_forward, stream_in
 from ..progress import console
 from .divergence import divergence, most_probable, with_rest
 
@@ -207,7 +207,7 @@ def _outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[dict[int, Tens
     outputs: dict[int, Tensor] = {}
 
     def keep(i: int, module: nn.Module, args: Any, output: Any) -> None:
-        outputs[i] = output[0] if isinstance(output, tuple | list) else output
+        outputs[i] = stream_in(output)
 
     with ExitStack() as hooks:
         for i in blocks:

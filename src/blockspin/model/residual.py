@@ -97,6 +97,20 @@ def patched_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[N
 
 
 @contextmanager
+def entered_by(layer: nn.Module, stream: Tensor) -> Iterator[None]:
+    """Inside, these hidden states enter a block, whatever it is given."""
+
+    def entering(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return with_entering(args, kwargs, stream)
+
+    handle = layer.register_forward_pre_hook(entering, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def kept_streams(
     layers: nn.ModuleList, blocks: Collection[int], memory_limit: int = 2**63
 ) -> Iterator[dict[int, Tensor]]:

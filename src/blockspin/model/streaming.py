@@ -7,13 +7,12 @@ batches, and not once for every pass. What the blocks compute, and on which tens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..memory import available_memory
 from ..problem import Removal
@@ -22,7 +21,7 @@ from .batches import Batch, frozen
 from .blocks import check_removal
 from .calls import BlockCall
 from .offload import resident_in_turn, running_device
-from .residual import with_entering
+from .residual import entered_by
 from .spill import SpilledStates, check_spill_room, spilled_states
 from .tracing import TracedModel, block_calls, branches_bypassed, bypassed
 
@@ -212,14 +211,7 @@ def _one_sweep(
 @contextmanager
 def at_the_end(traced: TracedModel, stream: Tensor) -> Iterator[None]:
     """Inside, no block runs in a pass: the rest of the model goes on with the hidden states that leave the last one."""
-
-    def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return with_entering(args, kwargs, stream)
-
-    with ExitStack() as undo:
-        undo.enter_context(bypassed(traced, range(traced.num_units)))
-        handle = traced.layers[0].register_forward_pre_hook(entering, with_kwargs=True)
-        undo.callback(handle.remove)
+    with bypassed(traced, range(traced.num_units)), entered_by(traced.layers[0], stream):
         yield
 
 

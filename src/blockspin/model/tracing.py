@@ -19,7 +19,7 @@ from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
 from .observing import observe_blocks
 from .offload import is_offloaded, remembered, resident
-from .residual import kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
+from .residual import entered_by, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
 from .units import lacking_modules, sublayers_of
 
 _NOT_COMPUTED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # how models say what they miss
@@ -294,20 +294,13 @@ def resumed(traced: TracedModel, removed: Collection[int], start: int, stream: T
     The rest of the model (embeddings, masks, final norm, head) runs as always, so that nothing needs to be known about
     it. Only for models that share passes.
     """
-
-    def entering(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return with_entering(args, kwargs, stream)
-
     # `skipped` refuses to skip every unit; what unit 0 computes here is not used.
     skip = {*removed}
     for numbers in traced.units_in[:start]:
         skip.update(numbers)
     if len(skip) == traced.num_units:
         skip.remove(0)
-    with ExitStack() as undo:
-        undo.enter_context(skipped(traced, skip))
-        handle = traced.layers[start].register_forward_pre_hook(entering, with_kwargs=True)
-        undo.callback(handle.remove)
+    with skipped(traced, skip), entered_by(traced.layers[start], stream):
         yield
 
 
