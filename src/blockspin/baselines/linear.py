@@ -142,7 +142,7 @@ def _cut(ours: Walk, theirs: Walk, projection: Projection) -> Cut:
     module = ours.layer.get_submodule(projection.name)
     branches, left, wanted = [], [], []
     for number, batch in enumerate(ours.batches):
-        filled = (torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]).flatten()
+        filled = batch.filled.flatten()  # (batch * length,)
         seen = ours.look(number, [projection.name])
         rows = with_constant(module, seen.inputs[projection.name].flatten(0, -2))[filled]  # (tokens, inputs)
         branches.append((rows @ matrix(module)).float() * projection.factor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.blocks import find_stack
+from ..model.head import widened
 from ..model.offload import check_in_memory
 from ..model.quantization import check_unquantized
 from ..model.tracing import TracedModel, skipped, trace_model
@@ -118,7 +119,7 @@ def merged_weights(stack: nn.ModuleList, lo: int, hi: int) -> list[Tensor]:
     others = [list(stack[k].parameters()) for k in range(lo + 1, hi + 1)]
     weights = []
     for place, parameter in enumerate(stack[lo].parameters()):
-        first = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        first = widened(parameter.detach())
         total = first.clone()
         for parameters in others:
             total += parameters[place].detach().to(first) - first

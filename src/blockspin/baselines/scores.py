@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..model.batches import Batch, BatchSize, frozen, make_batches
 from ..model.branches import followed
+from ..model.head import widened
 from ..model.residual import patched_forward, stream_in, stream_of
 from ..model.streaming import walked
 from ..model.tracing import TracedModel, skipped, trace_model
@@ -141,18 +142,20 @@ class _Sums:
 
     def _add(self, unit: int, entered: Tensor, left: Tensor, batch_dim: int) -> None:
         """Add what a unit does to the batch that runs."""
-        lengths, length = self.batches[self.place].lengths, self.batches[self.place].token_ids.shape[1]
+        batch = self.batches[self.place]
+        length = batch.token_ids.shape[1]
         before = _by_token(entered, batch_dim, length)  # (batch, length, width)
         after = _by_token(left, batch_dim, length).to(before.device)
-        real = (torch.arange(length) < lengths[:, None]).to(before.device)  # (batch, length) False at padding
+        filled = batch.filled.to(before.device)  # (batch, length)
 
         norm_before, norm_after = before.norm(dim=-1), after.norm(dim=-1)  # (batch, length)
-        self._cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), real)
-        self._ratio[unit] += _total(norm_after / norm_before, real)
+        self._cosine[unit] += _total((before * after).sum(-1) / (norm_before * norm_after), filled)
+        self._ratio[unit] += _total(norm_after / norm_before, filled)
 
-        rows, last = torch.arange(len(lengths)), self._last[self.place]
-        last.setdefault(unit, before[rows, lengths - 1].cpu())
-        last[unit + 1] = after[rows, lengths - 1].cpu()
+        rows, ends = torch.arange(len(batch.lengths)), batch.lengths - 1
+        last = self._last[self.place]
+        last.setdefault(unit, before[rows, ends].cpu())
+        last[unit + 1] = after[rows, ends].cpu()
 
     def finish(self, place: int) -> None:
         """Add the angles of a batch that all blocks have taken."""
@@ -262,7 +265,7 @@ def _by_token(hidden: Tensor, batch_dim: int, length: int) -> Tensor:
     hidden = hidden.movedim(batch_dim, 0)
     token_dim = hidden.shape.index(length, 1)
     hidden = hidden.movedim(token_dim, 1).flatten(2)
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return widened(hidden)
 
 
 def _total(values: Tensor, mask: Tensor) -> float:

@@ -34,6 +34,11 @@ class Batch:
     lengths: Tensor
 
     @property
+    def filled(self) -> Tensor:
+        """(batch, length) bool: the tokens that are not padding."""
+        return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]
+
+    @property
     def predicting(self) -> Tensor:
         """(batch, length) bool: the tokens that predict another one, all of a sample but its last."""
         return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None] - 1
@@ -60,9 +65,8 @@ class Batch:
         check_tokens(model, self.token_ids)
         device = input_device(model)
         inputs = {"input_ids": self.token_ids.to(device)}
-        mask = torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]  # (batch, length)
-        if not bool(mask.all()):
-            inputs["attention_mask"] = mask.long().to(device)
+        if not bool(self.filled.all()):
+            inputs["attention_mask"] = self.filled.long().to(device)
         return inputs
 
     def forward(self, model: nn.Module) -> Tensor:

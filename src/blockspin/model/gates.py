@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .head import wide_dtype
 from .residual import ResidualBranches, patched_forward, stream_in, stream_of, with_stream
 from .tracing import TracedModel
 
@@ -29,7 +30,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         branch, alpha = ctx.saved_tensors  # (batch, ...), (batch,)
-        wide = torch.promote_types(branch.dtype, torch.float32)
+        wide = wide_dtype(branch)
         products = torch.linalg.vecdot(grad.to(wide).flatten(1), branch.to(wide).flatten(1))  # (batch,)
 
         # The stream that enters the first block needs no gradient, and then its branches need none either.

@@ -44,9 +44,8 @@ class Text:
 
     def masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Where a batch has tokens to fit to, and where held-out ones; (batch, length) each."""
-        filled = torch.arange(batch.token_ids.shape[1]) < batch.lengths[:, None]
-        held_out = torch.tensor([index in self._held_out for index in batch.indices])[:, None]
-        return filled & ~held_out, filled & held_out
+        held_out = torch.tensor([index in self._held_out for index in batch.indices])[:, None]  # (batch, 1)
+        return batch.filled & ~held_out, batch.filled & held_out
 
     def check_enough(self, inputs: int) -> None:
         """Refuse text that is too little for a linear map with so many inputs.

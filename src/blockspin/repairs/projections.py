@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..model.batches import frozen, input_device
 from ..model.blocks import find_stack
 from ..model.branches import followed, noise_like
+from ..model.head import wide_dtype
 from ..model.offload import resident
 from ..model.residual import patched_forward, stream_of
 from ..model.tracing import TracedModel
@@ -239,6 +240,6 @@ def check_weights(module: nn.Module, name: str, block: int) -> None:
 
 def _moved(parameter: Tensor, step: Tensor) -> nn.Parameter:
     """A parameter with `step` added in float32 or wider."""
-    wide = torch.promote_types(parameter.dtype, torch.float32)
+    wide = wide_dtype(parameter)
     moved = parameter.detach().to(wide) + step.to(parameter.device, wide)
     return nn.Parameter(moved.to(parameter.dtype).contiguous(), parameter.requires_grad)
