@@ -21,7 +21,7 @@ from ..progress import console
 from ..solvers import solve
 from ..solvers.candidates import Candidate
 from .absent import stock_config
-from .layer_config import first_proven
+from .layer_config import Shortening, first_proven
 from .proof import alike, broken_sharing, must_stay
 
 Pattern = tuple[int, ...]  # for each layer in order: the first layer of the whole model that is built like it
@@ -64,7 +64,8 @@ class Removable:
 
         pattern = without(self.pattern, gone)
         if pattern not in self._answers:
-            shortened, _ = first_proven(self._config, self._model, kept, self._build, thorough=False)
+            wanted = Shortening(self._config, self._model, kept, self._build)
+            shortened, _ = first_proven(wanted, thorough=False)
             self._answers[pattern] = shortened is not None
         return self._answers[pattern]
 

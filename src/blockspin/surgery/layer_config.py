@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -54,6 +55,25 @@ class Shortened:
     slices: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Shortening:
+    """A removal that a configuration is to express.
+
+    config: of the whole model. original: that model, without weights. kept: the layers that stay, in order.
+    build: makes the model of a configuration, without weights.
+    """
+
+    config: PretrainedConfig
+    original: PreTrainedModel
+    kept: Sequence[int]
+    build: Build
+
+    @cached_property
+    def depth(self) -> int:
+        """The number of layers of the whole model."""
+        return len(find_stack(self.original).layers)
+
+
 def shorten_config(
     config: PretrainedConfig, kept: Sequence[int], build: Build, written: dict[str, Any] | None = None
 ) -> Shortened:
@@ -66,29 +86,24 @@ def shorten_config(
     Raises:
         ValueError: no configuration of this class expresses the removal; says which single blocks can be removed.
     """
-    original = build(config)
-    shortened, problem = first_proven(config, original, kept, build, written)
+    wanted = Shortening(config, build(config), kept, build)
+    shortened, problem = first_proven(wanted, written)
     if shortened is None:
-        hint = _possible_removals(config, original, build)
+        hint = _possible_removals(wanted)
         raise ValueError(f"{problem}; the configuration cannot express this removal. {hint}")
     return shortened
 
 
 def first_proven(
-    config: PretrainedConfig,
-    original: PreTrainedModel,
-    kept: Sequence[int],
-    build: Build,
-    written: dict[str, Any] | None = None,
-    thorough: bool = True,
+    wanted: Shortening, written: dict[str, Any] | None = None, thorough: bool = True
 ) -> tuple[Shortened | None, str]:
     """The first proven configuration, or None and what is wrong with the first one tried.
 
-    thorough: where rewriting alone does not do, try every period too.
+    written: the values as config.json has them. thorough: where rewriting alone does not do, try every period too.
     """
-    code = _own_code(type(config), type(original))
+    code = _own_code(type(wanted.config), type(wanted.original))
     problem, start, fewest = "", {}, _UNUSABLE
-    for values in (written, config.to_dict()):
+    for values in (written, wanted.config.to_dict()):
         if values is None:
             continue
         # First every list that may be by layer is cut; where that does not do, those whose name says so. Lists of
@@ -96,12 +111,12 @@ def first_proven(
         trials: list[dict[str, Any]] = []
         for first in (0, 1):
             for read_by in (code, ""):
-                rewritten = _rewritten(config, original, values, kept, read_by, first)
+                rewritten = _rewritten(wanted, values, _Rewriting(wanted.kept, wanted.depth, read_by, first))
                 if rewritten not in trials:
                     trials.append(rewritten)
 
         for trial in trials:
-            shortened, found = _prove(config, original, trial, kept, build)
+            shortened, found = _prove(wanted, trial)
             if shortened is not None:
                 # What was written is kept as it was, but for what had to change.
                 return replace(shortened, values=trial) if values is written else shortened, ""
@@ -109,7 +124,7 @@ def first_proven(
             if trial is trials[0]:
                 start, fewest = trial, len(found)
 
-    return _search(config, original, start, kept, build, thorough, fewest), problem
+    return _search(wanted, start, thorough, fewest), problem
 
 
 def _own_code(config_class: type[PretrainedConfig], model_class: type[PreTrainedModel]) -> str:
@@ -123,41 +138,28 @@ def _own_code(config_class: type[PretrainedConfig], model_class: type[PreTrained
     return "\n".join(sources.values())
 
 
-def _rewritten(
-    config: PretrainedConfig,
-    original: PreTrainedModel,
-    values: dict[str, Any],
-    kept: Sequence[int],
-    code: str,
-    first: int,
-) -> dict[str, Any]:
-    """A copy of `values` in which everything that describes layers describes the kept ones.
-
-    code: of the model. A list that happens to be as long as there are layers (id2label, ...) is theirs if its name says
-    so or the code reads it.
-    first: what lists of indices that may count from 0 or from 1 call the first layer.
-    """
-    stack = find_stack(original).layers
-    renaming = Renaming(kept, len(stack))
-    result = copy.deepcopy(values)
+def _rewritten(wanted: Shortening, values: dict[str, Any], rewriting: _Rewriting) -> dict[str, Any]:
+    """A copy of `values` in which everything that describes layers describes the kept ones."""
+    config, result = wanted.config, copy.deepcopy(values)
     text = _text_values(result)
 
     # The number of layers; some classes know it under more than one name.
-    depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == len(stack)]
+    depth_names = [name for name, value in text.items() if DEPTH.search(name) and value == wanted.depth]
     if not depth_names:  # not written: the class has it by default
         text_config = config.get_text_config(decoder=True)
         depth_names = [text_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
 
     for name in text:
         if name != "quantization_config" and name not in config.sub_configs:
-            text[name] = _shorten(name, text[name], kept, len(stack), code, first)
+            text[name] = rewriting.of(name, text[name])
     for name in depth_names:
-        text[name] = len(kept)
+        text[name] = len(wanted.kept)
 
     # What the quantisation says of modules, for the whole model or for the decoder.
     for part in [result] if text is result else [result, text]:
         if "quantization_config" in part:
-            part["quantization_config"] = module_settings(original, renaming).rewritten(part["quantization_config"])
+            modules = module_settings(wanted.original, Renaming(wanted.kept, wanted.depth))
+            part["quantization_config"] = modules.rewritten(part["quantization_config"])
     return result
 
 
@@ -170,66 +172,77 @@ def _text_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shorten(name: str, value: Any, kept: Sequence[int], depth: int, code: str, first: int) -> Any:
-    """One setting for the kept layers, by its form; as it was where it does not speak of layers.
+@dataclass(frozen=True)
+class _Rewriting:
+    """How settings that describe layers become those of the kept ones.
 
-    name: with those of the tables that it is in, as in "rope_parameters.short_factor".
+    depth: number of layers there were.
+    code: of the model. A list that happens to be as long as there are layers (id2label, ...) is theirs if its name says
+        so or the code reads it.
+    first: what lists of indices that may count from 0 or from 1 call the first layer.
     """
-    if isinstance(value, dict):
-        return _shorten_table(name, value, kept, depth, code, first)
-    if isinstance(value, str):
-        letter_a_layer = len(value) == depth and "pattern" in name
-        return "".join(_of_kept(value, kept)) if letter_a_layer else value
-    if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
-        return value
 
-    if _LISTS_INDICES.search(name):
-        for start in range(first, -1, -1):
-            if _are_indices(value, depth, start):
-                return _new_indices(value, kept, start)
-    if _are_runs(value):  # in GPT-Neo: [[["global", "local"], 12]]
-        entries: list[Any] = []
-        for pattern, times in value:
-            entries += pattern * times
-        if len(entries) == depth:
-            return [[_of_kept(entries, kept), 1]]
-    return _of_kept(value, kept) if len(value) == depth and _is_by_layer(name, code) else value
+    kept: Sequence[int]
+    depth: int
+    code: str
+    first: int
+
+    def of(self, name: str, value: Any) -> Any:
+        """One setting for the kept layers, by its form; as it was where it does not speak of layers.
+
+        name: with those of the tables that it is in, as in "rope_parameters.short_factor".
+        """
+        if isinstance(value, dict):
+            return self._table(name, value)
+        if isinstance(value, str):
+            letter_a_layer = len(value) == self.depth and "pattern" in name
+            return "".join(_of_kept(value, self.kept)) if letter_a_layer else value
+        if not isinstance(value, list | tuple) or _NOT_BY_LAYER.search(name):
+            return value
+
+        if _LISTS_INDICES.search(name):
+            for start in range(self.first, -1, -1):
+                if _are_indices(value, self.depth, start):
+                    return _new_indices(value, self.kept, start)
+        if _are_runs(value):  # in GPT-Neo: [[["global", "local"], 12]]
+            entries: list[Any] = []
+            for pattern, times in value:
+                entries += pattern * times
+            if len(entries) == self.depth:
+                return [[_of_kept(entries, self.kept), 1]]
+        return _of_kept(value, self.kept) if len(value) == self.depth and self._is_by_layer(name) else value
+
+    def _table(self, name: str, table: dict[Any, Any]) -> dict[Any, Any]:
+        """A table with an entry a layer, with lists of layers that count from 1, or with settings."""
+        has_indices = bool(table) and all(re.fullmatch(r"\d+", str(key)) and int(key) < self.depth for key in table)
+        if has_indices and self._is_by_layer(name):
+            shortened = {}
+            for key in table:
+                if int(key) in self.kept:
+                    shortened[type(key)(self.kept.index(int(key)))] = table[key]
+            return shortened
+
+        # Lists of indices that count from 1 (Kimi Linear); one of them has the last layer.
+        from_one = []
+        for key, value in table.items():
+            if _are_indices(value, self.depth, first=1) and self._is_by_layer(f"{name}.{key}"):
+                from_one.append(key)
+        if any(self.first == 1 or self.depth in table[key] for key in from_one):
+            return table | {key: _new_indices(table[key], self.kept, first=1) for key in from_one}
+        return {key: self.of(f"{name}.{key}", entry) for key, entry in table.items()}
+
+    def _is_by_layer(self, name: str) -> bool:
+        """Whether entries that are as many as the layers may be theirs: the name says so, or the code reads it."""
+        if _NAMES_LAYERS.search(name):
+            return True
+        own_name = re.escape(name.rpartition(".")[2])
+        read = rf"\.{own_name}\b|[\"']{own_name}[\"']|^ +{own_name} *:"  # config.name, get("name"), a field
+        return re.search(read, self.code, re.MULTILINE) is not None
 
 
 def _of_kept(entries: Sequence[Any], kept: Sequence[int]) -> list[Any]:
     """The entries of the kept layers; a list that is shorter than the depth is repeated."""
     return [entries[i % len(entries)] for i in kept]
-
-
-def _is_by_layer(name: str, code: str) -> bool:
-    """Whether entries that are as many as the layers may be theirs: the name says so, or the model's code reads it."""
-    if _NAMES_LAYERS.search(name):
-        return True
-    own_name = re.escape(name.rpartition(".")[2])
-    read = rf"\.{own_name}\b|[\"']{own_name}[\"']|^ +{own_name} *:"  # config.name, get("name"), a field
-    return re.search(read, code, re.MULTILINE) is not None
-
-
-def _shorten_table(
-    name: str, table: dict[Any, Any], kept: Sequence[int], depth: int, code: str, first: int
-) -> dict[Any, Any]:
-    """A table for the kept layers: with an entry a layer, with lists of layers that count from 1, or with settings."""
-    has_indices = bool(table) and all(re.fullmatch(r"\d+", str(key)) and int(key) < depth for key in table)
-    if has_indices and _is_by_layer(name, code):
-        shortened = {}
-        for key in table:
-            if int(key) in kept:
-                shortened[type(key)(kept.index(int(key)))] = table[key]
-        return shortened
-
-    # Lists of indices that count from 1 (Kimi Linear); one of them has the last layer.
-    from_one = []
-    for key, value in table.items():
-        if _are_indices(value, depth, first=1) and _is_by_layer(f"{name}.{key}", code):
-            from_one.append(key)
-    if any(first == 1 or depth in table[key] for key in from_one):
-        return table | {key: _new_indices(table[key], kept, first=1) for key in from_one}
-    return {key: _shorten(f"{name}.{key}", entry, kept, depth, code, first) for key, entry in table.items()}
 
 
 def _are_indices(value: Any, depth: int, first: int) -> bool:
@@ -253,33 +266,24 @@ def _are_runs(value: Sequence[Any]) -> bool:
     return True
 
 
-def _search(
-    config: PretrainedConfig,
-    original: PreTrainedModel,
-    values: dict[str, Any],
-    kept: Sequence[int],
-    build: Build,
-    thorough: bool,
-    fewest: int,
-) -> Shortened | None:
+def _search(wanted: Shortening, values: dict[str, Any], thorough: bool, fewest: int) -> Shortened | None:
     """Change the numbers of first or last layers, periods and offsets, each time the one that leaves the fewest
     differences, until none is left; None if no change helps any more or too many were tried.
 
     values, fewest: where it starts, and how many differences there are. thorough: try every period.
     """
-    depth = len(find_stack(original).layers)
     trials = 0
     while True:
         best = None
         for name, old in _text_values(values).items():
-            for new in _other_values(name, old, kept, depth, thorough):
+            for new in _other_values(name, old, wanted.kept, wanted.depth, thorough):
                 trials += 1
                 if trials > _MOST_TRIALS:
                     return None
                 trial = copy.deepcopy(values)
                 _text_values(trial)[name] = new
 
-                shortened, found = _prove(config, original, trial, kept, build, most=fewest)
+                shortened, found = _prove(wanted, trial, most=fewest)
                 if shortened is not None:
                     return shortened
                 if len(found) < fewest:
@@ -310,16 +314,16 @@ def _other_values(name: str, value: Any, kept: Sequence[int], depth: int, thorou
     return list(new_values)
 
 
-def _possible_removals(config: PretrainedConfig, original: PreTrainedModel, build: Build) -> str:
-    """Which single blocks could be removed: a hint, found in limited time."""
-    depth = len(find_stack(original).layers)
+def _possible_removals(wanted: Shortening) -> str:
+    """Which single blocks could be removed instead: a hint, found in limited time."""
+    depth = wanted.depth
     deadline = time.monotonic() + _PATIENCE
     tried = 0
     possible = []
     for i in range(depth):
         kept = [*range(i), *range(i + 1, depth)]
-        if not must_stay(original, kept, [i]):
-            shortened, _ = first_proven(config, original, kept, build, thorough=False)
+        if not must_stay(wanted.original, kept, [i]):
+            shortened, _ = first_proven(replace(wanted, kept=kept), thorough=False)
             if shortened is not None:
                 possible.append(i)
         tried += 1
@@ -332,20 +336,14 @@ def _possible_removals(config: PretrainedConfig, original: PreTrainedModel, buil
     return f"On its own each of the blocks {possible} can be removed{among}"
 
 
-def _prove(
-    config: PretrainedConfig,
-    original: PreTrainedModel,
-    values: dict[str, Any],
-    kept: Sequence[int],
-    build: Build,
-    most: int = _UNUSABLE,
-) -> tuple[Shortened | None, list[str]]:
+def _prove(wanted: Shortening, values: dict[str, Any], most: int = _UNUSABLE) -> tuple[Shortened | None, list[str]]:
     """Build the model of `values` and compare it with the original; the differences in words where there are any, at
     most `most` of them."""
+    config, original, kept = wanted.config, wanted.original, wanted.kept
     try:
         shortened = type(config).from_dict(_decoded(values))
         _copy_attention(config, shortened)
-        model = build(shortened)
+        model = wanted.build(shortened)
         stack = find_stack(model).layers
     except Exception as error:  # a configuration class raises errors of many kinds on values that do not fit together
         reason = str(error).strip().split("\n")[-1].strip()  # of transformers' checks the last line says what is wrong
@@ -353,7 +351,7 @@ def _prove(
     if len(stack) != len(kept):
         return None, [f"the shortened configuration has {len(stack)} layers, not {len(kept)}"] * _UNUSABLE
 
-    renaming = Renaming(kept, len(find_stack(original).layers), find_slots(original, model, kept))
+    renaming = Renaming(kept, wanted.depth, find_slots(original, model, kept))
     found = list(islice(differences(config, shortened, original, model, renaming), most))
     if found:
         return None, found
