@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockspin import baselines
+from blockspin.config import ChoosingSettings
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.files import write_json
 from blockspin.model.loading import load_model, load_tokenizer
@@ -166,10 +167,9 @@ def ours(
         for_choice,
         for_energies,
         Removable(model.config),
-        budget=(passes - cost_of(found)) / len(for_choice),
+        ChoosingSettings(seed=seed, budget=(passes - cost_of(found)) / len(for_choice)),
         repair_samples=repairing,
         partial=partial,
-        seed=seed,
         progress=False,
     )
     return selection

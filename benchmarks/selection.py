@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspin import baselines
+from blockspin.config import ChoosingSettings
 from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
 from blockspin.energies import estimate_energies
@@ -65,8 +66,7 @@ def choices(setting: Setting, energy: str, remove: int) -> tuple[list[Candidate]
         s.selection,
         s.energy,
         Removable(s.model.config),
-        budget=s.budget,
-        batch_size=BATCH,
+        ChoosingSettings(seed=0, budget=s.budget, batch_size=BATCH),
         progress=False,
     )
 

@@ -247,13 +247,9 @@ def _selected(case: Case, repair_samples: Sequence[Tensor]) -> Candidate:
         case.problems[config.energy],
         case.spectra[config.energy],
         setup.samples.selection,
-        setup.samples.calibration[:ACTIVATION_SAMPLES],
+        setup.samples.calibration,
         setup.removable,
-        seed=config.seed,
-        max_candidates=config.max_candidates,
-        batch_size=config.batch_size,
-        objective=config.objective,
-        budget=config.budget,
+        config,
         repair_samples=repair_samples,
     )
     return selection.chosen

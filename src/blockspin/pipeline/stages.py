@@ -31,7 +31,7 @@ from ..processes import from_main, is_main
 from ..progress import console
 from ..selection.repaired import repaired_beside
 from ..selection.result import Selection
-from ..selection.select import ACTIVATION_SAMPLES, select_with_energies
+from ..selection.select import select_with_energies
 from ..solvers import Spectrum, solve
 from ..solvers.candidates import Candidate
 from ..surgery.checkpoint import checkpoint_bytes, prune_checkpoint
@@ -283,8 +283,7 @@ def selection_stage(
 ) -> Selection:
     """The choice: read, or made, continuing where an interrupted run stopped.
 
-    samples: what the choice is made on. activation_samples: what the cheap baselines in the pool see, the first few.
-    repair_samples: what the last candidates are repaired with, where that is set.
+    samples, activation_samples: of `select_with_energies`. repair_samples: of it too, where `choose_repaired` is set.
     """
     with _journal(path) as partial:
         if not from_main(path.is_file):
@@ -294,13 +293,9 @@ def selection_stage(
                 problem,
                 spectrum,
                 samples,
-                activation_samples[:ACTIVATION_SAMPLES],
+                activation_samples,
                 removable,
-                seed=settings.seed,
-                max_candidates=settings.max_candidates,
-                batch_size=settings.batch_size,
-                objective=settings.objective,
-                budget=settings.budget,
+                settings,
                 repair_samples=repair_samples if settings.choose_repaired else (),
                 partial=partial,
             )

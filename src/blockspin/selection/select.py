@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import baselines
+from ..config import ChoosingSettings
 from ..energies import Energies
 from ..energies.fitted import Fitted
 from ..energies.robustness import Robustness, robustness
@@ -31,7 +32,6 @@ from .refit import refit
 from .repaired import choose_repaired, repaired_beside
 from .result import Selection, trial_of
 
-BUDGET = 64.0  # passes over the selection samples
 ACTIVATION_SAMPLES = 64  # calibration samples that the cheap baselines of the pool see
 
 
@@ -43,37 +43,36 @@ def select_with_energies(
     samples: Sequence[Tensor],
     activation_samples: Sequence[Tensor],
     removable: Removable,
+    settings: ChoosingSettings,
     *,
-    seed: int = 0,
-    max_candidates: int = 20,
-    objective: Objective = "kl",
-    budget: float = BUDGET,
-    batch_size: BatchSize = "auto",
     repair_samples: Sequence[Tensor] = (),
     partial: Path | None = None,
     progress: bool = True,
 ) -> tuple[Selection, Robustness]:
     """The whole selection: bootstrap, pool with the cheap baselines' choices, race, polish, the last repaired.
 
-    activation_samples: what the cheap baselines see.
+    activation_samples: what the cheap baselines see, the first `ACTIVATION_SAMPLES` of them.
+    removable: only what it allows is chosen; where it refuses candidates, others join the pool (`keep_possible`).
+    settings: how the choice is made; its numbers of samples are not read.
     repair_samples: what the last candidates are repaired with, other ones than `samples`; none: the choice is made on
         plain removals.
-    removable: only what it allows is chosen; where it refuses candidates, others join the pool (`keep_possible`).
-    objective, budget, partial: of `run_selection`.
+    partial: of `run_selection`.
 
     Raises:
         ValueError: no removal that meets the goal and can be saved was found; or as `run_selection`.
     """
+    seed, batch_size, most = settings.seed, settings.batch_size, settings.max_candidates
     trust = robustness(energies, problem, seed=seed)
 
     # What cheap baselines choose is always measured to the end: the outcome is never worse than theirs.
-    activations = baselines.measure_activations(model, activation_samples, units=problem.units, batch_size=batch_size)
+    seen = activation_samples[:ACTIVATION_SAMPLES]
+    activations = baselines.measure_activations(model, seen, units=problem.units, batch_size=batch_size)
     cheap = cheap_choices(problem, activations)
-    pool = pool_of(problem, spectrum, cheap, max_candidates=max_candidates, ground_states=trust.ground_states)
+    pool = pool_of(problem, spectrum, cheap, max_candidates=most, ground_states=trust.ground_states)
 
     # Where all of the pool can be saved, polishing need not ask either.
     last = baselines.last_blocks(problem).removed
-    possible = keep_possible(pool, problem, removable, last, states=max_candidates, seed=seed)
+    possible = keep_possible(pool, problem, removable, last, states=most, seed=seed)
 
     selection = run_selection(
         model,
@@ -83,16 +82,25 @@ def select_with_energies(
         fitted=energies if isinstance(energies, Fitted) else None,
         always=[candidate.removed for candidate in cheap if candidate in possible],
         removable=None if possible == pool else removable,
-        objective=objective,
-        budget=budget,
+        objective=settings.objective,
+        budget=settings.budget,
         batch_size=batch_size,
         partial=partial,
         progress=progress,
     )
     selection = _best_possible(selection, removable)
-    selection = _best_repaired(
-        model, selection, samples, repair_samples, removable, batch_size, seed, partial, progress
-    )
+    if repair_samples and not is_offloaded(model):
+        selection = choose_repaired(
+            model,
+            selection,
+            samples,
+            repair_samples,
+            removable,
+            batch_size=batch_size,
+            seed=seed,
+            partial=None if partial is None else repaired_beside(partial),
+            progress=progress,
+        )
     return selection, trust
 
 
@@ -104,33 +112,6 @@ def _best_possible(selection: Selection, removable: Removable) -> Selection:
     return replace(selection, chosen=Candidate(best.removed, best.source, best.energy, best.loss))
 
 
-def _best_repaired(
-    model: nn.Module,
-    selection: Selection,
-    samples: Sequence[Tensor],
-    repair_samples: Sequence[Tensor],
-    removable: Removable,
-    batch_size: BatchSize,
-    seed: int,
-    partial: Path | None,
-    progress: bool,
-) -> Selection:
-    """With the best after a repair as the choice, where one is wanted and the model is in memory."""
-    if not repair_samples or is_offloaded(model):
-        return selection
-    return choose_repaired(
-        model,
-        selection,
-        samples,
-        repair_samples,
-        removable,
-        batch_size=batch_size,
-        seed=seed,
-        partial=None if partial is None else repaired_beside(partial),
-        progress=progress,
-    )
-
-
 def select(
     model: nn.Module,
     spectrum_or_candidates: Spectrum | Sequence[Candidate],
@@ -139,8 +120,8 @@ def select(
     problem: RemovalProblem | None = None,
     units: Units = "blocks",
     objective: Objective = "kl",
-    budget: float = BUDGET,
-    max_candidates: int = 20,
+    budget: float = ChoosingSettings.budget,
+    max_candidates: int = ChoosingSettings.max_candidates,
     batch_size: BatchSize = "auto",
     progress: bool = True,
 ) -> Candidate:
@@ -179,7 +160,7 @@ def run_selection(
     removable: Removable | None = None,
     units: Units = "blocks",
     objective: Objective = "kl",
-    budget: float = BUDGET,
+    budget: float = ChoosingSettings.budget,
     batch_size: BatchSize = "auto",
     partial: Path | None = None,
     progress: bool = True,
