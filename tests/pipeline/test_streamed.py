@@ -49,6 +49,13 @@ def test_model_that_does_not_fit_is_streamed_and_that_is_said(
     assert not is_offloaded(load_model(tiny_folder, device_map="cpu"))
 
 
+def test_that_the_last_candidates_are_not_repaired_is_said(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(settings(tiny_folder, text_file, stream=True, energy="secant", own_text=0), tmp_path / "out")
+    assert "without a repair: its blocks are not in memory" in " ".join(capsys.readouterr().err.split())
+
+
 def test_stream_and_a_device_map_exclude_each_other(tiny_folder: Path, text_file: Path) -> None:
     with pytest.raises(ValueError, match=r"--stream .*leave out --device-map"):
         settings(tiny_folder, text_file, stream=True, device_map="cpu")

@@ -18,7 +18,6 @@ from ..energies import Energies
 from ..energies.fitted import Fitted
 from ..energies.robustness import Robustness, robustness
 from ..model.batches import BatchSize
-from ..model.offload import is_offloaded
 from ..problem import Removal, RemovalProblem, Units
 from ..progress import bar
 from ..solvers import Spectrum
@@ -89,7 +88,7 @@ def select_with_energies(
         progress=progress,
     )
     selection = _best_possible(selection, removable)
-    if repair_samples and not is_offloaded(model):
+    if repair_samples:
         selection = choose_repaired(
             model,
             selection,
