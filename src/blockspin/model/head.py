@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .batches import Batch, frozen, input_device
 from .blocks import check_model, find_stack
 from .offload import resident
+from .probe import probe_ids
 from .residual import patched_forward
 
 CHUNK_BYTES = 2**28  # of the logits that are held at a time, in float32
 CACHED_BYTES = 2**20  # of those that stay in the cache of a CPU core with what is computed from them
-PROBE = (1, 2, 3, 4, 5, 6)  # token ids on which the two halves of a model are compared with the whole
 NARROW_TOLERANCE, TOLERANCE = 1e-2, 1e-4  # of the largest logit, in 16 bits and in wider types
 
 
@@ -144,7 +144,7 @@ def split_model(model: nn.Module) -> SplitModel:
         ValueError: as `check_model` says.
     """
     check_model(model)
-    token_ids = torch.tensor([PROBE], device=input_device(model))
+    token_ids = probe_ids(model)
     with frozen(model), torch.no_grad():
         expected: Tensor = model(input_ids=token_ids, use_cache=False).logits[0]  # (tokens, vocabulary)
         for decoder in _decoders(model):

@@ -8,18 +8,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..files import replacing, write_json
 from ..lock import locked
-from ..model.batches import BatchSize, frozen, input_device
+from ..model.batches import BatchSize
 from ..model.blocks import find_stack
 from ..model.generation import check_generates
 from ..model.loading import load_model, local_folder
 from ..model.offload import StoredTensor, check_in_memory
+from ..model.probe import agree, probe_logits
 from ..model.spill import octets
 from ..model.weights import WeightFile, read_headers, tensor_shapes
 from ..progress import console
@@ -31,7 +31,6 @@ from .report import RepairReport
 from .run import check_inputs, run_repair
 
 _PROVENANCE = "blockspin.json"
-_CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _TOLERANCE = 1e-3  # of the largest logit
 _TOLERANCE_HALF = 5e-2  # where the checkpoint has 16 bits
 
@@ -195,12 +194,6 @@ def _stored_bytes(folder: Path) -> int:
 
 def _prove(written: PreTrainedModel, repaired: PreTrainedModel, stored_bytes: int) -> None:
     """The checkpoint, loaded again, must compute what the repaired model does."""
-    logits = []
-    for model in (written, repaired):
-        with frozen(model), torch.no_grad():
-            token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
-            logits.append(model(input_ids=token_ids, use_cache=False).logits.float().cpu())  # (1, tokens, vocabulary)
-    tolerance = (_TOLERANCE_HALF if stored_bytes < 4 else _TOLERANCE) * float(logits[1].abs().max())
-    assert torch.allclose(logits[0], logits[1], rtol=0, atol=tolerance), (
-        "the written checkpoint computes something else"
-    )
+    tolerance = _TOLERANCE_HALF if stored_bytes < 4 else _TOLERANCE
+    same = agree(probe_logits(written), probe_logits(repaired), tolerance)
+    assert same, "the written checkpoint computes something else"

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model.batches import frozen, input_device
+from ..model.batches import frozen
 from ..model.blocks import find_stack
 from ..model.branches import followed, noise_like
 from ..model.head import wide_dtype
 from ..model.offload import resident
+from ..model.probe import probe_ids
 from ..model.residual import patched_forward, stream_of
 from ..model.tracing import TracedModel
 
-WATCHED_IDS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _TOLERANCE = 1e-3  # of the change, in float32
 _TOLERANCE_HALF = 5e-2  # in dtypes of 16 bits
 
@@ -88,8 +88,7 @@ def look_at_blocks(traced: TracedModel, look: Callable[[int, Callable[[], Any], 
     with frozen(traced.model), torch.no_grad(), ExitStack() as patches:
         for i, layer in enumerate(traced.layers):
             patches.enter_context(patched_forward(layer, looking(i, layer.forward)))
-        token_ids = torch.tensor(WATCHED_IDS, device=input_device(traced.model))
-        traced.model(input_ids=token_ids, use_cache=False)
+        traced.model(input_ids=probe_ids(traced.model), use_cache=False)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..model.batches import frozen, input_device
+from ..model.batches import frozen
 from ..model.blocks import check_removal, find_stack
 from ..model.offload import check_in_memory
+from ..model.probe import agree, probe_ids, probe_logits
 from ..model.tracing import TracedModel, closed, trace_model
 from ..problem import Removal, Units
 from .absent import absent_before, add_absent, lacks_modules, leave_out, stock_class, stock_config
@@ -22,7 +23,6 @@ from .layer_config import Shortened, shorten_config
 from .proof import split_blocks
 from .renaming import Renaming
 
-_CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _DECODED_TOKENS = 8
 _TOLERANCE = 1e-3  # of the largest logit
 _TOLERANCE_HALF = 1e-2  # in dtypes of 16 bits and fewer
@@ -174,15 +174,9 @@ def _cut_slices(smaller: PreTrainedModel, shortened: Shortened) -> None:
 
 def _check_logits(model: PreTrainedModel, smaller: PreTrainedModel, removed: Sequence[int], units: Units) -> None:
     """Raise ValueError unless the shorter model computes what `model` does with the removed units' gates at zero."""
-    traced = trace_model(model, units)
-    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
-    with frozen(model), frozen(smaller), torch.no_grad():
-        found: Tensor = smaller(input_ids=token_ids, use_cache=False).logits.float()  # (1, tokens, vocabulary)
-        with closed(traced, removed):
-            expected: Tensor = model(input_ids=token_ids, use_cache=False).logits.float()
-
-    tolerance = (_TOLERANCE_HALF if _is_half(model) else _TOLERANCE) * float(expected.abs().max())
-    if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
+    with closed(trace_model(model, units), removed):
+        expected = probe_logits(model)
+    if not agree(probe_logits(smaller), expected, _TOLERANCE_HALF if _is_half(model) else _TOLERANCE):
         raise ValueError(
             f"without the {units} {list(removed)} the other {units} of {type(model).__name__} compute something else: "
             f"they use more of the removed {units} than the residual stream; choose other {units}"
@@ -207,7 +201,6 @@ def _cache_error(model: PreTrainedModel) -> float:
     share of the largest; 0 for a model that does not generate, infinite where generating fails."""
     if not model.can_generate():
         return 0.0
-    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(model))
     settings = GenerationConfig(
         min_new_tokens=_DECODED_TOKENS,
         max_new_tokens=_DECODED_TOKENS,
@@ -218,7 +211,7 @@ def _cache_error(model: PreTrainedModel) -> float:
     )
     with frozen(model), torch.no_grad():
         try:
-            decoded = model.generate(token_ids, generation_config=settings)
+            decoded = model.generate(probe_ids(model), generation_config=settings)
         except Exception:  # errors of many kinds, of model types that do not generate from tokens alone
             return math.inf
         whole = model(input_ids=decoded.sequences, use_cache=False).logits.float()  # (1, tokens, vocabulary)

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..files import replacing, write_json
 from ..lock import locked
-from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
 from ..model.loading import load_model, local_folder
+from ..model.probe import agree, probe_logits
 from ..model.tracing import TracedModel, trace_model
 from ..model.weights import silenced
 from ..problem import Block, block_of
@@ -27,7 +26,6 @@ from .provenance import RECORD, read_record, record_removal
 from .renaming import Renaming
 
 _SHARD = "5GB"  # the largest file of weights
-_CHECKED_TOKENS = [[1, 2, 3, 4, 5, 6]]  # (1, 6): any will do
 _TOLERANCE = 1e-3  # of the largest logit
 _CONVERTED_ROTATIONS = ("default", "llama3")  # what llama.cpp's converter of DeciLM writes
 
@@ -102,11 +100,7 @@ def _described(traced: TracedModel, removed: Iterable[int], before: Mapping[str,
 def _prove(folder: Path, smaller: PreTrainedModel) -> None:
     """Raise ValueError unless the model that is loaded from a folder computes the same."""
     loaded = load_model(folder, dtype="auto", trust_remote_code=True)
-    token_ids = torch.tensor(_CHECKED_TOKENS, device=input_device(smaller))
-    with frozen(smaller), frozen(loaded), torch.no_grad():
-        expected = smaller(input_ids=token_ids, use_cache=False).logits.float()  # (1, tokens, vocabulary)
-        found = loaded(input_ids=token_ids, use_cache=False).logits.float()
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max()), equal_nan=True):
+    if not agree(probe_logits(loaded), probe_logits(smaller), _TOLERANCE):
         raise ValueError(
             f"{type(smaller).__name__}, written and loaded again, computes something else; use the model in memory "
             "(`remove_blocks`), or remove whole blocks (--units blocks)"
