@@ -19,6 +19,21 @@ class WriteError(ValueError):
     """The system refused to write an output."""
 
 
+def check_free(path: Path) -> None:
+    """Refuse the place of an output where something is; an empty folder is nothing.
+
+    Raises:
+        ValueError: there is something.
+    """
+    if is_taken(path):
+        raise ValueError(f"{path} exists already; choose another place (--out) or remove it")
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something is at the place of an output."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Say in one line that something could not be written (disk full, read-only folder, ...).

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .files import is_taken, replacing
 from .processes import from_main
 
 
@@ -87,7 +87,7 @@ def check_settings(folder: Path, what: str, stored: Mapping[str, Any] | None, wa
         ValueError: the folder cannot be used; the message names the settings that differ.
     """
     if stored is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise ValueError(f"{folder} exists and is not a {what} of blockspin; choose another folder (--out)")
         return
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import replacing, write_json, writing
+from ..files import check_free, replacing, write_json, writing
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
@@ -30,6 +30,7 @@ from ..model.weights import silenced
 from ..processes import TIMEOUT, from_main
 from ..progress import console
 from ..surgery.card import add_training
+from ..surgery.provenance import RECORD
 from ..training import DistillConfig
 from .data import Samples, cached, divided, packed
 from .loss import DistillationLoss, split, training_forward
@@ -115,11 +116,10 @@ def distill_checkpoint(
     if config.teacher is None or config.data is None:
         raise ValueError("distillation needs a teacher and data (--teacher, --data)")
     config = replace(config, teacher_quantization=choose_quantization(config))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        finished = finished_training(out, student, config)
-        if finished is None:
-            raise ValueError(f"{out} exists already; choose another place (--out) or remove it")
+    finished = finished_training(out, student, config)
+    if finished is not None:
         return finished
+    check_free(out)
 
     tokenizer = check_training(student, config, state)
     with locked(out), writing(out):
@@ -173,7 +173,7 @@ def _train_checkpoint(
 def finished_training(out: Path, student: Path, config: DistillConfig) -> Distillation | None:
     """What the same training wrote to `out` when it was done; None where there is something else."""
     try:
-        about = json.loads((out / "blockspin.json").read_text())["distillation"]
+        about = json.loads((out / RECORD).read_text())["distillation"]
         history = json.loads((out / "distillation.json").read_text())
         stored = [about["student"], about["settings"]]
         result = Distillation(about["steps"], about["before"], about["after"], history)
@@ -342,7 +342,7 @@ def _write(
         "after": result.after,
         "settings": asdict(config),
     }
-    about = source / "blockspin.json"
+    about = source / RECORD
     known = json.loads(about.read_text()) if about.is_file() else {}
 
     with replacing(out) as temporary:
@@ -350,6 +350,6 @@ def _write(
             student.save_pretrained(temporary, state_dict=weights)
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
         record = {**known, "distillation": summary}
-        write_json(temporary / "blockspin.json", record)
+        write_json(temporary / RECORD, record)
         add_training(temporary, str(source), record)
         write_json(temporary / "distillation.json", result.history)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..files import replacing, write_json
+from ..files import check_free, replacing, write_json
 from ..lock import locked
 from ..model.batches import BatchSize
 from ..model.blocks import find_stack
@@ -24,13 +24,13 @@ from ..model.spill import octets
 from ..model.weights import WeightFile, read_headers, tensor_shapes
 from ..progress import console
 from ..surgery.card import add_repair
+from ..surgery.provenance import RECORD
 from ..surgery.shards import layer_prefix
 from .finished import FinishedBlocks
 from .own_text import own_share, own_text
 from .report import RepairReport
 from .run import check_inputs, run_repair
 
-_PROVENANCE = "blockspin.json"
 _TOLERANCE = 1e-3  # of the largest logit
 _TOLERANCE_HALF = 5e-2  # where the checkpoint has 16 bits
 
@@ -64,7 +64,7 @@ def repair_checkpoint(
             the models do not belong together, or as `repair` says.
     """
     source, target = local_folder(source), Path(target)
-    _check_target(target)
+    check_free(target)
     removed = removed_blocks(source)
 
     def load(folder: str | Path) -> PreTrainedModel:
@@ -95,12 +95,6 @@ def repair_checkpoint(
             _prove(load(temporary), shortened, _stored_bytes(temporary))
         finished.remove()
     return report
-
-
-def _check_target(target: Path) -> None:
-    """Refuse a place where something is."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
 
 
 def _new_weights(model: PreTrainedModel, report: RepairReport, finished: FinishedBlocks) -> dict[str, StoredTensor]:
@@ -138,10 +132,10 @@ def removed_blocks(folder: Path) -> list[int]:
         ValueError: there is none, nothing is gone, or the weights were changed since.
     """
     try:
-        about = json.loads((folder / _PROVENANCE).read_text())
+        about = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has no readable {_PROVENANCE}, which says what was removed; give a folder that "
+            f"{folder} has no readable {RECORD}, which says what was removed; give a folder that "
             "`blockspin prune` wrote"
         ) from error
     for name, done in (("repair", "repaired"), ("distillation", "trained")):
@@ -179,9 +173,9 @@ def _stored_names(
 
 def _record(folder: Path, report: RepairReport, original: str | Path, own_tokens: int) -> None:
     """Tell about a repair in `blockspin.json` and in the model card. own_tokens: how many the original has written."""
-    about = json.loads((folder / _PROVENANCE).read_text())
+    about = json.loads((folder / RECORD).read_text())
     repair_entry = {"original": str(original), "own_tokens": own_tokens, **report.as_json()}
-    write_json(folder / _PROVENANCE, about | {"repair": repair_entry})
+    write_json(folder / RECORD, about | {"repair": repair_entry})
     add_repair(folder, report.summary())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..files import replacing, write_json
+from ..files import check_free, is_taken, replacing, write_json
 from ..lock import locked
 from ..model.blocks import count_parameters, find_stack
 from ..model.loading import load_config, local_folder, model_without_weights
@@ -109,11 +109,10 @@ def is_done(target: Path, folder: Path, source: str | Path, removed: Sequence[in
     Raises:
         ValueError: it exists and is something else.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    if tells_of(target, folder, source, removed, units):
+    if is_taken(target) and tells_of(target, folder, source, removed, units):
         return True
-    raise ValueError(f"{target} exists already; choose another place (--out) or remove it")
+    check_free(target)
+    return False
 
 
 def refuse_adapter(folder: Path) -> None:
