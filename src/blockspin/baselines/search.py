@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,7 +105,7 @@ def evopress(
     traced = trace_model(model, problem.units)
     generator = np.random.default_rng(seed)
     few = max(1, len(samples) // 8)
-    spent = 0.0
+    spent = 0.0  # passes over all samples
 
     def divergences(removals: Sequence[Removal], on: Sequence[Tensor]) -> list[float]:
         nonlocal spent
@@ -113,30 +114,26 @@ def evopress(
         means: list[float] = token_mean(values, on).tolist()
         return means
 
-    first = []
-    for _ in range(offspring):
-        first.append(fill(problem, generator.permutation(problem.num_blocks).tolist()))
+    def fittest(removals: Sequence[Removal]) -> tuple[float, Removal]:
+        """Of those that are best on a few samples the best on all of them, behind its divergence."""
+        drawn = generator.choice(len(samples), few, replace=False).tolist()
+        ranking = np.argsort(divergences(removals, [samples[i] for i in drawn]), kind="stable")
+        chosen = [removals[i] for i in ranking[:survivors]]
+        return min(zip(divergences(chosen, samples), chosen, strict=True))
 
-    pool, parent, best, idle = set(first), first[0], float("inf"), 0
+    first = [fill(problem, generator.permutation(problem.num_blocks).tolist()) for _ in range(offspring)]
+    generation, parent, lowest, idle = sorted(set(first)), first[0], math.inf, 0
     with bar(progress) as display:
         task = display.add_task("EvoPress", total=budget)
         while spent < budget and idle < IDLE:
-            idle = 0 if pool else idle + 1
-            if pool:
-                # All on a few samples, the survivors on all.
-                mutants = sorted(pool)
-                drawn = generator.choice(len(samples), few, replace=False).tolist()
-                subset = [samples[i] for i in drawn]
-                ranking = np.argsort(divergences(mutants, subset), kind="stable")
-                chosen = [mutants[i] for i in ranking[:survivors]]
-                lowest, removed = min(zip(divergences(chosen, samples), chosen, strict=True))
-                if lowest < best:
-                    parent, best = removed, lowest
+            if generation:
+                divergence, removed = fittest(generation)
+                if divergence < lowest:
+                    parent, lowest = removed, divergence
+
             display.update(task, completed=spent)
-            pool = set()
-            for _ in range(offspring):
-                pool.add(mutated(problem, parent, generator))
-            pool.discard(parent)
+            generation = sorted({mutated(problem, parent, generator) for _ in range(offspring)} - {parent})
+            idle = 0 if generation else idle + 1
     return Candidate(parent, "EvoPress", problem.energy(parent))
 
 
