@@ -23,7 +23,7 @@ from ..model.batches import Batch, BatchSize, check_finite, frozen, make_batches
 from ..model.gates import gated
 from ..model.head import SplitModel, widened
 from ..model.passes import num_passes, over_removals
-from ..model.quality import kl, loss, measured
+from ..model.quality import MEASURES, measured
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Floats, Removal, RemovalProblem, Units
 from ..processes import gathered, share
@@ -159,7 +159,7 @@ def _pair_forms(
     traced: TracedModel, samples: Sequence[Tensor], pairs: Sequence[tuple[int, int]], objective: str
 ) -> NDArray[np.float32]:
     """(number of samples, N, N): Q of each sample; NaN for other pairs."""
-    measure, n = {"kl": kl, "loss": loss}[objective], traced.num_units
+    n, measure = traced.num_units, MEASURES[objective]
     removals = [*_at_most_one(n), *pairs]
     values = measured(traced, removals, samples, measure, batch_size=len(samples))[..., 0]  # (removals, samples)
     change = values - values[0]

@@ -243,7 +243,7 @@ def compared(
 
 def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
     """Means over all predicted tokens, (..., ), of the token means of each sample, (..., number of samples)."""
-    tokens = np.array(list(map(len, samples)), dtype=np.float64) - 1  # (number of samples,) predicted ones
+    tokens = predicted_tokens(samples).numpy()  # (number of samples,)
     return np.asarray(values @ (tokens / tokens.sum()))
 
 
@@ -380,3 +380,6 @@ def quality(log_probabilities: Tensor, reference: Reference) -> Tensor:
     same = log_probabilities.argmax(-1) == reference.top.to(log_probabilities.device)  # (tokens,)
     agreement = same.to(log_probabilities.dtype)[:, None]
     return torch.cat([loss(log_probabilities, reference), kl(log_probabilities, reference), agreement], dim=1)
+
+
+MEASURES: dict[str, Measure] = {"kl": kl, "loss": loss}  # of one number a token, by the names of objectives

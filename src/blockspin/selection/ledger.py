@@ -15,14 +15,13 @@ from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
 from ..model.passes import num_passes, share_that_runs
-from ..model.quality import kl, loss, measured
+from ..model.quality import MEASURES, measured
 from ..model.tracing import skipped, trace_model
 from ..problem import Floats, Removal, Units
 
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
 
-_MEASURES = {"kl": kl, "loss": loss}
 _TINY = 1e-30  # KL divergences are not taken to be smaller, so that they have logarithms
 
 
@@ -55,7 +54,7 @@ class Ledger:
         partial: Path | None = None,
         units: Units = "blocks",
     ) -> None:
-        if not callable(objective) and objective not in _MEASURES:
+        if not callable(objective) and objective not in MEASURES:
             raise ValueError(f"objective {objective!r}: must be kl, loss or a function of a model (--objective)")
         self.values: dict[Removal, Floats] = {}
         self.weights = np.array([1.0] if callable(objective) else [len(sample) - 1.0 for sample in samples])
@@ -127,9 +126,12 @@ class Ledger:
 
     def best(self) -> Removal:
         """Of the removals that were measured on the most samples, the one of lowest objective."""
-        most = max(len(values) for values in self.values.values())
-        complete = [removed for removed, values in self.values.items() if len(values) == most]
-        return min(complete, key=lambda removed: (self.mean(removed), removed))
+        return min(self.complete(), key=lambda removed: (self.mean(removed), removed))
+
+    def complete(self) -> list[Removal]:
+        """The removals that were measured on the most samples."""
+        most = max(map(len, self.values.values()))
+        return [removed for removed, values in self.values.items() if len(values) == most]
 
     def _mean_and_error(self, values: Floats) -> tuple[float, float]:
         """The weighted mean of the first samples' values, (number,), and its standard error."""
@@ -167,7 +169,7 @@ class Ledger:
     def _run(self, removals: Sequence[Removal], have: int, number: int) -> Floats:
         """(number of removals, number - have): the objective without each, on the samples from `have` to `number`."""
         if not callable(self._objective):
-            measure, samples = _MEASURES[self._objective], self._samples[have:number]
+            measure, samples = MEASURES[self._objective], self._samples[have:number]
             return measured(self._traced, removals, samples, measure, batch_size=self._batch_size)[..., 0]
 
         rows = []

@@ -213,10 +213,8 @@ def expected_best(
 
     None that measured higher than one of `always` is taken.
     """
-    most = max(map(len, ledger.values.values()))
-    complete = [removed for removed, values in ledger.values.items() if len(values) == most]
     limit = min(map(ledger.mean, always), default=math.inf)
-    allowed = [removed for removed in complete if ledger.mean(removed) <= limit]
+    allowed = [removed for removed in ledger.complete() if ledger.mean(removed) <= limit]
 
     expected = refit(ledger, problem, fitted).expected
     return min(allowed, key=lambda removed: (expected[removed], ledger.mean(removed), removed))
