@@ -12,14 +12,17 @@ from matplotlib.figure import Figure
 
 from .tables import Column, Table, ranges
 
-# What figures are drawn in becomes a colour of the page, which is another one in the dark.
+# What figures are drawn in: ours; what is there without being looked at; grid lines; blocks that stay.
+BLUE, MUTE, LINE, PALE, BLACK = "#0072b2", "#b4bcc6", "#e3e6ea", "#eeeeee", "#000000"
+
+# It becomes a colour of the page, which is another one in the dark.
 _COLOURS = {
-    "#0072b2": "var(--accent)",
-    "#000000": "var(--ink)",
-    "#b4bcc6": "var(--mute)",
-    "#e3e6ea": "var(--line)",
-    "#eeeeee": "var(--line)",
-    "#b0b0b0": "var(--line)",
+    BLUE: "var(--accent)",
+    BLACK: "var(--ink)",
+    MUTE: "var(--mute)",
+    LINE: "var(--line)",
+    PALE: "var(--line)",
+    "#b0b0b0": "var(--line)",  # matplotlib's own grid
     "#ffffff": "var(--paper)",
 }
 _STYLE = """

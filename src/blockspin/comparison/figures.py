@@ -13,22 +13,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ..config import GRADIENT_ENERGIES
+from ..page import BLACK, BLUE, LINE, MUTE, PALE
 from ..problem import rows_of
 from ..solvers import Spectrum
 from .results import ORIGINAL, RANDOM, SELECTED, Point, Row, averaged, goal_title
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
-BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#000000",
-)
-PALE = "#EEEEEE"  # blocks that stay
-MUTE, LINE = "#B4BCC6", "#E3E6EA"  # what is there without being looked at; grid lines
+ORANGE, GREEN, RED, SKY, PINK = "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
 NAMED = 3  # other methods that get a colour
 TOP = 3.0  # times the worst of those is where the axis ends
 OBJECTIVES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from .. import page
 from ..energies import load_energies
+from ..evaluation.perplexity import percent_above
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
 from ..pipeline.origin import command_options, public_name, public_settings
@@ -262,7 +262,7 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
     """What was found, in a sentence; and how the methods compare, in another. depth, noun: 30 "blocks"."""
     original, ranked = ranked_rows(rows, goal, objective)
     ours = next((row for row in ranked if row.is_ours), ranked[0])
-    rise, error = _rise(ours, original)
+    rise, error = percent_above(*ours.measured("loss", original))
     gone = f"{len(ours.removed)} of its {depth} {noun}" if ours.removed else goal
     first = (
         f"Without {gone}, {model} keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters and runs "
@@ -289,7 +289,7 @@ def numbers_of(rows: Sequence[Row], goal: str, noun: str) -> list[tuple[str, str
     """What was removed, what it costs, what it saves: large numbers with their words."""
     original, ranked = ranked_rows(rows, goal, "kl")
     ours = next((row for row in ranked if row.is_ours), ranked[0])
-    rise, error = _rise(ours, original)
+    rise, error = percent_above(*ours.measured("loss", original))
     saved = 1 - ours.num_bytes / original.num_bytes
     faster = ours.tokens_per_second / original.tokens_per_second
     return [
@@ -298,12 +298,6 @@ def numbers_of(rows: Sequence[Row], goal: str, noun: str) -> list[tuple[str, str
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(ours.num_bytes, 'B')}"),
         (f"{faster:.2f}x", "tokens a second, reading a text"),
     ]
-
-
-def _rise(row: Row, original: Row) -> tuple[float, str]:
-    """How much higher the perplexity is, in percent, and the standard error as text."""
-    ratio = math.exp(row.loss - original.loss)
-    return 100 * (ratio - 1), f" ±{100 * ratio * row.above_error:.1f}" if row.above_error else ""
 
 
 def ranked_rows(rows: Sequence[Row], goal: str, objective: str) -> tuple[Row, list[Row]]:

@@ -347,10 +347,18 @@ def _rise(row: Evaluation, first: Evaluation) -> str:
     """How much higher the perplexity is than the first's, in percent with its standard error; nothing for the first."""
     if row == first:
         return ""
-    above, error = row.above(first)
-    ratio = math.exp(above)
+    percent, spread = percent_above(*row.above(first))
+    return f" {percent:+.1f}%{spread}"
+
+
+def percent_above(loss: float, error: float | None) -> tuple[float, str]:
+    """How much higher a perplexity is than another's, in percent, and the standard error of that as text.
+
+    loss: above the other's, in nats. error: its standard error; None: not known.
+    """
+    ratio = math.exp(loss)
     spread = "" if error is None else f" ±{100 * ratio * error:.1f}"  # the derivative of exp is the ratio
-    return f" {100 * (ratio - 1):+.1f}%{spread}"
+    return 100 * (ratio - 1), spread
 
 
 def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from ..config import SolvingSettings
 from ..energies import Energies
 from ..files import replacing, write_json
+from ..page import BLUE, LINE
 from ..problem import Budget, Goal, Removal
 from ..progress import track
 from ..tables import Column, Table, ranges
 from .stages import find_states, note_goal, problem_of
 
 DEEPEST = 0.5  # the share of what the units have together that the last point takes away
-BLUE, LINE = "#0072B2", "#E3E6EA"
 
 
 @dataclass(frozen=True)

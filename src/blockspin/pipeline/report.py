@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +15,15 @@ from .. import page
 from ..config import CompressConfig
 from ..costs.targets import Met, goals_table
 from ..costs.timing import Check
-from ..evaluation.perplexity import Evaluation, results_table
+from ..evaluation.perplexity import Evaluation, percent_above, results_table
 from ..files import replacing
+from ..page import BLUE, LINE, MUTE
 from ..problem import NOUNS
 from ..selection.result import Selection
 from ..surgery.provenance import read_record
 from ..tables import ranges, short
 from .origin import command_options, goal_text, public_name, public_settings
 
-BLUE, MUTE, LINE = "#0072B2", "#B4BCC6", "#E3E6EA"
 FAR = 2.0  # times the objective of the chosen one; what is above that is not shown
 OBJECTIVES = {"kl": "KL divergence from the original (nats a token)", "loss": "loss (nats a token)"}
 
@@ -119,7 +118,7 @@ def chosen_row(rows: Sequence[Evaluation]) -> Evaluation:
 
 def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Selection, units: str) -> tuple[str, str]:
     """What was found in a sentence, and how it was chosen in another. units: "30 blocks"."""
-    rise, spread = _rise(chosen, original)
+    rise, spread = percent_above(*chosen.above(original))
     faster = chosen.times_as_fast(original)
     speed = "" if faster is None else f" and runs {faster:.2f} times as fast"
     first = (
@@ -137,7 +136,7 @@ def headline(original: Evaluation, chosen: Evaluation, model: str, selection: Se
 
 def numbers_of(original: Evaluation, chosen: Evaluation, noun: str) -> list[tuple[str, str]]:
     """What was removed, what it costs, what it saves. noun: of what was removed."""
-    rise, spread = _rise(chosen, original)
+    rise, spread = percent_above(*chosen.above(original))
     saved, faster = 1 - chosen.num_bytes / original.num_bytes, chosen.times_as_fast(original)
     numbers = [
         (f"{len(chosen.removed)} {noun}", f"removed: {ranges(chosen.removed)}"),
@@ -150,13 +149,6 @@ def numbers_of(original: Evaluation, chosen: Evaluation, noun: str) -> list[tupl
     if faster is not None:
         numbers.append((f"{faster:.2f}x", "tokens a second, reading a text"))
     return numbers
-
-
-def _rise(row: Evaluation, original: Evaluation) -> tuple[float, str]:
-    """How much higher the perplexity is, in percent, and the standard error as text."""
-    above, error = row.above(original)
-    ratio = math.exp(above)
-    return 100 * (ratio - 1), "" if error is None else f" ±{100 * ratio * error:.1f}"
 
 
 def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
