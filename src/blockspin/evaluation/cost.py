@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, StoppingCriteria
 
+from ..memory import trim_heap
 from ..model.batches import frozen, input_device
 from ..model.blocks import count_parameters
 from ..model.loading import context_length
@@ -269,13 +269,13 @@ def _peak_bytes(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int 
 
     try:
         # Memory that was freed, but not returned to the system, would serve the run unseen.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        trim_heap()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts again from here (Linux)
 
         before = _resident("VmRSS")
         _generate(model, prompt, new_tokens)
         return weights + max(0, _resident("VmHWM") - before)
-    except (OSError, AttributeError):
+    except OSError:
         return None
 
 
