@@ -37,7 +37,7 @@ _HOME = {
     "find_units": "model.tracing",
     "load_calibration": "data.calibration",
     "Candidate": "solvers.candidates",
-    "DistillConfig": "config",
+    "DistillConfig": "training",
     "distill": "distillation.run",
     "distill_checkpoint": "distillation.run",
     "estimate_energies": "energies",
