@@ -9,8 +9,8 @@ from tiny import tiny_config, tiny_random_model
 from torch import nn
 
 from blockspin.model.tracing import trace_model
+from blockspin.repairs.fitting import find_maps
 from blockspin.repairs.projections import find_projections
-from blockspin.repairs.readings import find_readings
 
 PROJECTIONS = {
     "llama": [("self_attn.o_proj", 0), ("mlp.down_proj", 1)],
@@ -55,9 +55,9 @@ def test_out_projections_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(READINGS))
 def test_in_projections_are_found(name: str) -> None:
-    for found in find_readings(trace_model(tiny_model(name))):
-        expected = READINGS[name]
-        assert [(reading.names, reading.norm, reading.additions, reading.has_bias) for reading in found] == expected
+    for maps in find_maps(trace_model(tiny_model(name))):
+        found = [(reading.names, reading.norm, reading.additions, reading.has_bias) for reading in maps.readings]
+        assert found == READINGS[name]
 
 
 @pytest.mark.parametrize("name", list(HYBRIDS))

@@ -22,7 +22,6 @@ from ..journal import check_settings
 from ..model.batches import frozen, input_device
 from ..model.head import SplitModel, widened
 from ..progress import console, track
-from .divergence import most_probable
 from .loss import split
 
 TOKENS_AT_ONCE = 8192  # of the teacher's passes
@@ -117,7 +116,7 @@ def _fill(view: TeachersView, teacher: SplitModel, temperature: float, done: int
         token_ids = torch.from_numpy(rows.astype(np.int64)).to(input_device(teacher.model))
         with torch.no_grad():
             hidden = teacher.hidden(input_ids=token_ids).flatten(0, 1)  # (tokens, width)
-            values, tokens = _most_probable_of(hidden, teacher, temperature, view.tokens.shape[-1])
+            values, tokens = _most_probable(hidden, teacher, temperature, view.tokens.shape[-1])
 
         part: Any = slice(start, start + len(rows))
         view.tokens[part] = tokens.cpu().numpy().reshape(len(rows), length, -1)
@@ -127,12 +126,12 @@ def _fill(view: TeachersView, teacher: SplitModel, temperature: float, done: int
         write_json(finished, start + len(rows))
 
 
-def _most_probable_of(hidden: Tensor, teacher: SplitModel, temperature: float, k: int) -> tuple[Tensor, Tensor]:
+def _most_probable(hidden: Tensor, teacher: SplitModel, temperature: float, k: int) -> tuple[Tensor, Tensor]:
     """(tokens, k) log-probabilities and token ids, from hidden states (tokens, width), a chunk at a time."""
     values, tokens = [], []
     for chunk in torch.split(hidden, 1024):
         logits = widened(teacher.logits(chunk))  # (chunk, vocabulary)
-        found = most_probable((logits / temperature).log_softmax(-1), k)
-        values.append(found[0].float())
-        tokens.append(found[1])
+        found = (logits / temperature).log_softmax(-1).topk(k)  # (chunk, k) each
+        values.append(found.values.float())
+        tokens.append(found.indices)
     return torch.cat(values), torch.cat(tokens)

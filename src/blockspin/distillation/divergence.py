@@ -24,12 +24,6 @@ def divergence(kind: str, teacher: Tensor, student: Tensor) -> Tensor:
     return (_kl(teacher, mean) + _kl(student, mean)) / 2
 
 
-def most_probable(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the teacher's k most probable tokens and which they are, (tokens, k) each."""
-    values, tokens = teacher.topk(k, dim=-1)
-    return values, tokens
-
-
 def with_rest(some: Tensor) -> Tensor:
     """(tokens, k) log-probabilities -> (tokens, k + 1): the last is what the others leave, kept away from log(0)."""
     rest = (1 - some.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST)

@@ -21,7 +21,7 @@ from ..model.blocks import find_stack
 from ..model.head import SplitModel, split_model, widened
 from ..model.residual import patched_forward, stream_in
 from ..progress import console
-from .divergence import divergence, most_probable, with_rest
+from .divergence import divergence, with_rest
 
 IGNORED = -100  # the label of a token without a successor, as in PyTorch
 
@@ -168,7 +168,7 @@ class DistillationLoss:
         log_probabilities = self._log_probabilities(widened(self.teacher.logits(target[0])))
         if self.top_k is None:
             return log_probabilities, None
-        values, tokens = most_probable(log_probabilities, self.top_k)
+        values, tokens = log_probabilities.topk(self.top_k)  # (tokens, k) each
         return with_rest(values), tokens
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.residual import ResidualBranches
 from ..model.tracing import TracedModel
-from .projections import check_weights, look_at_blocks, shared_weights
+from .projections import check_weights, shared_weights
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,18 @@ class _Seen:
     read: dict[str, tuple[str, int]]
 
 
-def find_readings(traced: TracedModel) -> list[list[Reading]]:
-    """The in-projections of every block, those with the same input together, in the order in which they run.
+def readings_of(traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor) -> list[Reading]:
+    """The in-projections of one block, those with the same input together, in the order in which they run.
 
     A map is one if its input is the very stream, or the very output of a module that was given the stream and nothing
     else. Maps that share their weights with another place of the model, and those that see some tokens only (routed
     experts), are left out.
 
+    run: runs the block on a few tokens, which enter as `stream`.
+
     Raises:
         ValueError: the weights of such a map are quantised.
     """
-    found: list[list[Reading]] = [[] for _ in traced.layers]
-
-    def look(block: int, run: Callable[[], Any], stream: Tensor) -> None:
-        found[block] = readings_of(traced, block, run, stream)
-
-    look_at_blocks(traced, look)
-    return found
-
-
-def readings_of(traced: TracedModel, block: int, run: Callable[[], Any], stream: Tensor) -> list[Reading]:
-    """The in-projections of one block. run: runs it on a few tokens, which enter as `stream`."""
     seen = _watched(traced.layers[block], run, stream)
     told_apart = traced.traces[block].branches > 0
     return _grouped(traced.layers[block], block, seen, shared_weights(traced, block), told_apart)
