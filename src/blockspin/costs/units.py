@@ -74,16 +74,16 @@ def unit_costs(
     chosen = tuple(units) if units is not None else tuple(blocks)
     block_bytes, all_bytes = _bytes_on_disk(source, model, dtype)
 
+    inactive = []  # (num_blocks,) parameters of experts that are not chosen for a token
+    for block, layer in zip(blocks, find_stack(model).layers, strict=True):
+        inactive.append(block.num_parameters - active_parameters(layer, config))
+
     # What a sub-layer has of its block: its share of the parameters, all of which are of one kind of number.
-    active, num_bytes, saved = [], [], 0
-    layers = find_stack(model).layers
-    for block in blocks:
-        saved += block.num_parameters - active_parameters(layers[block.index], config)
+    active, num_bytes = [], []
     for unit in chosen:
         block = blocks[block_of(unit)]
         num_bytes.append(block_bytes[block.index] * unit.num_parameters // max(block.num_parameters, 1))
-        inactive = block.num_parameters - active_parameters(layers[block.index], config)
-        active.append(unit.num_parameters - (inactive if "moe" in unit.kind else 0))
+        active.append(unit.num_parameters - (inactive[block.index] if "moe" in unit.kind else 0))
 
     all_parameters = count_parameters(model)
     cache = cache_of_layers(model, len(blocks), dtype, length)
@@ -94,7 +94,7 @@ def unit_costs(
         cache_bytes=None if cache is None else _by_unit(cache, chosen),
         context=length,
         all_parameters=all_parameters,
-        all_active=all_parameters - saved,
+        all_active=all_parameters - sum(inactive),
         all_bytes=all_bytes,
     )
 

@@ -39,6 +39,12 @@ class OffloadedTensor:
         """Where the module runs."""
         return torch.device(self.hook.execution_device)
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes where it is loaded."""
+        empty: Tensor = getattr(self.owner, self.name)
+        return empty.numel() * empty.itemsize
+
     def load(self) -> Tensor:
         """A copy of the tensor in the dtype that the model has, where the module runs.
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import CompressConfig
 from ..costs.targets import goals_of
@@ -257,9 +257,7 @@ def result_folder(config: CompressConfig, out: Path) -> Path:
 
 def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
     """Repair the smaller model, and measure it as the others were, on text that the repair has not seen."""
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    samples = from_main(lambda: load_samples(config, tokenizer, model_config))
+    _, tokenizer, samples = _of_run(config)
 
     def repaired() -> None:
         if (out / "repaired").is_dir():
@@ -281,6 +279,13 @@ def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) ->
 
     from_main(repaired)
     return evaluated(config, out, "repaired", removed, samples.evaluation, tokenizer)
+
+
+def _of_run(config: CompressConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Samples]:
+    """The configuration and the tokenizer of the original, and the samples of a run, for a stage after the choice."""
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    return model_config, tokenizer, from_main(lambda: load_samples(config, tokenizer, model_config))
 
 
 def evaluated(
@@ -305,10 +310,7 @@ def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ..
     It is trained on the calibration set, or on data of its own, but never on the samples of the evaluation.
     """
     assert config.distill is not None
-    remote = config.trust_remote_code
-    model_config = load_config(config.model, trust_remote_code=remote)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = from_main(lambda: load_samples(config, tokenizer, model_config))
+    model_config, tokenizer, samples = _of_run(config)
     settings = replace(
         config.distill,
         teacher=config.model,

@@ -47,6 +47,7 @@ FLOAT = 4  # bytes
 RECORDS = 250_000  # bytes of the page of a run, of what it is made of, and of what a Trainer notes
 LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
+TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 WRITING = 2  # text that the model writes, in passes over it
 REPAIRING = 5  # a repair of four kinds of maps a block, with the sums, in passes of the shortened model
 RANDOM_REMOVALS = 20  # whose mean size stands for that of the choice
@@ -65,7 +66,6 @@ MADE = {
     "distillation": "distilled",
     TASKS: "evaluation.json",
 }
-TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """memory_bytes: weights, logits and kept hidden states at most. disk_bytes: files of the run when they are most.
+    """What a run takes.
 
-    tokens_per_second: forward passes of the whole model, measured. budgets: what the targets ask for.
+    steps: its stages in order. tokens_per_second: forward passes of the whole model, measured.
+    memory_bytes: weights, logits and kept hidden states at most. disk_bytes: files of the run when they are most.
+    budgets: what the targets ask for.
     sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
     """
 
@@ -176,7 +178,7 @@ def plan_with(
         speed, reading = timed_block(traced, samples.calibration, config.batch_size)
         often = count_sweeps(config, traced, samples)
     else:
-        speed = tokens_per_second(traced, samples.calibration, config.batch_size)
+        speed = timed_passes(traced, samples.calibration, config.batch_size)
 
     budgets = _budgets(config, traced)
     gone = _parameters_gone(config, traced.units, budgets)
@@ -194,8 +196,8 @@ def plan_with(
     return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading, tuple(budgets))
 
 
-def tokens_per_second(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
-    """Forward passes with their losses on the longest samples; tokens that are padding are not counted."""
+def timed_passes(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
+    """Tokens a second of forward passes with their losses, on the longest samples; padding is not counted."""
     seconds, tokens = 0.0, 0
     trial = make_batches(samples, batch_size)[: TRIALS + 1]
     with frozen(traced.model), torch.no_grad():

@@ -41,7 +41,8 @@ class Trial(NamedTuple):
 def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> Trial:
     """Read the first block, and take a batch through it twice; other blocks are taken to be as fast a byte."""
     layer = traced.layers[0]
-    share = _numbers(traced, 0) / sum(_numbers(traced, i) for i in range(traced.depth))  # of all blocks' weights
+    sizes = [block.num_parameters for block in traced.blocks]
+    share = sizes[0] / sum(sizes)  # of all blocks' weights
     started = time.perf_counter()
     weights = load_weights(layer)
     reading = (time.perf_counter() - started) / share
@@ -54,11 +55,6 @@ def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: Batc
             call.run(call.stream).sum().item()  # waits for the device
             seconds = time.perf_counter() - started
     return Trial(int(batch.lengths.sum()) * share / seconds, reading)
-
-
-def _numbers(traced: TracedModel, block: int) -> int:
-    """How many numbers the parameters of a block hold."""
-    return traced.blocks[block].num_parameters
 
 
 def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> dict[str, float]:
@@ -88,18 +84,13 @@ def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) 
 def memory_of_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
     """Bytes of two blocks, one that runs and one that is read, and of the hidden states that share a sweep; a repair
     has the sums of the widest linear map besides, and hidden states of its own."""
-    largest = 0
-    for layer in traced.layers:
-        own = sum(
-            getattr(t.owner, t.name).numel() * getattr(t.owner, t.name).itemsize for t in offloaded_tensors(layer)
-        )
-        largest = max(largest, own)
+    sizes = [sum(tensor.num_bytes for tensor in offloaded_tensors(layer)) for layer in traced.layers]
     room = STATES_SHARE * available_memory()
     needed = min((traced.depth + 2) * _state_bytes(traced, samples.calibration), room)
     if config.repair:
         states = COPIES * _state_bytes(traced, [*samples.calibration, *samples.selection])
         needed = max(needed, min(states, room) + _bytes_of_sums(traced))
-    return int(2 * largest + needed)
+    return int(2 * max(sizes) + needed)
 
 
 def _bytes_of_sums(traced: TracedModel) -> int:
