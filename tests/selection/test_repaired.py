@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import random_samples, tiny_model
 
+from blockspin.config import ChoosingSettings
 from blockspin.model.quality import quality_of
 from blockspin.model.tracing import find_units
 from blockspin.problem import Removal, Units
@@ -23,6 +24,7 @@ SAMPLES = random_samples((20,) * 8, seed=3)
 TEXT = random_samples((24,) * 40, seed=4)
 MODEL = tiny_model("llama")
 EVERYTHING = Removable(MODEL.config)
+SETTINGS = ChoosingSettings(seed=0)
 
 
 def selection_of(*removals: Removal, units: Units = "blocks") -> Selection:
@@ -49,7 +51,7 @@ def test_the_best_after_a_repair_is_chosen() -> None:
     worst = max(removals, key=lambda removed: expected[removed])
     removals.sort(key=lambda removed: removed != worst)  # the choice so far
 
-    found = choose_repaired(MODEL, selection_of(*removals), SAMPLES, TEXT, EVERYTHING, progress=False)
+    found = choose_repaired(MODEL, selection_of(*removals), SAMPLES, TEXT, EVERYTHING, SETTINGS, progress=False)
     assert found.chosen.removed == best
     for trial in found.trials:
         assert trial.repaired == pytest.approx(expected[trial.removed], rel=1e-4)
@@ -65,7 +67,9 @@ def test_sub_layers_are_repaired_too() -> None:
     removals.sort(key=lambda removed: -expected[removed])  # the worst is the choice so far
     removable = Removable(MODEL.config, find_units(MODEL, "sublayers"))
 
-    found = choose_repaired(MODEL, selection_of(*removals, units="sublayers"), SAMPLES, TEXT, removable, progress=False)
+    found = choose_repaired(
+        MODEL, selection_of(*removals, units="sublayers"), SAMPLES, TEXT, removable, SETTINGS, progress=False
+    )
     assert found.chosen.removed == removals[-1]
     for trial in found.trials:
         assert trial.repaired == pytest.approx(expected[trial.removed], rel=1e-4)
@@ -83,14 +87,14 @@ def test_finalists_differ_where_they_can() -> None:
 
 def test_too_little_text_leaves_the_choice_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     before = selection_of((0,), (1,))
-    assert choose_repaired(MODEL, before, SAMPLES, TEXT[:3], EVERYTHING, progress=False) is before
+    assert choose_repaired(MODEL, before, SAMPLES, TEXT[:3], EVERYTHING, SETTINGS, progress=False) is before
     assert "too little text" in capsys.readouterr().err
 
 
 def test_quantised_weights_leave_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     model, before = tiny_model("llama"), selection_of((0,), (1,))
     model.config.quantization_config = {"quant_method": "fp8"}
-    assert choose_repaired(model, before, SAMPLES, TEXT, EVERYTHING, progress=False) is before
+    assert choose_repaired(model, before, SAMPLES, TEXT, EVERYTHING, SETTINGS, progress=False) is before
     assert "quantised" in capsys.readouterr().err
 
 
@@ -107,8 +111,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(repaired, "_measured", killed)
     with pytest.raises(KeyboardInterrupt):
-        choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, partial=file, progress=False)
+        choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, SETTINGS, partial=file, progress=False)
     first, done[:] = list(done), []
-    found = choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, partial=file, progress=False)
+    found = choose_repaired(MODEL, before, SAMPLES, TEXT, EVERYTHING, SETTINGS, partial=file, progress=False)
     assert sorted([*first, *done]) == [(0,), (1,), (2,)]
     assert all(trial.repaired is not None for trial in found.trials)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import ChoosingSettings
 from ..journal import Journal
 from ..model import fingerprint
-from ..model.batches import BatchSize
 from ..model.blocks import count_parameters, find_stack
 from ..model.offload import is_offloaded
 from ..model.quality import quality_of
@@ -37,9 +37,8 @@ def choose_repaired(
     samples: Sequence[Tensor],
     repair_samples: Sequence[Tensor],
     removable: Removable,
+    settings: ChoosingSettings,
     *,
-    batch_size: BatchSize = "auto",
-    seed: int = 0,
     partial: Path | None = None,
     progress: bool = True,
 ) -> Selection:
@@ -50,18 +49,18 @@ def choose_repaired(
     and tell what they have repaired. Where there is too little text for a repair, the model's blocks stay on disk or
     its weights are quantised, the selection stays as it is, and that is said.
 
-    selection: its objective is "kl" or "loss". partial: a file that keeps what was measured, so that the same call
-    continues.
+    selection: its objective is "kl" or "loss". settings: their seed and size of batches are read.
+    partial: a file that keeps what was measured, so that the same call continues.
 
     Raises:
         ValueError: a hidden state is not finite, or a partial file is of another selection.
     """
-    text = _text_to_fit(model, repair_samples, seed)
+    text = _text_to_fit(model, repair_samples, settings.seed)
     if not text:
         return selection
 
     last = finalists(selection, removable)
-    identity = fingerprint.of_results(model, [*samples, *text], selection.objective, seed)
+    identity = fingerprint.of_results(model, [*samples, *text], selection.objective, settings.seed)
     journal = Journal(partial, identity)
     known: dict[Removal, dict[str, Any]] = {tuple(entry["removed"]): entry for entry in journal.entries()}
 
@@ -69,7 +68,7 @@ def choose_repaired(
     missing = [trial for trial in last if trial.removed not in known]
     done, own = len(last) - len(missing), share(missing)
     found = gathered(
-        _measured(model, trial, removable.units, selection.objective, samples, text, batch_size, seed) for trial in own
+        _measured(model, trial, removable.units, selection.objective, samples, text, settings) for trial in own
     )
     entries = track(found, "Repairing the last candidates", len(last), done, show=progress)
     for trial, entry in zip(missing, entries, strict=True):
@@ -158,15 +157,14 @@ def _measured(
     objective: str,
     samples: Sequence[Tensor],
     text: Sequence[Tensor],
-    batch_size: BatchSize,
-    seed: int,
+    settings: ChoosingSettings,
 ) -> dict[str, Any]:
     """The objective of a removal after a repair, and what that took."""
     started = time.perf_counter()
     shortened = remove_blocks(model, trial.removed, units=units, copy=False)
     blocks = trial.removed if units == "blocks" else None
-    report = repair(shortened, model, text, removed=blocks, batch_size=batch_size, seed=seed)
-    quality = quality_of(shortened, model, samples, batch_size)
+    report = repair(shortened, model, text, removed=blocks, batch_size=settings.batch_size, seed=settings.seed)
+    quality = quality_of(shortened, model, samples, settings.batch_size)
 
     # In passes over the selection samples: the repair, and the measurement with that of the original beside it.
     share = sum(map(len, text)) / sum(map(len, samples))

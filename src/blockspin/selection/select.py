@@ -60,8 +60,8 @@ def select_with_energies(
     Raises:
         ValueError: no removal that meets the goal and can be saved was found; or as `run_selection`.
     """
-    seed, batch_size, most = settings.seed, settings.batch_size, settings.max_candidates
-    trust = robustness(energies, problem, seed=seed)
+    batch_size, most = settings.batch_size, settings.max_candidates
+    trust = robustness(energies, problem, seed=settings.seed)
 
     # What cheap baselines choose is always measured to the end: the outcome is never worse than theirs.
     seen = activation_samples[:ACTIVATION_SAMPLES]
@@ -71,8 +71,7 @@ def select_with_energies(
 
     # Where all of the pool can be saved, polishing need not ask either.
     last = baselines.last_blocks(problem).removed
-    possible = keep_possible(pool, problem, removable, last, states=most, seed=seed)
-
+    possible = keep_possible(pool, problem, removable, last, states=most, seed=settings.seed)
     selection = run_selection(
         model,
         possible,
@@ -89,16 +88,9 @@ def select_with_energies(
     )
     selection = _best_possible(selection, removable)
     if repair_samples:
+        beside = None if partial is None else repaired_beside(partial)
         selection = choose_repaired(
-            model,
-            selection,
-            samples,
-            repair_samples,
-            removable,
-            batch_size=batch_size,
-            seed=seed,
-            partial=None if partial is None else repaired_beside(partial),
-            progress=progress,
+            model, selection, samples, repair_samples, removable, settings, partial=beside, progress=progress
         )
     return selection, trust
 
