@@ -35,7 +35,7 @@ from ..pipeline.preflight import check_before, goals_before
 from ..pipeline.stages import (
     energies_stage,
     load_samples,
-    origin,
+    metadata_of,
     pose_problem,
     spectrum_stage,
     stored_bytes,
@@ -218,7 +218,7 @@ def energies_of(
             setup.traced.model,
             setup.samples.calibration[: config.samples_for(name)],
             path,
-            origin(config),
+            metadata_of(config),
             goal=goal,
             budgets=setup.budgets,
             protect=config.protect,

@@ -27,7 +27,7 @@ from ..machine import describe_machine
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
-from ..problem import Block, Budget, RemovalProblem, check_goal
+from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
@@ -49,7 +49,7 @@ from .stages import (
     goals_stage,
     load_samples,
     max_length,
-    origin,
+    metadata_of,
     pose_problem,
     selection_stage,
     spectrum_stage,
@@ -204,7 +204,7 @@ def _energies(
         model,
         samples.calibration,
         path,
-        origin(config),
+        metadata_of(config),
         goal=config.remove,
         budgets=budgets,
         protect=config.protect,
@@ -255,7 +255,7 @@ def result_folder(config: CompressConfig, out: Path) -> Path:
     return out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
 
 
-def repair_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
+def repair_stage(config: CompressConfig, out: Path, removed: Removal) -> Evaluation:
     """Repair the smaller model, and measure it as the others were, on text that the repair has not seen."""
     _, tokenizer, samples = _of_run(config)
 
@@ -292,7 +292,7 @@ def evaluated(
     config: CompressConfig,
     out: Path,
     name: str,
-    removed: tuple[int, ...],
+    removed: Removal,
     samples: Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluation:
@@ -304,7 +304,7 @@ def evaluated(
     return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))
 
 
-def distillation_stage(config: CompressConfig, out: Path, removed: tuple[int, ...]) -> Evaluation:
+def distillation_stage(config: CompressConfig, out: Path, removed: Removal) -> Evaluation:
     """Train the smaller model with the original as its teacher, and measure it as the others were.
 
     It is trained on the calibration set, or on data of its own, but never on the samples of the evaluation.

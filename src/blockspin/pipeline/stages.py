@@ -93,7 +93,7 @@ def max_length(settings: DataSettings, model_config: PretrainedConfig) -> int:
     return min(settings.max_length, context_length(model_config) or settings.max_length)
 
 
-def origin(config: CompressConfig) -> dict[str, str]:
+def metadata_of(config: CompressConfig) -> dict[str, str]:
     """What the file of the energies says of where they come from."""
     return {
         "model": config.model,
