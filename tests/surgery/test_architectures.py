@@ -231,7 +231,7 @@ def test_a_cache_that_counts_in_the_first_layer_needs_attention_there(tmp_path: 
 
 def test_what_is_decoded_with_the_cache_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The surgery finds the fault of MiniMax's cache by decoding, too."""
-    monkeypatch.setattr("blockspin.surgery.proof.check_attention", lambda model, kept: None)
+    monkeypatch.setattr("blockspin.surgery.proof.attention_obstacle", lambda model, kept: None)
     with pytest.raises(ValueError, match="computes something else with its cache"):
         remove_blocks(tiny_random_model(tiny_config("minimax")), [0])
 

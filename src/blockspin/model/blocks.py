@@ -154,18 +154,13 @@ def looks_at_images(block: Block) -> bool:
     return "cross_attention" in kinds and "attention" not in kinds
 
 
-def check_images(model: nn.Module, removed: Sequence[int]) -> None:
-    """Refuse to remove blocks that attend to images, or those after which features of images are added.
-
-    Such features are added to the hidden states after certain blocks, and must stay where they are.
-
-    Raises:
-        ValueError: the removal takes such a block, or it cannot be told where features are added.
-    """
+def image_obstacle(model: nn.Module, removed: Sequence[int]) -> str | None:
+    """Why images forbid a removal: it takes blocks that attend to them, or moves those after which features of images
+    are added to the hidden states, or it cannot be told which these are. None where they do not."""
     looking = [block.index for block in find_blocks(model) if looks_at_images(block)]
     seeing = sorted({*looking} & {*removed})
     if seeing:
-        raise ValueError(
+        return (
             f"the blocks {seeing} of {type(model).__name__} attend to images; what they do shows on no text, so "
             f"blockspin does not remove them; protect {looking} (--protect)"
         )
@@ -173,19 +168,26 @@ def check_images(model: nn.Module, removed: Sequence[int]) -> None:
     # Models of this kind (DeepStack, arXiv 2406.04334) take the features as an argument of the decoder.
     decoder = model.get_submodule(_parent(find_stack(model).name))
     if _IMAGE_FEATURES not in " ".join(inspect.signature(decoder.forward).parameters):
-        return
+        return None
 
     first = _blocks_with_features(model)
+    if first is None:
+        return (
+            f"{type(model).__name__} adds features of images to the hidden states of certain blocks, and its "
+            "configuration does not say to which; blockspin cannot tell what would move"
+        )
     moved = [i for i in removed if i < first]
     if moved:
-        raise ValueError(
+        return (
             f"among the first {first} blocks {type(model).__name__} adds features of images; "
             f"they would move without the blocks {moved}; protect these (--protect)"
         )
+    return None
 
 
-def _blocks_with_features(model: nn.Module) -> int:
-    """After how many of the first blocks no more features of images are added."""
+def _blocks_with_features(model: nn.Module) -> int | None:
+    """After how many of the first blocks no more features of images are added; None where the configuration does not
+    say."""
     config: Any = model.config
     values = config.to_dict()
     features = [value for name, value in _settings(values) if _IMAGE_FEATURES in name and value]
@@ -197,12 +199,7 @@ def _blocks_with_features(model: nn.Module) -> int:
     for name, value in values.items():
         if "layer" in name and isinstance(value, list | tuple):
             named += _numbers(value)
-    if not named:
-        raise ValueError(
-            f"{type(model).__name__} adds features of images to the hidden states of certain blocks, and its "
-            "configuration does not say to which; blockspin cannot tell what would move"
-        )
-    return max(named) + 1
+    return max(named) + 1 if named else None
 
 
 def _numbers(value: Any) -> Iterator[int]:

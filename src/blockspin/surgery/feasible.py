@@ -22,7 +22,7 @@ from ..solvers import solve
 from ..solvers.candidates import Candidate
 from .absent import stock_config
 from .layer_config import Shortening, first_proven
-from .proof import alike, broken_sharing, must_stay
+from .proof import alike, broken_sharing, obstacle
 
 Pattern = tuple[int, ...]  # for each layer in order: the first layer of the whole model that is built like it
 
@@ -55,7 +55,7 @@ class Removable:
             return False
         gone = self._blocks_in(removed)
         kept = [i for i in range(len(self.pattern)) if i not in gone]
-        if must_stay(self._model, kept, gone):
+        if obstacle(self._model, gone, kept) is not None:
             return False
 
         # Some blocks use keys, values or features that others make.

@@ -23,7 +23,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from ..model.blocks import DEPTH, find_stack
 from .patterns import module_settings
-from .proof import differences, find_slices, find_slots, must_stay
+from .proof import differences, find_slices, find_slots, obstacle
 from .renaming import Renaming
 
 Build = Callable[[PretrainedConfig], PreTrainedModel]
@@ -322,7 +322,7 @@ def _possible_removals(wanted: Shortening) -> str:
     possible = []
     for i in range(depth):
         kept = [*range(i), *range(i + 1, depth)]
-        if not must_stay(wanted.original, kept, [i]):
+        if obstacle(wanted.original, [i], kept) is None:
             shortened, _ = first_proven(replace(wanted, kept=kept), thorough=False)
             if shortened is not None:
                 possible.append(i)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from ..model.blocks import DEPTH, check_images, check_removal, find_blocks, find_stack
+from ..model.blocks import DEPTH, check_removal, find_blocks, find_stack, image_obstacle
 from ..problem import Removal
 from .renaming import Renaming
 
@@ -61,45 +61,40 @@ def split_blocks(model: nn.Module, removed: Iterable[int]) -> tuple[Removal, lis
     depth = len(find_stack(model).layers)
     removed = check_removal(removed, depth)
     kept = sorted({*range(depth)} - {*removed})
-    check_attention(model, kept)
-    check_images(model, removed)
+    reason = obstacle(model, removed, kept)
+    if reason is not None:
+        raise ValueError(reason)
     return removed, kept
 
 
-def must_stay(model: nn.Module, kept: Sequence[int], removed: Sequence[int]) -> bool:
-    """Whether no model of this kind survives a removal, whatever its configuration."""
-    try:
-        check_attention(model, kept)
-        check_images(model, removed)
-    except ValueError:
-        return True
-    return False
+def obstacle(model: nn.Module, removed: Sequence[int], kept: Sequence[int]) -> str | None:
+    """Why no model of this kind survives a removal, whatever its configuration; None where it may."""
+    return attention_obstacle(model, kept) or image_obstacle(model, removed)
 
 
-def check_attention(model: nn.Module, kept: Sequence[int]) -> None:
-    """The cache of a hybrid model counts tokens in its attention layers: one of them must stay.
+def attention_obstacle(model: nn.Module, kept: Sequence[int]) -> str | None:
+    """Why the cache would not count tokens with these blocks alone; None where it does.
 
-    MiniMax has a cache of its own, which counts them in the first layer, whatever it is. Where this is right in the
-    original it must be right in what is kept.
-
-    Raises:
-        ValueError: no attention block is kept, or none where the cache counts.
+    The cache of a hybrid model counts them in its attention layers: one of them must stay. MiniMax has a cache of its
+    own, which counts them in the first layer, whatever it is. Where this is right in the original it must be right in
+    what is kept.
     """
     blocks = find_blocks(model)
     attending = [block.index for block in blocks if "attention" in block.kind.split("+")]
     if not attending:
-        return
+        return None
     if not set(attending) & set(kept):
-        raise ValueError(f"the removal leaves no attention block; keep at least one of {attending}")
+        return f"the removal leaves no attention block; keep at least one of {attending}"
 
     # Where the attention layers are afterwards, and whether a cache of the model's own still counts there.
     positions = [position for position, i in enumerate(kept) if i in attending]
     for cache in _own_caches(model):
         if _counts_tokens(cache, attending) and not _counts_tokens(cache, positions):
-            raise ValueError(
+            return (
                 f"block {kept[0]} ({blocks[kept[0]].kind}) would come first, and {cache.__name__} counts tokens in the "
                 f"first block: generation would go wrong; keep a block of {attending} in front"
             )
+    return None
 
 
 def _own_caches(model: nn.Module) -> list[type[DynamicCache]]:
