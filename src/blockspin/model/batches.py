@@ -157,11 +157,11 @@ class Room:
         Raises:
             OutOfMemory: not even one sample fits.
         """
-        waiting = self.cut(batches)[::-1]
+        waiting = self.cut(batches)
         with bar(show) as display:
             task = display.add_task(title, total=done + sum(len(batch.indices) for batch in batches), completed=done)
             while waiting:
-                batch = waiting.pop()
+                batch = waiting.pop(0)
                 try:
                     result = run(batch)
                 except (MemoryError, RuntimeError) as error:
@@ -175,7 +175,7 @@ class Room:
                 # Here what the error held is free.
                 release_memory()
                 self._lower(batch)
-                waiting = self.cut([*waiting, batch][::-1])[::-1]
+                waiting = self.cut([batch, *waiting])
 
     def shared_results(
         self, batches: Sequence[Batch], run: Callable[[Batch], T], title: str = "", done: int = 0, show: bool = False
