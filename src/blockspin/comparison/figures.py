@@ -64,7 +64,11 @@ def hessian_figure(hessians: Mapping[str, NDArray[np.float64]], noun: str = "blo
         scale = float(np.quantile(off_diagonal, 0.98)) or float(np.abs(hessian).max()) or 1.0
         image = axes.imshow(hessian, cmap="RdBu_r", vmin=-scale, vmax=scale)
 
-        unit = "nats²" if name in GRADIENT_ENERGIES else "of log KL" if name.startswith("fitted") else "nats"
+        unit = "nats"
+        if name in GRADIENT_ENERGIES:
+            unit = "nats²"
+        elif name.startswith("fitted"):
+            unit = "of log KL"
         figure.colorbar(image, ax=axes, extend="both", label=f"energy ({unit})")
         axes.set(xlabel=noun, ylabel=noun, title=f"matrix of the energy: {name}")
         _count(axes.xaxis)

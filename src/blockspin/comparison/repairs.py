@@ -23,12 +23,14 @@ from .methods import TO_BE_REPAIRED, Setup
 from .results import RANDOM, Choice, Comparison, Repaired, goal_title
 
 OURS = "blockspin"
-_OTHERS: dict[str, Callable[..., None]] = {
+_REPAIRS: dict[str, Callable[..., Any]] = {
+    OURS: repair,
     "ReplaceMe": baselines.replaceme,
     "ReplaceMe, cosine": partial(baselines.replaceme, cosine=True),
     "LinearPatch": baselines.linear_patch,
     "Ghosted Layers": baselines.ghosted_layers,
 }
+_OTHERS = tuple(name for name in _REPAIRS if name != OURS)
 
 
 def repair_choices(setup: Setup, goal: str, comparison: Comparison, save: Callable[[], None]) -> None:
@@ -84,8 +86,7 @@ def _repaired(setup: Setup, goal: str, removed: Removal, name: str, text: Sequen
     model, config = setup.traced.model, setup.config
     shortened = remove_blocks(model, removed, units=config.units, copy=False)
     started = time.perf_counter()
-    method: Callable[..., Any] = _OTHERS.get(name, repair)
-    method(shortened, model, text, batch_size=config.batch_size)
+    _REPAIRS[name](shortened, model, text, batch_size=config.batch_size)
     seconds = time.perf_counter() - started
     return Repaired(goal, removed, name, seconds, **vars(quality_of(shortened, model, setup.samples.evaluation)))
 
@@ -104,7 +105,7 @@ def _table(comparison: Comparison, goal: str) -> Table:
 
     lines = []
     for plain in comparison.rows:
-        for name in (OURS, *_OTHERS):
+        for name in _REPAIRS:
             row = found.get((plain.removed, name))
             if row is None or plain.goal != goal or plain.windows or (name != OURS and plain.method != TO_BE_REPAIRED):
                 continue

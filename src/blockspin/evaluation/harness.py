@@ -53,8 +53,9 @@ def num_questions(found: Mapping[str, Mapping[str, Any]], limit: float | None) -
     for loaded in found.values():
         for task in loaded["tasks"].values():
             size = len(task.eval_docs)
-            most = size if limit is None else math.ceil(limit * size) if limit < 1 else int(limit)
-            number += min(size, most)
+            if limit is not None:
+                size = min(size, math.ceil(limit * size) if limit < 1 else int(limit))
+            number += size
     return number
 
 
