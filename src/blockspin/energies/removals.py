@@ -125,14 +125,8 @@ def measure_pairs(
             soft_wrap=True,
         )
 
-    for chosen in (range(first), range(first, len(samples))):
-        todo = _unmeasured(matrices, chosen)
-        if not todo:
-            continue
-
-        # The samples of the first quarter tell which pairs are worth measuring on the rest.
-        known = Interactions(matrices[:first], tokens[:first], blocks)
-        pairs = every if chosen.start == 0 else pairs_in_low_states(known)
+    def measure(todo: Sequence[int], pairs: Sequence[tuple[int, int]]) -> None:
+        """Find the forms of some samples, batch by batch."""
         batches = make_batches([samples[i] for i in todo], batch_size)
         parts = [[todo[i] for i in batch.indices] for batch in batches]
         forms = gathered(_forms_of_parts(traced, samples, share(parts), pairs, objective))
@@ -140,6 +134,12 @@ def measure_pairs(
             matrices[part] = rows
             keep_rows(journal, part, rows)
 
+    if todo := _unmeasured(matrices, range(first)):
+        measure(todo, every)
+
+    # The first samples tell which pairs are worth measuring on the rest.
+    if todo := _unmeasured(matrices, range(first, len(samples))):
+        measure(todo, pairs_in_low_states(Interactions(matrices[:first], tokens[:first], blocks)))
     return Interactions(matrices, tokens, blocks, metadata or {})
 
 
