@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import random_samples, tiny_model
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_random_model
 
 import blockspin as bs
@@ -57,6 +58,15 @@ def test_sublayers_that_are_blocks_go_byte_by_byte(tmp_path: Path) -> None:
     prune_checkpoint(tmp_path / "whole", [1], tmp_path / "blocks", progress=False)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("short", "blocks")]
     assert weights[0] == weights[1]
+
+
+def test_weights_stay_as_they_are_on_disk(tmp_path: Path) -> None:
+    """A checkpoint in 16 bits is not twice as large afterwards, though a CPU computes with it in float32."""
+    pruned(tiny_model("llama").to(torch.bfloat16), (3,), tmp_path)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "short"))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)  # dtypes too
+    assert json.loads((tmp_path / "short/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_the_same_call_again_leaves_the_result_and_another_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..files import replacing, write_json
 from ..lock import locked
 from ..model.blocks import count_parameters
-from ..model.loading import load_model, local_folder
+from ..model.loading import load_config, load_model, local_folder
+from ..model.placement import dtype_of
 from ..model.probe import agree, probe_logits
 from ..model.tracing import TracedModel, trace_model
 from ..model.weights import silenced
@@ -71,6 +74,8 @@ def prune_sublayers(
     if progress:
         console.print(_where_it_runs(smaller, [traced.units[i] for i in removed]), highlight=False, soft_wrap=True)
     kept = [i for i in range(traced.depth) if i not in whole]
+    expected = probe_logits(smaller)
+    _as_stored(smaller, dtype_of(load_config(folder, trust_remote_code=trust_remote_code), "auto"))
     with locked(target), replacing(target) as temporary:
         temporary.mkdir()
         copy_small_files(folder, temporary, module_settings(model, Renaming(kept, traced.depth)))
@@ -79,7 +84,7 @@ def prune_sublayers(
         record = record_removal(folder, source, tuple(whole), kept, [], about)
         write_json(temporary / RECORD, record)
         write_card(temporary, record, count_parameters(smaller), folder / CARD)
-        _prove(temporary, smaller)
+        _prove(temporary, expected)
 
 
 def _described(traced: TracedModel, removed: Iterable[int], before: Mapping[str, Any] | None) -> list[str]:
@@ -97,12 +102,20 @@ def _described(traced: TracedModel, removed: Iterable[int], before: Mapping[str,
     return found
 
 
-def _prove(folder: Path, smaller: PreTrainedModel) -> None:
-    """Raise ValueError unless the model that is loaded from a folder computes the same."""
+def _as_stored(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give parameters the dtype of the checkpoint again, which on a CPU are loaded as float32; none loses a bit."""
+    for parameter in model.parameters():
+        narrow = parameter.detach().to(dtype)
+        if torch.equal(narrow.to(parameter.dtype), parameter):
+            parameter.data = narrow
+
+
+def _prove(folder: Path, expected: Tensor) -> None:
+    """Raise ValueError unless the model that is loaded from a folder gives these logits, as `probe_logits` does."""
     loaded = load_model(folder, dtype="auto", trust_remote_code=True)
-    if not agree(probe_logits(loaded), probe_logits(smaller), _TOLERANCE):
+    if not agree(probe_logits(loaded), expected, _TOLERANCE):
         raise ValueError(
-            f"{type(smaller).__name__}, written and loaded again, computes something else; use the model in memory "
+            f"{type(loaded).__name__}, written and loaded again, computes something else; use the model in memory "
             "(`remove_blocks`), or remove whole blocks (--units blocks)"
         )
 
