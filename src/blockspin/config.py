@@ -141,7 +141,10 @@ class LoadingSettings(Settings):
     panel: ClassVar[str] = "Model"
 
     dtype: str = setting("auto, float32, bfloat16 or float16.", "auto", choices=DTYPES)
-    device_map: str | None = setting("auto spreads the model over several GPUs.", None)
+    device_map: str | None = setting(
+        "auto spreads the model over several GPUs; cpu loads it into the memory, even where --stream would be chosen.",
+        None,
+    )
     stream: bool = setting(
         "Read blocks from disk when they are needed; done by itself where a model does not fit.", False
     )
@@ -205,9 +208,9 @@ class SolvingSettings(SeedSettings):
 
     panel: ClassVar[str] = "Solver"
 
-    protect: tuple[int, ...] = setting("Blocks that must stay: 0-3,31.", (), parse=parse_indices)
-    beta: float = setting("Weight of the first-order term.", 0.0)
-    solver: str = setting("auto certifies its answer.", "auto")
+    protect: tuple[int, ...] = setting("Blocks (or sub-layers) that must stay: 0-3,31.", (), parse=parse_indices)
+    beta: float = setting("Weight of the first-order term, of energies from gradients.", 0.0)
+    solver: str = setting("auto certifies its answer; else exact, enumerate, tabu, anneal or gurobi.", "auto")
     states: int = setting("How many lowest-energy removals to find.", 100, least=1)
     time_limit: float | None = setting("Seconds the solver may take.", None, above=0)
 

@@ -234,6 +234,30 @@ def test_a_table_of_another_model_is_refused() -> None:
         check_table(times, [Block(0, "mamba", 1)], "table.json")
 
 
+def test_units_take_no_longer_than_the_whole_model() -> None:
+    blocks = [Block(i, "attention+mlp", 1) for i in range(4)]
+    whole = Seconds(1.0, 2.0)
+    too_long = TimeTable(whole, {"attention+mlp": Seconds(0.2, 0.6)}, "blocks", Workload(), "float32", "cpu", {})
+    with pytest.raises(ValueError, match=r"decode takes 2\.4 s in all 4 blocks together, and 2 s in the whole model"):
+        check_table(too_long, blocks, "table.json")
+
+
+def test_measured_times_add_up_to_the_whole_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise may say that half of the blocks take more than half of the time."""
+
+    def disturbed(models: dict[str, Any], prompts: object, new_tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
+        for _ in range(rounds):
+            yield {name: np.full(1 + new_tokens, 1.0 if name == timing.WHOLE else 0.25) for name in models}
+
+    monkeypatch.setattr(timing, "rounds_of_steps", disturbed)
+    model = tiny_random_model(tiny_config("llama"))
+    times = measure_times(model, workload=Workload(1, 4, 2), progress=False)
+    blocks = bs.find_blocks(model)
+    check_table(times, blocks, "table.json")
+    (one_block,) = times.kinds.values()
+    assert one_block == pytest.approx((1 / len(blocks), 2 / len(blocks)))
+
+
 def energies_file(folder: Path) -> Path:
     """Gradients made up for a tiny model, as a file that says which model it is."""
     save(folder / "model", "llama")
@@ -261,6 +285,17 @@ def test_options_that_change_nothing_are_named(tmp_path: Path, command: Command)
     code, said = command("solve", path, "--sweep", "speedup", "--points", 2, "--profile", times)
     assert code == 0, said
     assert "changes nothing" not in said
+
+
+def test_a_sweep_says_why_it_ends_and_keeps_its_figure_apart(tmp_path: Path, command: Command) -> None:
+    path = energies_file(tmp_path)
+    code, said = command("solve", path, "--sweep", "params", "--remove", 1, "--points", 6)
+    assert code == 0, said
+    assert "The front ends before" in said
+    code, said = command("solve", path, "--sweep", "params", "--out", tmp_path / "front.svg")
+    assert code == 2
+    assert "is the name of the figure; give that of the JSON file" in said
+    assert not (tmp_path / "front.svg").exists()
 
 
 def test_solving_for_targets(tmp_path: Path, command: Command) -> None:

@@ -129,7 +129,7 @@ def _option(name: str, kind: type[Settings], found: Field[Any]) -> inspect.Param
     """The option as a parameter that typer understands; None means that it was not given."""
     rule: Rule = found.metadata["rule"]
     declared = types_of(kind)[found.name]
-    without_default = found.default in (MISSING, None, (), False)
+    without_default = found.default in (MISSING, None, ()) or found.default is False  # which 0.0 equals
     shown = "" if without_default else f" (default: {found.default})"
     required = " Required, here or in --config." if found.default is MISSING else ""
 

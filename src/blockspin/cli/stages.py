@@ -221,6 +221,10 @@ def _sweep(
     found, times = load_energies(file), read_times(targets)
     if times is None and counted in OF_TIME:
         raise ValueError(f"--sweep of times needs a table: {NO_TIMES}")
+    if out is not None and out.suffix == ".svg":
+        raise ValueError(
+            f"--out {out} is the name of the figure; give that of the JSON file ({out.with_suffix('.json')})"
+        )
     model = model_of(found)
     say_unused(targets, counted)
     with locked(out):
@@ -291,6 +295,7 @@ def select(
             out,
             repair_samples=drawn[number:],
         )
+    console.print(f"Wrote {out}.", soft_wrap=True)
     if json:
         show_json(selection.as_json())
     else:

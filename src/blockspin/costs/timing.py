@@ -26,6 +26,7 @@ from ..tables import Column, Table
 ROUNDS = 24  # at most, in which the whole model and those without some units take turns
 LEAST_ROUNDS = 6  # before the times may count as steady
 STEADY = 0.01  # the halves of the rounds agree to so much of the times
+ROUNDING = 1e-6  # by such a share sums of times are off at most
 WHOLE = "whole model"
 _MACHINE = ("processor", "GPU")  # headings that tell machines apart
 
@@ -151,9 +152,10 @@ def measure_times(
 
     times, spread = _quiet_seconds(models, workload, rounds, progress)
     whole = times[WHOLE]
+    kinds = {kind: one_of(whole, times[kind], number) for kind, number in gone.items()}
     return TimeTable(
         whole=whole,
-        kinds={kind: one_of(whole, times[kind], number) for kind, number in gone.items()},
+        kinds=_within(whole, kinds, found),
         units=units,
         workload=workload,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -272,6 +274,22 @@ def one_of(whole: Seconds, without: Seconds, number: int) -> Seconds:
     return Seconds(max(0.0, prefill / number), max(0.0, decode / number))
 
 
+def _of_all(kinds: Mapping[str, Seconds], units: Sequence[Block]) -> Seconds:
+    """What all units take together."""
+    each = [kinds[unit.kind] for unit in units]
+    return Seconds(sum(one.prefill for one in each), sum(one.decode for one in each))
+
+
+def _within(whole: Seconds, kinds: Mapping[str, Seconds], units: Sequence[Block]) -> dict[str, Seconds]:
+    """The times of units of each kind, smaller where all together would take longer than the whole model.
+
+    They do so by the errors of measuring, on a machine with other work.
+    """
+    together = _of_all(kinds, units)
+    prefill, decode = [min(1.0, most / max(taken, most)) for most, taken in zip(whole, together, strict=True)]
+    return {kind: Seconds(prefill * one.prefill, decode * one.decode) for kind, one in kinds.items()}
+
+
 def _usual_workload(model: PreTrainedModel) -> Workload:
     """The default one; a shorter prompt where the model does not hold so many tokens."""
     usual = Workload()
@@ -291,10 +309,21 @@ def _without_some(model: PreTrainedModel, indices: Sequence[int], units: Units) 
 
 
 def check_table(times: TimeTable, units: Sequence[Block], path: str) -> None:
-    """Refuse a table of another model, or of other units. Raises ValueError."""
+    """Refuse a table of another model, or of other units, or whose units take longer than the whole model.
+
+    Raises:
+        ValueError: it is such a table.
+    """
     kinds = sorted({unit.kind for unit in units})
     if times.units != units_of(units) or not {*kinds} <= {*times.kinds}:
         raise ValueError(
             f"{path} has times of {times.units} of the kinds {', '.join(times.kinds)}; the model's "
             f"{units_of(units)} are of {', '.join(kinds)}: make a table for it with blockspin profile (--profile)"
         )
+    for name, taken, most in zip(Seconds._fields, _of_all(times.kinds, units), times.whole, strict=True):
+        if taken > most * (1 + ROUNDING):
+            raise ValueError(
+                f"{path}: {name} takes {taken:.4g} s in all {len(units)} {times.units} together, and {most:.4g} s in "
+                "the whole model; the times under `kinds` are those of one: correct the table, or measure again with "
+                "blockspin profile (--profile)"
+            )

@@ -14,7 +14,7 @@ from ..energies import Energies
 from ..files import replacing, write_json
 from ..page import BLUE, LINE
 from ..problem import Budget, Goal, Removal
-from ..progress import track
+from ..progress import console, track
 from ..tables import Column, Table, ranges
 from .stages import find_states, note_goal, problem_of
 
@@ -59,9 +59,10 @@ def pareto_front(
         budget = replace(swept, goal=f"{swept.goal}, point {number}", least=least)
         try:
             problem = problem_of(energies, remove, settings, [*budgets, budget])
-        except ValueError:
+        except ValueError as error:
             if not found:
                 raise
+            console.print(f"The front ends before {swept.text(swept.total - least)}: {error}.", soft_wrap=True)
             break
 
         spectrum = find_states(problem, replace(settings, states=1))

@@ -137,7 +137,9 @@ def _checked_count(remove: int, num_blocks: int, num_open: int) -> int:
     if not 1 <= count < num_blocks:
         raise ValueError(f"remove={count}: must be at least 1 and fewer than the {num_blocks} blocks")
     if count > num_open:
-        raise ValueError(f"remove={count}: only {num_open} of {num_blocks} blocks are not protected")
+        raise ValueError(
+            f"remove={count}: only {num_open} of {num_blocks} blocks are not protected; remove or protect fewer"
+        )
     return count
 
 
