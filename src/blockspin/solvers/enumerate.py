@@ -18,6 +18,7 @@ import numpy as np
 from ..problem import Floats, Ints, RemovalProblem
 from .compiled import compiled, compiled_for_scans
 from .moves import Pool, Terms, empty_pool, insert, merge, offer_removal, pool_rows, terms_of, toggle, worst
+from .relaxation import convex_shift
 from .spectrum import SearchResult, Statistics
 from .stopping import Stop
 from .subsets import LANES, Plan, Singles, first_picks, make_plan
@@ -47,7 +48,7 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
     terms = terms_of(problem.reduced, problem.resolution)
     with Stop(time_limit) as stop:
         # A tabu search first: the lower the energy to beat, the fewer removals are computed again in float64.
-        start, _ = search(problem, states, seed, 12 if count > SMALL else 1, stop)
+        start, _ = search(problem, convex_shift(*terms[:7]).x, states, seed, 12 if count > SMALL else 1, stop)
         cut[0] = worst(start) + problem.resolution
 
         if every:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import RemovalProblem
+from ..problem import Floats, RemovalProblem
 from .compiled import compiled
 from .moves import (
     Chosen,
@@ -43,20 +43,26 @@ def tabu(problem: RemovalProblem, states: int, time_limit: float | None, seed: i
     """The lowest removals seen in a fixed number of seeded restarts, or until the time limit."""
     n = len(problem.reduced.block)
     with Stop(time_limit) as stop:
-        pool, restarts = search(problem, SPARE * states, seed, RESTARTS, stop)
-        add_neighbours(terms_of(problem.reduced, problem.resolution), pool, n, stop)
+        terms = terms_of(problem.reduced, problem.resolution)
+        relaxed = convex_shift(*terms[:7]).x
+        pool, restarts = search(problem, relaxed, SPARE * states, seed, RESTARTS, stop)
+        add_neighbours(terms, pool, n, stop)
 
     statistics: Statistics = {"restarts": restarts, "steps": restarts * STEPS_PER_VARIABLE * n}
     return SearchResult(pool_rows(pool, n), -np.inf, statistics | stop.reason())
 
 
-def search(problem: RemovalProblem, states: int, seed: int, restarts: int, stop: Stop) -> tuple[Pool, int]:
-    """Tabu searches from many starts; returns the pool of the lowest removals and the number of starts made."""
+def search(
+    problem: RemovalProblem, relaxed: Floats, states: int, seed: int, restarts: int, stop: Stop
+) -> tuple[Pool, int]:
+    """Tabu searches from many starts; returns the pool of the lowest removals and the number of starts made.
+
+    relaxed (n,): the solution of the relaxation, to round.
+    """
     n = len(problem.reduced.block)
     terms = terms_of(problem.reduced, problem.resolution)
     pool = empty_pool(states, n)
     rng = np.random.default_rng(seed)
-    relaxed = convex_shift(*terms[:7]).x  # (n,)
 
     for done in range(restarts):
         if done and stop.expired():
