@@ -86,3 +86,26 @@ print(before - psutil.Process().memory_info().rss)
 def test_memory_below_what_is_still_used_goes_back_to_the_system() -> None:
     run = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
     assert int(run.stdout) > 0.9 * 160e6
+
+
+REUSED = """
+import psutil, torch
+from blockspin.memory import map_tensors
+
+large = torch.zeros(7_000_000)  # 28 MB: once it is freed, glibc takes what is smaller from its heap
+del large
+{mapping}
+rows = [torch.zeros(500_000) for _ in range(80)]  # 160 MB
+last = rows[-1]
+before = psutil.Process().memory_info().rss
+del rows
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what glibc keeps")
+@pytest.mark.parametrize("mapping", ["", "map_tensors()"])
+def test_tensors_with_pages_of_their_own_leave_nothing_behind(mapping: str) -> None:
+    script = REUSED.format(mapping=mapping)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (int(run.stdout) > 0.9 * 158e6) == bool(mapping)

@@ -15,6 +15,8 @@ if sys.platform != "win32":  # which sets no limits of this kind
     import resource
 
 STATES_SHARE = 1 / 8  # of the free memory, for the hidden states that are kept for later passes
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_MAPPED_BYTES = 2**17  # from which on a tensor has pages of its own; what glibc begins with
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIPS = Path("/proc/self/cgroup")  # of this process
 # Of control groups, version 2 and 1: the limit, what is used, and what of it is a cache of files, which goes first.
@@ -73,6 +75,18 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def map_tensors() -> None:
+    """From here on, have glibc give each tensor pages of its own, which go back to the system with it.
+
+    By itself it takes tensors of up to 32 MB from its heap once such ones were freed, and there a freed one stays as
+    long as anything above it is in use.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is not None:
+            set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def states_limit(device: torch.device) -> int:

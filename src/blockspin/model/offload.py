@@ -16,7 +16,7 @@ from accelerate.utils import named_module_tensors
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..memory import trim_heap
+from ..memory import map_tensors
 
 T = TypeVar("T")
 _MEMORY = "_blockspin_memory"  # the attribute of a model with what `remembered` keeps
@@ -183,6 +183,7 @@ def running_device(module: nn.Module) -> torch.device:
 
 def load_weights(module: nn.Module) -> list[Tensor]:
     """The offloaded tensors in and below a module, in the order of `offloaded_tensors`."""
+    map_tensors()  # these go again, and should leave nothing behind
     return [tensor.load() for tensor in offloaded_tensors(module)]
 
 
@@ -256,7 +257,6 @@ class ReadAhead:
         with resident(module, weights):
             del weights
             yield
-        trim_heap()
         if again:
             self._load_next()
 

@@ -24,6 +24,7 @@ from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
+from ..memory import release_memory
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
@@ -87,6 +88,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
     with locked(out):
         from_main(lambda: open_run(config, out))
         rows = from_main(lambda: read_rows(out)) or shorten(config, out)
+        release_memory()  # of the original, which the stages below open again
 
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         names = [row.name for row in rows]

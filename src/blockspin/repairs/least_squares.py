@@ -50,13 +50,18 @@ class NormalEquations:
         on average, noise of the relative variance `ridge` on every input would do the same. An input that
         is always zero gets zero.
         """
+        factor = torch.linalg.cholesky(self._penalised(ridge))  # of a matrix that is gone when this is used
+        return torch.cholesky_solve(self.cross, factor)
+
+    def _penalised(self, ridge: float) -> Tensor:
+        """The matrix that `solution` solves with, (inputs, inputs)."""
         diagonal = self.gram.diagonal()
         silent = diagonal == 0
         penalised = self.gram.clone()
         penalised.diagonal().add_(ridge * diagonal + silent)
         # The last term keeps collinear inputs solvable where the ridge is tiny.
         penalised.diagonal().add_(torch.finfo(torch.float64).eps * len(diagonal) * diagonal.max())
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(penalised))
+        return penalised
 
     def error(self, solution: Tensor | None = None) -> float:
         """The weighted squares that `solution` (inputs, outputs) leaves; without one, those that are missing now."""
