@@ -31,6 +31,7 @@ from blockspin.solvers.relaxation import convex_shift
 from blockspin.solvers.roots import open_roots
 from blockspin.solvers.stopping import Stop
 from blockspin.solvers.subproblem import relaxed_below
+from blockspin.solvers.tree import branching_variable
 
 OWN = ["exact", "enumerate", "tabu", "anneal"]
 PROVING = ["exact", "enumerate", "gurobi"]
@@ -163,6 +164,28 @@ def test_proving_solvers_equal_plain_enumeration(
     assert [s.energy for s in spectrum.states] == pytest.approx(truth, abs=1e-9)
     assert spectrum.num_proven == len(truth)
     assert spectrum.lower_bound == spectrum.states[0].energy
+
+
+@pytest.mark.parametrize("curvature", [5.0, 0.0, -5.0, -1e9])
+def test_a_free_variable_is_branched_on_whatever_its_curvature(curvature: float) -> None:
+    problem = random_problem(8, "psd", "count")
+    n = len(problem.reduced.block)
+    relaxed, node = relaxed_below(terms_of(problem.reduced, problem.resolution), np.full(n, FREE, np.int8))
+    node.assignment[: n - 2] = 0  # all but two are decided
+    assert branching_variable(relaxed._replace(diagonal=np.full(n, curvature)), node) in (n - 2, n - 1)
+
+
+# Where counts hold, the form of these falls along single variables that are free.
+@pytest.mark.parametrize(
+    ("seed", "kind", "constraint", "states"),
+    [(5365, "whole numbers", "count and budgets", 13), (12134, "indefinite", "count", 9)],
+)
+def test_forms_that_fall_along_single_variables(seed: int, kind: str, constraint: str, states: int) -> None:
+    problem = random_problem(seed, kind, constraint)
+    truth = all_energies(problem)[:states]
+    spectrum = bs.solve(problem, states=states, solver="exact")
+    assert [s.energy for s in spectrum.states] == pytest.approx(truth, abs=1e-9)
+    assert spectrum.num_proven == len(truth)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,8 +13,11 @@ from .node import FREE, Assignment, Node, Relaxed
 
 @compiled
 def branching_variable(relaxed: Relaxed, node: Node) -> int:
-    """The free variable that matters most: far from both its limits, and with a steep curvature."""
-    best, most = -1, -1.0
+    """The free variable that matters most: far from both its limits, and with a steep curvature.
+
+    Where counts hold, a convex form may have any curvature along a single variable, a steeply falling one too.
+    """
+    best, most = -1, -np.inf
     for i in range(relaxed.num_binary):
         if node.assignment[i] == FREE:
             gain = np.sqrt(min(node.z[i], 1.0 - node.z[i])) * relaxed.diagonal[i]
