@@ -278,7 +278,7 @@ def run_ours(
 def run_bound(
     arguments: argparse.Namespace, model: nn.Module, results: Results, held_out: HeldOut, remove: int
 ) -> None:
-    """The lowest removal that a long search on the held-out conversations themselves finds: no choice can be better."""
+    """The lowest removal that a long search on the held-out conversations themselves finds: about the best there is."""
     label = f"M={remove} bound"
     if results.lack(label, "searched on the held-out conversations"):
         chat = held_out.texts["chat"]

@@ -88,7 +88,7 @@ class TargetSettings(Settings):
         about_memory = [name for name, given in (("context", self.context), ("batch", self.batch > 1)) if given]
         if about_memory and self.target_memory is None and swept != "target_memory":
             said.append(f"without a target of memory (--target-memory) {' and '.join(map(flag, about_memory))}")
-        if self.profile is not None and not self.needs_times and not (swept or "").endswith("speedup"):
+        if self.profile is not None and not self.needs_times and swept not in OF_TIME:
             said.append("without a target of time (--target-speedup, --target-prefill-speedup) --profile")
         return f"Note: {', and '.join(said)} changes nothing." if said else None
 

@@ -155,8 +155,11 @@ def looks_at_images(block: Block) -> bool:
 
 
 def image_obstacle(model: nn.Module, removed: Sequence[int]) -> str | None:
-    """Why images forbid a removal: it takes blocks that attend to them, or moves those after which features of images
-    are added to the hidden states, or it cannot be told which these are. None where they do not."""
+    """Why images forbid a removal; None where they do not.
+
+    It takes blocks that attend to them, or moves those after which features of images are added to the hidden states,
+    or it cannot be told which these are.
+    """
     looking = [block.index for block in find_blocks(model) if looks_at_images(block)]
     seeing = sorted({*looking} & {*removed})
     if seeing:
@@ -186,8 +189,7 @@ def image_obstacle(model: nn.Module, removed: Sequence[int]) -> str | None:
 
 
 def _blocks_with_features(model: nn.Module) -> int | None:
-    """After how many of the first blocks no more features of images are added; None where the configuration does not
-    say."""
+    """After how many of the first blocks no more features of images are added; None: the configuration does not say."""
     config: Any = model.config
     values = config.to_dict()
     features = [value for name, value in _settings(values) if _IMAGE_FEATURES in name and value]
