@@ -232,7 +232,7 @@ def check_removal(removed: Iterable[int], num_blocks: int) -> Removal:
         raise ValueError(f"blocks are named twice in the removal {indices}")
     if indices and not 0 <= indices[0] <= indices[-1] < num_blocks:
         outside = ", ".join([str(i) for i in indices if not 0 <= i < num_blocks])
-        raise ValueError(f"the removal names {outside}; blocks have the numbers 0 to {num_blocks - 1}")
+        raise ValueError(f"the removal names {outside}, outside the blocks 0 to {num_blocks - 1}")
     if len(indices) >= num_blocks:
         raise ValueError(f"removing {len(indices)} of {num_blocks} blocks leaves no model; remove fewer")
     return tuple(indices)
