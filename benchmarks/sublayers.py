@@ -170,6 +170,7 @@ METHODS: dict[str, Callable[[Setup, int], Candidate]] = {
     "FinerCut": lambda setup, share: greedy(baselines.finercut, setup, share),
     "EvoPress": evolution,
 }
+OURS = ("blocks", "sub-layers")  # whose rows come first
 
 
 def key_of(draw: int, share: int, method: str) -> str:
@@ -219,13 +220,14 @@ def small_model(vocabulary: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def jobs(draws: int, shares: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+def jobs(draws: int, shares: Sequence[int], methods: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     """(draw, share, method), ours first."""
-    first = ("blocks", "sub-layers")
+    ours = [name for name in methods if name in OURS]
+    others = [name for name in methods if name not in OURS]
     for draw in range(draws):
-        for methods in (first, [name for name in METHODS if name not in first]):
+        for group in (ours, others):
             for share in shares:
-                for method in methods:
+                for method in group:
                     yield draw, share, method
 
 
@@ -243,7 +245,7 @@ def run(arguments: argparse.Namespace) -> None:
     drawn = texts.first("chat", arguments.draws * each)
     repairing = texts.tokens(["chat"], arguments.tokens)
     wanted = {}
-    for draw, share, method in jobs(arguments.draws, arguments.shares):
+    for draw, share, method in jobs(arguments.draws, arguments.shares, arguments.methods):
         samples = drawn[draw * each : (draw + 1) * each]
         setup = Setup(model, samples, repairing, arguments.passes, draw, arguments.out)
         wanted[key_of(draw, share, method)] = partial(row_of, setup, method, share, held_out)
@@ -276,6 +278,7 @@ def main() -> None:
     parser.add_argument("--text", help="held-out text of other kinds: rows with text and source")
     parser.add_argument("--shares", type=int, nargs="+", default=list(SHARES), help="per cent of the blocks")
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="whose rows to make")
     parser.add_argument("--passes", type=float, default=ALL_PASSES, help="over one sample, of each method")
     parser.add_argument("--tokens", type=int, default=65_536, help="to repair with")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sample at most")
