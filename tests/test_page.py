@@ -17,6 +17,7 @@ from blockspin import page
 from blockspin.pipeline.compress import compress
 from blockspin.pipeline.origin import command_options, goal_text, public_name, public_settings
 from blockspin.tables import Column, Table
+from blockspin.training import DistillConfig
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAPER = {"light": (255, 255, 255), "dark": (0x13, 0x16, 0x1A)}
@@ -113,3 +114,16 @@ def test_origins(tmp_path: Path) -> None:
     assert public_settings(given)["protect"] == [1, 2]
     options = command_options(public_settings(given))
     assert options == "--calibration 'd e.txt' --states 6 --protect 1,2"
+    trained = public_settings({"distill": {"data": str(tmp_path / "a" / "chat.jsonl"), "max_steps": 7, "seed": None}})
+    assert trained == {"distill": {"data": "chat.jsonl", "max_steps": 7}}
+    training = command_options(trained["distill"], DistillConfig, "distill_")
+    assert training == "--distill-data chat.jsonl --distill-max-steps 7"
+    off = {
+        "repair": False,
+        "choose_repaired": True,
+        "stream": False,
+        "own_text": 0.0,
+        "target_size": 5e9,
+        "budget": 8.0,
+    }
+    assert command_options(off) == "--no-repair --own-text 0.0 --target-size 5000000000 --budget 8.0"

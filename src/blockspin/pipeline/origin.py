@@ -11,11 +11,12 @@ from typing import Any
 
 from ..config import CompressConfig
 from ..problem import Goal
-from ..settings import flag
+from ..settings import Settings, flag
+from ..targets import TARGETS
 from .stages import Samples
 
 _ARGUMENTS = ("model", "remove", "distill")  # what no option of its own says, or another
-_SOURCES = ("model", "calibration", "evaluation")
+_SOURCES = ("model", "calibration", "evaluation", "data", "profile", "include_path", "cache_teacher")  # maybe paths
 
 
 def public_name(source: str) -> str:
@@ -33,18 +34,21 @@ def describe_samples(samples: Samples) -> dict[str, str]:
     return described
 
 
-def command_options(settings: Mapping[str, Any]) -> str:
-    """The options that differ from the defaults, as they are typed."""
-    defaults = {found.name: found.default for found in fields(CompressConfig)}
+def command_options(settings: Mapping[str, Any], kind: type[Settings] = CompressConfig, prefix: str = "") -> str:
+    """The options that differ from the defaults of `kind`, as they are typed. prefix: of their names."""
+    defaults = {found.name: found.default for found in fields(kind)}
     words = []
     for name, value in settings.items():
-        if name in _ARGUMENTS or value == defaults.get(name) or value in (None, False, [], ()):
+        if name in _ARGUMENTS or value in (None, [], ()) or value == defaults.get(name):
             continue
-        if value is True:
-            words.append(flag(name))
-            continue
-        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        words.append(f"{flag(name)} {shlex.quote(text)}")
+        option = flag(prefix + name)
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif name in TARGETS:  # bytes and parameters in full, not as 5e+09
+            words.append(f"{option} {value:.12g}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            words.append(f"{option} {shlex.quote(text)}")
     return " ".join(words)
 
 
@@ -65,6 +69,8 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that say something, without the folders of models and data. Lists, not tuples, as YAML has them."""
     shown = {}
     for name, value in json.loads(json.dumps(settings)).items():
+        if isinstance(value, dict):  # of a training, or numbers of blocks by kind
+            value = public_settings(value)
         if value not in (None, [], "", {}):
             shown[name] = public_name(value) if name in _SOURCES else value
     return shown

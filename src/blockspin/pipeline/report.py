@@ -22,6 +22,7 @@ from ..problem import NOUNS
 from ..selection.result import Selection
 from ..surgery.provenance import read_record
 from ..tables import ranges, short
+from ..training import DistillConfig
 from .origin import command_options, goal_text, public_name, public_settings
 
 FAR = 2.0  # times the objective of the chosen one; what is above that is not shown
@@ -199,7 +200,9 @@ def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
 def _origin(config: CompressConfig, about: dict[str, str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(asdict(config))
-    words = ["blockspin compress", settings["model"], goal_text(config.remove), command_options(settings), "--out DIR"]
-    command = " ".join(filter(None, words))
+    words = ["blockspin compress", settings["model"], goal_text(config.remove), command_options(settings)]
+    if config.distill is not None:
+        words += ["--distill", command_options(settings["distill"], DistillConfig, "distill_")]
+    command = " ".join(filter(None, [*words, "--out DIR"]))
     parts = [page.facts(about), page.code(command), page.code(yaml.safe_dump(settings, sort_keys=False))]
     return page.section("How this was made", parts, "machine, data, settings, command")
