@@ -73,8 +73,9 @@ def bar(show: bool = True) -> Progress:
         BarColumn(),
         _StepsColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("spent,"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
         disable=not show,
     )

@@ -69,7 +69,7 @@ def load_calibration(
     if not samples:
         raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens ({OPTIONS})")
     if len(samples) < num_samples:
-        console.print(f"The calibration set has only {len(samples)} samples of the {num_samples} asked for; using all.")
+        console.print(f"The calibration set has only {len(samples)} of the {num_samples} samples asked for; using all.")
     return samples
 
 

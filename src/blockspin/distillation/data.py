@@ -99,7 +99,7 @@ def _answers(
     if not chosen:
         raise ValueError(f"{config.data} has no prompt of at most {longest} tokens (--self-generated, --max-length)")
     if len(chosen) < config.self_generated:
-        console.print(f"The data has only {len(chosen)} prompts of the {config.self_generated} asked for; using all.")
+        console.print(f"The data has only {len(chosen)} of the {config.self_generated} prompts asked for; using all.")
     return generate_answers(
         load_teacher(), chosen, max_new_tokens=config.answer_tokens, seed=config.seed, partial=folder / "answers.jsonl"
     )

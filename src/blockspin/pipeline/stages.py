@@ -73,7 +73,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     drawn = draw(config.calibration, sum(sizes))
     wanted = len(sizes) - sizes.count(0)
     if len(drawn) < wanted:
-        raise ValueError(f"the calibration set has {len(drawn)} samples; at least {wanted} are needed (--calibration)")
+        raise ValueError(f"the calibration set is too small: {len(drawn)} of at least {wanted} samples (--calibration)")
 
     def share(size: int) -> int:
         """How many samples of what was drawn a set gets: at least one, if any are wanted."""

@@ -134,6 +134,8 @@ def _counted(
 
 def _checked_count(remove: int, num_blocks: int, num_open: int) -> int:
     count = whole(remove, "remove")
+    if num_blocks == 1:
+        raise ValueError(f"remove={count}: must be fewer than the 1 block of the model, so none can be removed")
     if not 1 <= count < num_blocks:
         raise ValueError(f"remove={count}: must be at least 1 and fewer than the {num_blocks} blocks")
     if count > num_open:

@@ -30,6 +30,7 @@ SOLVERS: dict[str, Callable[[RemovalProblem, int, float | None, int], SearchResu
 FEW = 10**6  # so many candidates are enumerated at once
 
 _SMALL = 12  # blocks of the problems whose solution compiles the kernels
+_LONG = 10**9  # numbers from here on are shown as powers of ten
 _NOTICED = 3.0  # seconds of compilation that are worth a line
 
 
@@ -63,7 +64,9 @@ def solve(
         result = SearchResult(np.zeros((1, 0), dtype=bool), math.inf, {})
 
     if solver == "auto":
-        result.statistics["chosen"] = f"{name}, for {problem.num_candidates:.3g} candidates"
+        number = problem.num_candidates
+        shown = f"{number:,}" if number < _LONG else f"{number:.1e}"
+        result.statistics["chosen"] = f"{name}, for {shown} candidates"
     return spectrum_of(problem, result, states, name, time.perf_counter() - started)
 
 

@@ -59,7 +59,8 @@ class Spectrum:
 
     def summary(self) -> str:
         """One or two sentences: who searched, for how long, what is proven."""
-        took = f"{self.statistics.get('chosen', self.solver)} took {self.seconds:.2f} s"
+        searched = f"{self.statistics['chosen']}," if "chosen" in self.statistics else self.solver
+        took = f"{searched} took {self.seconds:.2f} s"
         if "stopped" in self.statistics:
             took += f" (stopped early: {self.statistics['stopped']})"
 
