@@ -270,7 +270,7 @@ class CompressConfig(
     panel: ClassVar[str] = "Run"
 
     model: str = setting("Hub id, local folder or GGUF file of a causal language model.")
-    calibration: str = setting("Text the energy is computed on: hub id or local file.")
+    calibration: str = setting("Text the energy is computed on: hub id, or local file of texts or conversations.")
     remove: Goal | None = setting(
         "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters; targets may decide instead.",
         None,
@@ -322,11 +322,14 @@ class EvaluateConfig(TaskSettings, LoadingSettings):
     rollouts: tuple[tuple[str, int], ...] = setting(
         "Sampled answers for each question of a task: aime25=10,gpqa_diamond_cot_zeroshot=5.", (), parse=parse_rollouts
     )
-    temperature: float = setting("Of the sampling of rollouts.", 0.6, above=0)
-    top_p: float = setting("Of the sampling of rollouts.", 0.95, above=0, most=1)
-    seed: int = setting("Of the sampling, of answers and of --data.", 42, least=0, most=MAX_SEED)
+    temperature: float = setting("Rollouts are sampled at this temperature.", 0.6, above=0)
+    top_p: float = setting("Rollouts are sampled from so much of the probability.", 0.95, above=0, most=1)
+    seed: int = setting("Decides the sampled answers and the order of --data.", 42, least=0, most=MAX_SEED)
     batch_size: int | Literal["auto"] = setting(
-        "A number, or auto: what fits into the GPU.", "auto", parse=parse_batch_size, least=1
+        "Questions or prompts in one pass; auto: what fits into the GPU, and 1 for --cost.",
+        "auto",
+        parse=parse_batch_size,
+        least=1,
     )
     backend: str = setting("What runs the model: hf or vllm.", "hf", choices=BACKENDS)
     cache: str | None = setting(

@@ -130,7 +130,7 @@ class Settings:
         try:
             values = yaml.load(Path(path).read_text(), Loader=_Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(f"cannot read the settings {path}: {reason} (--config)") from error
         return cls.known({} if values is None else values, str(path))
 

@@ -38,7 +38,12 @@ Data = Annotated[
     ),
 ]
 Calibration = Annotated[
-    str, typer.Option("--calibration", help="Text the energy is computed on: hub id or local file.")
+    str,
+    typer.Option(
+        "--calibration",
+        help="Text the energy is computed on: hub id, or local file of texts or conversations.",
+        rich_help_panel="Run",
+    ),
 ]
 Remove = Annotated[
     str | None,

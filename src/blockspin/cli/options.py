@@ -130,7 +130,7 @@ def _option(name: str, kind: type[Settings], found: Field[Any]) -> inspect.Param
     rule: Rule = found.metadata["rule"]
     declared = types_of(kind)[found.name]
     without_default = found.default in (MISSING, None, ()) or found.default is False  # which 0.0 equals
-    shown = "" if without_default else f" (default: {found.default})"
+    shown = "" if without_default else f"  [default: {'on' if found.default is True else found.default}]"
     required = " Required, here or in --config." if found.default is MISSING else ""
 
     # A switch that is on in a file can be turned off.

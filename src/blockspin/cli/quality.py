@@ -20,7 +20,9 @@ from .options import Given, with_settings
 @app.command(cls=Command)
 @with_settings
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Hub ids or local folders; the first is the reference.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Hub ids, local folders or GGUF files; the first is the reference.")
+    ],
     settings: Given[EvaluateConfig],
     drawing: DataSettings,
     data: Annotated[
@@ -30,11 +32,15 @@ def evaluate(
         int, typer.Option("--num-samples", min=1, help="Samples of --data.")
     ] = CompressConfig.evaluation_samples,
     text: Annotated[
-        list[str] | None, typer.Option("--text", help="Perplexity of a whole text: wikitext2 or a text file.")
+        list[str] | None,
+        typer.Option(
+            "--text", help="Perplexity of a whole text: wikitext2 or a text file; may be repeated.", metavar="<str>"
+        ),
     ] = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of --text.")] = 2048,
     cost: Annotated[
-        bool, typer.Option("--cost", help="Size, cache, prefill, decode, memory; models in turns.")
+        bool,
+        typer.Option("--cost", help="Size, cache, memory, and times of prefill and decoding; the models take turns."),
     ] = False,
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a prompt of --cost.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated in --cost.")] = 64,

