@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers as tf
 from conftest import save_tiny
-from students import TWO_PROCESSES, settings
+from students import TWO_PROCESSES, samples, settings
 
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
 from blockspin.distillation import preflight
 from blockspin.distillation import trainer as training
-from blockspin.distillation.run import Distillation, distill_checkpoint, last_checkpoint
+from blockspin.distillation.run import Distillation, distill, distill_checkpoint, last_checkpoint
 from blockspin.evaluation.perplexity import Evaluation
 from blockspin.pipeline.compress import compress
 from blockspin.pipeline.stages import load_samples
@@ -197,6 +197,21 @@ def test_bad_input_is_refused_before_anything_is_written(
         run(tmp_path / "full")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out-training").exists()
+
+
+def test_models_that_are_taken_for_each_other_are_refused(
+    run: Callable[..., Distillation], tiny_folder: Path, student_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    swapped = settings(teacher=str(student_folder), data=str(text_file))
+    with pytest.raises(ValueError, match=r"taken for each other; give .* the original as the teacher"):
+        distill_checkpoint(tiny_folder, tmp_path / "out", swapped)
+    with pytest.raises(ValueError, match="is student and teacher; give a shortened model first"):
+        run(tmp_path / "out", student=tiny_folder)
+    assert not list(tmp_path.glob("out*"))
+
+    student, teacher = map(tf.AutoModelForCausalLM.from_pretrained, (student_folder, tiny_folder))
+    with pytest.raises(ValueError, match="taken for each other"):
+        distill(teacher, student, samples(4), samples(2), config=settings())
 
 
 def test_a_corrected_call_runs_after_a_refused_one(

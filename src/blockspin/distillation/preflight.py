@@ -15,8 +15,9 @@ from .. import memory
 from ..errors import first_line
 from ..model.blocks import count_parameters
 from ..model.generation import check_generates
-from ..model.loading import context_length, load_config, load_tokenizer, model_without_weights
+from ..model.loading import context_length, load_config, load_tokenizer, local_folder, model_without_weights
 from ..surgery.provenance import kept_blocks_of
+from ..tables import short
 from ..training import DistillConfig
 from .activations import activation_bytes
 
@@ -42,30 +43,36 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     if tokenizer.get_vocab() != load_tokenizer(config.teacher, trust_remote_code=remote).get_vocab():
         raise ValueError("the vocabularies differ: the tokenizers of student and teacher give tokens other numbers")
 
+    # The models without their weights: what has the wrong size is told before they are loaded.
+    models = {
+        "student": model_without_weights(ours, trust_remote_code=remote),
+        "teacher": model_without_weights(theirs, trust_remote_code=remote),
+    }
+    sizes = {name: count_parameters(model) for name, model in models.items()}
+    check_sizes(sizes["student"], sizes["teacher"])
+
     if hasattr(ours, "quantization_config"):
         raise ValueError("the student is quantised; shorten the original in full precision and train that")
     option = needs_kept_blocks(config)
     if option is not None and kept_blocks(student, config) is None:
         raise ValueError(f"{student} has no blockspin.json that tells which blocks of the teacher were kept ({option})")
+    if sizes["student"] == sizes["teacher"] and student.resolve() == local_folder(config.teacher).resolve():
+        raise ValueError(f"{student} is student and teacher; give a shortened model first, the original as --teacher")
+
     sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
     if config.lora_rank is not None and sharded:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
-
     if config.on_policy and sharded:
         raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
-
     writes = {"student": bool(config.on_policy), "teacher": config.self_generated is not None}
-    sizes, activations = [], 0.0
-    for which, model_config in (("student", ours), ("teacher", theirs)):
-        model = model_without_weights(model_config, trust_remote_code=remote)
-        if writes[which]:
+    for name, model in models.items():
+        if writes[name]:
             check_generates(model, "leave out --self-generated and --on-policy")
-        sizes.append(count_parameters(model))
-        if model_config is ours:
-            activations = activation_bytes(model, weight_bytes(config), config.gradient_checkpointing)
+
+    activations = activation_bytes(models["student"], weight_bytes(config), config.gradient_checkpointing)
     vocabulary = ours.get_text_config(decoder=True).vocab_size
     shards = state.num_processes if sharded else 1
-    needed = memory_estimate(sizes[0], sizes[1], vocabulary, config, shards, activations)
+    needed = memory_estimate(sizes["student"], sizes["teacher"], vocabulary, config, shards, activations)
     check_room(needed, free_memory())
     return tokenizer
 
@@ -114,6 +121,19 @@ def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int
         longest = context_length(config)
         if longest is not None and length > longest:
             raise ValueError(f"the samples have {length} tokens and the {name} takes {longest}; lower --max-length")
+
+
+def check_sizes(student: int, teacher: int) -> None:
+    """Refuse a student of more parameters than its teacher: the two were taken for each other.
+
+    Raises:
+        ValueError: says so.
+    """
+    if student > teacher:
+        raise ValueError(
+            f"the student has {short(student)} parameters and the teacher {short(teacher)}: they were taken for each "
+            "other; give the shortened model as the student and the original as the teacher (--teacher)"
+        )
 
 
 def check_room(needed: dict[str, float], free: float) -> None:

@@ -23,9 +23,11 @@ from ..files import check_free, replacing, write_json, writing
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
+from ..model.blocks import count_parameters
 from ..model.generation import check_generates
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder
+from ..model.quantization import is_quantized
 from ..model.weights import silenced
 from ..processes import TIMEOUT, from_main
 from ..progress import console
@@ -34,7 +36,7 @@ from ..surgery.provenance import RECORD
 from ..training import DistillConfig
 from .data import Samples, cached, divided, packed
 from .loss import DistillationLoss, split, training_forward
-from .preflight import check_pair, check_training, choose_quantization, kept_blocks, needs_kept_blocks
+from .preflight import check_pair, check_sizes, check_training, choose_quantization, kept_blocks, needs_kept_blocks
 from .trained import learning_rate, only_some_trained
 from .trainer import DistillationTrainer, collate, training_arguments
 
@@ -77,6 +79,8 @@ def distill(
     """
     config = config or DistillConfig()
     check_pair(student.config, teacher.config, max(map(len, [*samples, *validation])))
+    if not is_quantized(teacher):
+        check_sizes(count_parameters(student), count_parameters(teacher))
     taught = {id(p) for p in teacher.parameters()}
     if any(id(p) in taught for p in student.parameters()):
         raise ValueError("student and teacher share weights, as after remove_blocks(copy=False); distil a copy")
