@@ -19,7 +19,7 @@ from ..costs.timing import TimeTable
 from ..data.calibration import tokenise
 from ..distillation.run import distill_checkpoint
 from ..energies import Energies
-from ..evaluation.perplexity import Evaluation, evaluate_models, results_table
+from ..evaluation.perplexity import Evaluation, evaluation_of, results_table, sample_losses_of
 from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
@@ -28,7 +28,7 @@ from ..memory import release_memory
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
-from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
+from ..problem import Block, Budget, RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
@@ -93,10 +93,10 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         chosen = next(row for row in rows if row.name.startswith("chosen"))
         names = [row.name for row in rows]
         if config.repair and "repaired" not in names:
-            rows.append(repair_stage(config, out, chosen.removed))
+            rows.append(repair_stage(config, out, chosen))
             from_main(lambda: write_rows(rows, out))
         if config.distill is not None and "distilled" not in names:
-            rows.append(distillation_stage(config, out, chosen.removed))
+            rows.append(distillation_stage(config, out, chosen))
             from_main(lambda: write_rows(rows, out))
     return rows
 
@@ -257,8 +257,11 @@ def result_folder(config: CompressConfig, out: Path) -> Path:
     return out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
 
 
-def repair_stage(config: CompressConfig, out: Path, removed: Removal) -> Evaluation:
-    """Repair the smaller model, and measure it as the others were, on text that the repair has not seen."""
+def repair_stage(config: CompressConfig, out: Path, chosen: Evaluation) -> Evaluation:
+    """Repair the smaller model, and measure it as the others were, on text that the repair has not seen.
+
+    chosen: the row of the smaller model.
+    """
     _, tokenizer, samples = _of_run(config)
 
     def repaired() -> None:
@@ -280,7 +283,7 @@ def repair_stage(config: CompressConfig, out: Path, removed: Removal) -> Evaluat
         console.print(report.summary(), soft_wrap=True, highlight=False)
 
     from_main(repaired)
-    return evaluated(config, out, "repaired", removed, samples.evaluation, tokenizer)
+    return evaluated(config, out, "repaired", chosen, samples.evaluation, tokenizer)
 
 
 def _of_run(config: CompressConfig) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Samples]:
@@ -294,22 +297,29 @@ def evaluated(
     config: CompressConfig,
     out: Path,
     name: str,
-    removed: Removal,
+    chosen: Evaluation,
     samples: Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluation:
-    """The row of the model in the folder `name` of the run."""
+    """The row of the model in the folder `name` of the run.
+
+    chosen: the row of the same model with its weights as they were. Its speed was measured in turns with the
+    original's, and that of other weights of the same shapes is the same.
+    """
     remote = _trusts_result(config)
     model = load_as(out / name, replace(config, trust_remote_code=remote))
     size = checkpoint_bytes(out / name, trust_remote_code=remote)
-    (row,) = evaluate_models({name: model}, [size], samples, batch_size=config.batch_size)
-    return replace(row, removed=removed, scores=scorer(config, tokenizer, out / "scores")(model))
+    losses = sample_losses_of(model, samples, config.batch_size)
+    row = evaluation_of(name, model, losses, samples, num_bytes=size, tokens_per_second=chosen.tokens_per_second)
+    return replace(row, removed=chosen.removed, scores=scorer(config, tokenizer, out / "scores")(model))
 
 
-def distillation_stage(config: CompressConfig, out: Path, removed: Removal) -> Evaluation:
+def distillation_stage(config: CompressConfig, out: Path, chosen: Evaluation) -> Evaluation:
     """Train the smaller model with the original as its teacher, and measure it as the others were.
 
     It is trained on the calibration set, or on data of its own, but never on the samples of the evaluation.
+
+    chosen: the row of the smaller model.
     """
     assert config.distill is not None
     model_config, tokenizer, samples = _of_run(config)
@@ -332,4 +342,4 @@ def distillation_stage(config: CompressConfig, out: Path, removed: Removal) -> E
         distill_checkpoint(student, out / "distilled", settings, leave_out=leave_out)
         from_main(lambda: config.save(out / "run.yaml"))
 
-    return evaluated(config, out, "distilled", removed, samples.evaluation, tokenizer)
+    return evaluated(config, out, "distilled", chosen, samples.evaluation, tokenizer)
