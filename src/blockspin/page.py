@@ -50,7 +50,10 @@ figure{margin:1.5rem 0}
 figcaption{font-size:.9rem;max-width:46rem}
 svg{display:block;max-width:100%;height:auto}
 svg text{fill:var(--ink);font-family:system-ui,-apple-system,"Segoe UI",sans-serif!important}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;background:linear-gradient(90deg,var(--paper) 40%,transparent)
+0/2.5rem 100%,linear-gradient(270deg,var(--paper) 40%,transparent) 100%/2.5rem 100%,linear-gradient(90deg,var(--mute),
+transparent) 0/.7rem 100%,linear-gradient(270deg,var(--mute),transparent) 100%/.7rem 100%;background-repeat:no-repeat;
+background-attachment:local,local,scroll,scroll}
 .scroll svg{min-width:34rem}
 .narrow{display:none}
 @media(max-width:600px){.wide{display:none}.narrow{display:block}main{padding-top:1.5rem}}
@@ -73,7 +76,8 @@ font-size:.88rem;margin:1rem 0}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 1em;vertical-align:-.05em}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;font-size:.92rem;margin:1rem 0}
 dd{margin:0;overflow-wrap:anywhere}
-pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1.1rem;overflow-x:auto;font-size:.84rem;line-height:1.5}
+pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1.1rem;font-size:.84rem;line-height:1.5;
+white-space:pre-wrap;overflow-wrap:anywhere}
 """
 
 

@@ -287,12 +287,13 @@ def select(
         removable = Removable(model_config, found.blocks, trust_remote_code=remote)
         budgets = goals_of(targets, model, found.blocks, read_times(targets), trust_remote_code=remote)
         problem = protect_what_must_stay(pose_problem(found, goal, solving, budgets), removable)
-        spectrum = find_states(problem, solving)
 
         number = choosing.selection_samples  # and as many for repairs
         drawn = load_samples(model, data, (1 + choosing.choose_repaired) * number, drawing, loading)
         samples, opened = drawn[:number], load_as(model, loading)
         check_same_units(found, opened)
+
+        spectrum = find_states(problem, solving)
         selection = selection_stage(
             choosing,
             opened,

@@ -14,7 +14,7 @@ from ..energies import load_energies
 from ..evaluation.perplexity import percent_above
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
-from ..pipeline.origin import command_options, public_name, public_settings
+from ..pipeline.origin import command_options, model_title, public_settings
 from ..problem import NOUNS, Units
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, short, write_csv
@@ -220,7 +220,7 @@ def report_page(comparison: Comparison, drawings: Mapping[str, Figure], depth: i
     noun = NOUNS[units]
     goals = list(dict.fromkeys(row.goal for row in rows))
     told = goals[len(goals) // 2]  # the goal that the headline is about
-    model = public_name(comparison.settings["model"])
+    model = model_title(comparison.settings["model"])
     date = comparison.about.get("date", "")
 
     parts = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CompressConfig
+from ..demo import MODEL
 from ..problem import Goal
 from ..settings import Settings, flag
 from ..targets import TARGETS
@@ -23,6 +24,11 @@ def public_name(source: str) -> str:
     """A hub id as it is; the last part of a path, since a folder is nobody's business."""
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
     return source if is_hub_id else Path(source).name
+
+
+def model_title(source: str) -> str:
+    """What a page calls a model in its sentences."""
+    return "the embedded model" if source == MODEL else public_name(source)
 
 
 def describe_samples(samples: Samples) -> dict[str, str]:

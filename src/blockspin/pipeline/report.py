@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,24 @@ from ..page import BLUE, LINE, MUTE
 from ..problem import NOUNS
 from ..selection.result import Selection
 from ..surgery.provenance import read_record
-from ..tables import ranges, short
+from ..tables import Table, ranges, short
 from ..training import DistillConfig
-from .origin import command_options, goal_text, public_name, public_settings
+from .origin import command_options, goal_text, model_title, public_settings
 
 FAR = 2.0  # times the objective of the chosen one; what is above that is not shown
+_UNITS = 2  # the column of the removed units in a table of results
 OBJECTIVES = {"kl": "KL divergence from the original (nats a token)", "loss": "loss (nats a token)"}
+
+_MEASURED = (
+    "Measured on text that nothing was chosen on; ± is one standard error. CBO:0 is the removal of lowest energy. "
+    "Percentages and factors are relative to the original."
+)
+_SOURCES = (
+    "CBO:k is the state of the k-th lowest energy, counted from 0; resampled the lowest one had the samples been "
+    "others; polish:k was proposed in round k by what had been measured until then; the rest is what cheap methods "
+    "choose. Energy is what was predicted; kl or loss is in nats a token; repaired is the same after a quick repair. ± "
+    "is one standard error."
+)
 
 
 def write_run_report(folder: Path) -> Path:
@@ -65,7 +77,7 @@ def report_page(
     goals: what is in goals.json, if there is one.
     """
     original, chosen = rows[0], chosen_row(rows)
-    model = public_name(config.model)
+    model = model_title(config.model)
     noun = NOUNS[config.units]
     date = f" · {about['date']}" if "date" in about else ""
 
@@ -81,23 +93,35 @@ def report_page(
             choice_figure(selection),
             "choice",
             "Every point is a removal that was measured on the samples of the choice, with one standard error; the "
-            "filled one was chosen. Pale ones left early; those twice as far from the original are not shown.",
+            "filled one was chosen. Pale ones left early, with fewer samples, and scatter more; those twice as far "
+            "from the original are not shown.",
             narrow=choice_figure(selection, narrow=True),
         ),
         page.section(
             "What it costs and saves",
             [
-                page.html_table(results_table(rows, config.units), [rows.index(chosen)]),
-                page.paragraph("Measured on text that nothing was chosen on; ± is one standard error."),
+                page.html_table(_with_units_last(results_table(rows, config.units)), [rows.index(chosen)]),
+                page.paragraph(_MEASURED),
             ],
             shown=True,
         ),
         *_targets(goals),
         page.section(f"Which {noun} are gone", [page.block_map(strips)], "the first is at the left", shown=True),
-        page.section("The best removals that were measured", [page.html_table(selection.table())]),
+        page.section(
+            "The best removals that were measured", [page.html_table(selection.table()), page.paragraph(_SOURCES)]
+        ),
         _origin(config, about),
     ]
     return page.page(f"blockspin: {model}", parts)
+
+
+def _with_units_last(table: Table) -> Table:
+    """The table of results for a page, where the long list of units would push the numbers out of a phone."""
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+    columns.append(columns.pop(_UNITS))
+    for row in rows:
+        row.append(row.pop(_UNITS))
+    return replace(table, columns=columns, rows=rows)
 
 
 def _targets(goals: Mapping[str, Any]) -> list[str]:

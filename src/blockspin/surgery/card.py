@@ -157,7 +157,10 @@ def _how(record: Mapping[str, Any]) -> str:
     if candidate.get("loss") is not None:
         objective = {"kl": "KL divergence from the original", "loss": "loss"}[record.get("objective", "kl")]
         text += f": {objective} {candidate['loss']:.4f} nats a token on the samples of the choice"
-    return text + ". Its energy is a constrained binary optimisation problem (arXiv 2602.00161)."
+    return (
+        f"{text}. They were low states of a constrained binary optimisation problem (arXiv 2602.00161), and what "
+        "simpler methods choose."
+    )
 
 
 def _version(record: Mapping[str, Any]) -> str:
