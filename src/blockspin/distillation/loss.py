@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,33 @@ def split(model: PreTrainedModel) -> SplitModel:
             style="yellow",
         )
     return halves
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """What a teacher that runs beside the student says of some tokens, as its last hidden states, (tokens, width)."""
+
+    hidden: Tensor
+
+    def split(self, size: int) -> list[TeacherStates]:
+        """The same, so many tokens at a time."""
+        return list(map(TeacherStates, torch.split(self.hidden, size)))
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """What a teacher has said of some tokens: the most probable next tokens and their log-probabilities, (tokens, k)
+    each."""
+
+    tokens: Tensor
+    values: Tensor
+
+    def split(self, size: int) -> list[TeacherTokens]:
+        """The same, so many tokens at a time."""
+        return list(map(TeacherTokens, torch.split(self.tokens, size), torch.split(self.values, size)))
+
+
+Target = TeacherStates | TeacherTokens
 
 
 class DistillationLoss:
@@ -95,13 +123,13 @@ class DistillationLoss:
         # Both decoders; from here on only the tokens that are not padding: (tokens, width).
         students_blocks = range(len(self.kept)) if self.kept is not None else ()
         theirs: dict[int, Tensor] = {}
-        target: tuple[Tensor, ...]
+        target: Target
         if teacher_tokens is not None and teacher_values is not None:
-            target = (teacher_values[mask], teacher_tokens[mask])  # (tokens, k) each
+            target = TeacherTokens(teacher_tokens[mask], teacher_values[mask])
         else:
             assert self.teacher is not None
             with torch.no_grad(), _outputs(self.teacher.model, self.kept or ()) as theirs:
-                target = (self.teacher.hidden(**inputs)[mask],)  # (tokens, width)
+                target = TeacherStates(self.teacher.hidden(**inputs)[mask])
         with _outputs(self.student.model, students_blocks) as ours:
             hidden = self.student.hidden(**inputs)[mask]
 
@@ -117,10 +145,13 @@ class DistillationLoss:
             losses["hidden"] = _spread(torch.stack(distances).mean(0), mask)
         return losses
 
-    def _over_chunks(self, hidden: Tensor, labels: Tensor, target: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _over_chunks(self, hidden: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
         """The losses by name, (tokens,) each; only the logits of one chunk of tokens are held at a time."""
+        size = self.chunk_tokens
+        targets: Sequence[Target] = target.split(size)
+        chunks = list(zip(torch.split(hidden, size), torch.split(labels, size), targets, strict=True))
+
         found: dict[str, list[Tensor]] = {}
-        chunks = list(zip(*(torch.split(part, self.chunk_tokens) for part in (hidden, labels, *target)), strict=True))
         for number, chunk in enumerate(chunks, 1):
             if torch.is_grad_enabled() and number < len(chunks):
                 # The backward pass computes the logits of the chunk again instead of keeping them. It begins with the
@@ -132,12 +163,8 @@ class DistillationLoss:
                 found.setdefault(name, []).append(values)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def _chunk(self, hidden: Tensor, labels: Tensor, *target: Tensor) -> dict[str, Tensor]:
-        """The losses of the tokens of one chunk, (tokens,) each.
-
-        target: the teacher's hidden states (tokens, width), or the log-probabilities of its most probable tokens and
-        which they are, (tokens, k) each.
-        """
+    def _chunk(self, hidden: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
+        """The losses of the tokens of one chunk, (tokens,) each."""
         logits = widened(self.student.logits(hidden))  # (tokens, vocabulary)
 
         # The cross-entropy is that of the student itself, at temperature 1.
@@ -146,7 +173,7 @@ class DistillationLoss:
         if self.temperature != 1:
             found = self._log_probabilities(logits)
 
-        wanted, tokens = self._wanted(*target)
+        wanted, tokens = self._wanted(target)
         wanted = wanted.to(logits.device)
         if tokens is not None:
             found = with_rest(found.gather(-1, tokens.to(logits.device)))  # (tokens, k + 1)
@@ -157,15 +184,14 @@ class DistillationLoss:
         return losses
 
     @torch.no_grad()
-    def _wanted(self, *target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _wanted(self, target: Target) -> tuple[Tensor, Tensor | None]:
         """The teacher's log-probabilities, (tokens, vocabulary); or of its most probable tokens and the rest,
         (tokens, k + 1), and which these are, (tokens, k)."""
-        if len(target) == 2:
-            values, tokens = target
-            return with_rest(values), tokens
+        if isinstance(target, TeacherTokens):
+            return with_rest(target.values), target.tokens
 
         assert self.teacher is not None
-        log_probabilities = self._log_probabilities(widened(self.teacher.logits(target[0])))
+        log_probabilities = self._log_probabilities(widened(self.teacher.logits(target.hidden)))
         if self.top_k is None:
             return log_probabilities, None
         values, tokens = log_probabilities.topk(self.top_k)  # (tokens, k) each
