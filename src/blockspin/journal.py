@@ -76,26 +76,34 @@ class Journal:
             raise ValueError(f"cannot write {self.path}: {error.strerror or error}; make room, run it again") from error
 
 
-def check_settings(folder: Path, what: str, stored: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+def check_settings(
+    folder: Path,
+    what: str,
+    stored: Mapping[str, Any] | None,
+    wanted: Mapping[str, Any],
+    option: str = "--out",
+) -> None:
     """Refuse a folder that holds other files, or results made with other settings.
 
     what: what the folder may hold, for the message, e.g. "run".
     stored: the settings recorded in the folder; None where it records none.
     wanted: the settings of this call. Lists and tuples count as the same.
+    option: what chooses the folder, for the message.
 
     Raises:
         ValueError: the folder cannot be used; the message names the settings that differ.
     """
     if stored is None:
         if is_taken(folder):
-            raise ValueError(f"{folder} exists and is not a {what} of blockspin; choose another folder (--out)")
+            raise ValueError(f"{folder} exists and is not a {what} of blockspin; choose another folder ({option})")
         return
 
     kept, asked = json.loads(json.dumps([stored, wanted]))
     differing = [name for name in asked if name not in kept or kept[name] != asked[name]]
     if differing:
         raise ValueError(
-            f"{folder} holds a {what} with other settings ({', '.join(differing)}); choose another folder (--out)"
+            f"{folder} holds a {what} with other settings ({', '.join(differing)}); choose another folder ({option}) "
+            "or remove this one"
         )
 
 

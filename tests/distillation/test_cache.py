@@ -97,7 +97,7 @@ def test_a_finished_view_needs_no_teacher_and_is_no_other_texts(windows: Windows
 
     again = teachers_view(windows, tmp_path / "view", 5, 1.0, "the teacher", never)
     assert np.array_equal(again.values, view.values)
-    with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
+    with pytest.raises(ValueError, match=r"other settings \(temperature\); .*\(--cache-teacher\) or remove this one"):
         teachers_view(windows, tmp_path / "view", 5, 2.0, "the teacher", never)
     np.array(windows.rows[::-1]).tofile(tmp_path / "other")
     with pytest.raises(ValueError, match=r"other settings \(text\)"):
@@ -127,6 +127,23 @@ def test_training_on_the_view_is_training_with_the_teacher(
     assert reports[1] == pytest.approx(reports[0], rel=1e-4)
     assert cached.after["kl"] == pytest.approx(direct.after["kl"], rel=1e-4)
     assert json.loads((tmp_path / "view" / "settings.json").read_text())["top_k"] == 8
+
+
+def test_a_cache_of_another_training_is_left_for_another_folder(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Doing what the refusal says lets the same training go on."""
+    prune_checkpoint(tiny_folder, [1, 2], tmp_path / "student", progress=False)
+
+    def run(out: str, view: str, top_k: int) -> Distillation:
+        fixed = {"teacher": str(tiny_folder), "data": str(text_file), "max_steps": 2}
+        config = settings(**fixed, top_k=top_k, cache_teacher=str(tmp_path / view))
+        return distill_checkpoint(tmp_path / "student", tmp_path / out, config)
+
+    run("one", "view", 8)
+    with pytest.raises(ValueError, match=r"other settings \(top_k\); choose another folder \(--cache-teacher\)"):
+        run("two", "view", 4)
+    assert run("two", "other", 4).steps == 2
 
 
 def test_what_the_view_cannot_give_is_refused() -> None:

@@ -70,8 +70,9 @@ def teachers_view(
     text = hashlib.sha256(windows.rows.tobytes()).hexdigest()
     settings = {"teacher": teacher, "text": text, "top_k": k, "temperature": temperature}
     stored, finished = folder / "settings.json", folder / "finished.json"
-    check_settings(folder, "teacher's cache", json.loads(stored.read_text()) if stored.is_file() else None, settings)
-    if not stored.is_file():
+    known = json.loads(stored.read_text()) if stored.is_file() else None
+    check_settings(folder, "teacher's cache", known, settings, "--cache-teacher")
+    if known is None:
         check_space(windows.rows.size, folder, k)
         write_json(stored, settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,10 @@ def packed(
 ) -> Windows:
     """The text in windows, written once to `folder`: that of the data, or the teacher's answers to its prompts."""
     path, settings_file = folder / "tokens.int32", folder / "settings.json"
-    settings = {"student": str(student), **asdict(config)}
+
+    # Where the teacher's view is kept changes nothing of a training; how many tokens it has does.
+    binding = replace(config, cache_teacher=None, top_k=config.compared_tokens)
+    settings = {"student": str(student), **asdict(binding)}
 
     # The settings are written last: they say that the text beside them is whole, and that nothing was refused.
     if settings_file.is_file():
