@@ -11,7 +11,8 @@ from conftest import random_samples, tiny_model
 from several import in_processes
 
 from blockspin import baselines
-from blockspin.energies import ENERGIES, estimate_energies
+from blockspin.config import ENERGY_NAMES
+from blockspin.energies import estimate_energies
 from blockspin.energies.energies import Energies
 from blockspin.model.losses import losses_of
 from blockspin.model.quality import quality_of
@@ -57,8 +58,8 @@ def measurements(names: tuple[str, ...]) -> dict[str, Any]:
     ("processes", "names"),
     [
         (2, ("secant",)),
-        pytest.param(2, tuple(ENERGIES), marks=pytest.mark.slow),
-        pytest.param(3, tuple(ENERGIES), marks=pytest.mark.slow),
+        pytest.param(2, ENERGY_NAMES, marks=pytest.mark.slow),
+        pytest.param(3, ENERGY_NAMES, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_measure_what_one_measures(processes: int, names: tuple[str, ...], tmp_path: Path) -> None:

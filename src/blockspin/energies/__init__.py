@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial as with_arguments
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..config import GRADIENT_ENERGIES
+from ..config import ENERGY_NAMES
 from ..model.batches import BatchSize
 from ..problem import Budget, Goal, Units, goal_name
 from .energies import Energies
@@ -17,17 +17,25 @@ from .fitted import fit_removals
 from .gradients import estimate_gradients
 from .removals import gauss_newton, measure_pairs
 
-__all__ = ["ENERGIES", "Energies", "estimate_energies", "load_energies"]
+__all__ = ["Energies", "estimate_energies", "load_energies"]
 
-# What the quadratic form of the energy is made of; docs/choosing_an_energy.md compares them.
-ENERGIES: dict[str, Callable[..., Energies]] = {
-    "fitted": fit_removals,
-    "secant": gauss_newton,
-    "pairwise": measure_pairs,
-    "gauss-newton": with_arguments(gauss_newton, step=0.05),
-    "fisher": with_arguments(estimate_gradients, labels="model"),
-    "empirical-fisher": estimate_gradients,
-}
+DERIVATIVE_STEP = 0.05  # of a gate, for the usual Gauss-Newton matrix
+
+
+class Estimator(Protocol):
+    """What makes energies, of whatever kind."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Tensor],
+        *,
+        batch_size: BatchSize,
+        units: Units,
+        partial: str | Path | None,
+        metadata: dict[str, str] | None,
+        progress: bool,
+    ) -> Energies: ...
 
 
 def estimate_energies(
@@ -45,35 +53,42 @@ def estimate_energies(
     metadata: dict[str, str] | None = None,
     progress: bool = True,
 ) -> Energies:
-    """The energies of a model by the name of their kind, one of `ENERGIES`.
+    """The energies of a model by the name of their kind, one of `ENERGY_NAMES`.
+
+    docs/choosing_an_energy.md compares them.
 
     units: what one spin stands for: a block, or each of its residual branches.
     goal, budgets, protect: what the energies are for. Only `fitted` ones need to know: for one goal they are more
         accurate than for all, and their metadata record it. With neither goal nor budgets: any number of blocks.
+    gradient_checkpointing: of `estimate_gradients`; the other energies have no backward pass.
 
     Raises:
         ValueError: unknown name, unusable samples or model, or a partial file of something else.
     """
-    if energy not in ENERGIES:
-        raise ValueError(f"unknown energy {energy!r}; choose one of {', '.join(ENERGIES)} (--energy)")
-
-    # Only gradients have a backward pass, in which memory can be saved; only fitted forms are made for a goal.
-    options: dict[str, Any] = {}
     about = {**(metadata or {}), "energy": energy}
-    if energy in GRADIENT_ENERGIES:
-        options["gradient_checkpointing"] = gradient_checkpointing
-    elif energy == "fitted" and (goal is not None or budgets):
-        options |= {"goal": goal, "budgets": budgets, "protect": protect}
-        about["goal"] = goal_name(goal, budgets)
-    return ENERGIES[energy](
-        model,
-        samples,
-        batch_size=batch_size,
-        units=units,
-        partial=partial,
-        metadata=about,
-        progress=progress,
-        **options,
+    estimate: Estimator
+    match energy:
+        case "fitted":
+            estimate = functools.partial(fit_removals, goal=goal, budgets=budgets, protect=protect)
+            if goal is not None or budgets:
+                about["goal"] = goal_name(goal, budgets)
+        case "secant":
+            estimate = gauss_newton
+        case "pairwise":
+            estimate = measure_pairs
+        case "gauss-newton":
+            estimate = functools.partial(gauss_newton, step=DERIVATIVE_STEP)
+        case "fisher":
+            estimate = functools.partial(
+                estimate_gradients, labels="model", gradient_checkpointing=gradient_checkpointing
+            )
+        case "empirical-fisher":
+            estimate = functools.partial(estimate_gradients, gradient_checkpointing=gradient_checkpointing)
+        case _:
+            raise ValueError(f"unknown energy {energy!r}; choose one of {', '.join(ENERGY_NAMES)} (--energy)")
+
+    return estimate(
+        model, samples, batch_size=batch_size, units=units, partial=partial, metadata=about, progress=progress
     )
 
 
