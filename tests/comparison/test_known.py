@@ -16,7 +16,7 @@ from blockspin.comparison.methods import known_methods
 from blockspin.comparison.report import write_report
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
-from blockspin.energies import Energies
+from blockspin.energies import load_energies
 from blockspin.model.losses import mean_loss
 from blockspin.problem import RemovalProblem
 from blockspin.surgery.memory import remove_blocks
@@ -63,7 +63,7 @@ def test_a_users_removals_are_measured(
         assert row.loss == pytest.approx(mean_loss(remove_blocks(model, row.removed), samples), rel=1e-5)
 
     # The energies were made for this goal, and the page finds them.
-    assert Energies.load(tmp_path / "out" / "fitted-2.safetensors").metadata["goal"] == "2"
+    assert load_energies(tmp_path / "out" / "fitted-2.safetensors").metadata["goal"] == "2"
     assert write_report(tmp_path / "out").exists()
     with pytest.raises(ValueError, match="other settings"):
         run.compare(config, {"2": 2}, tmp_path / "out")

@@ -16,7 +16,7 @@ from conftest import VOCABULARY, random_samples, tiny_model
 from numpy.typing import NDArray
 
 from blockspin.comparison.figures import spearman
-from blockspin.energies import Energies, estimate_energies
+from blockspin.energies import estimate_energies, load_energies
 from blockspin.energies.design import CHECKED, any_number, problems_for, random_removals, unmeasured_lowest
 from blockspin.energies.fitted import Fitted, fit_removals
 from blockspin.energies.measurements import SINGLES_SAMPLES, Measurements
@@ -325,7 +325,7 @@ def test_means_of_more_samples_weigh_more(fitted: Fitted) -> None:
 
 def test_the_file_holds_all(tmp_path: Path, fitted: Fitted) -> None:
     fitted.save(tmp_path / "energies.safetensors")
-    again = Energies.load(tmp_path / "energies.safetensors")
+    again = load_energies(tmp_path / "energies.safetensors")
     assert isinstance(again, Fitted)
     np.testing.assert_array_equal(again.hessian, fitted.hessian)
 

@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_random_model
 from torch import Tensor
 
 from blockspin.baselines import block_influence, measure_activations, sleb
-from blockspin.energies import Energies, estimate_energies
+from blockspin.energies import estimate_energies, load_energies
 from blockspin.energies.gradients import estimate_gradients
 from blockspin.model.batches import make_batches
 from blockspin.model.blocks import find_stack
@@ -158,7 +158,7 @@ def test_pairwise_energies_are_the_divergences_of_singles_and_pairs(tmp_path: Pa
         assert problem.energy(removed) == pytest.approx(divergence(model, removed), rel=1e-4)
 
     found.save(tmp_path / "energies.safetensors")
-    assert Energies.load(tmp_path / "energies.safetensors").blocks == found.blocks
+    assert load_energies(tmp_path / "energies.safetensors").blocks == found.blocks
 
 
 @pytest.mark.parametrize("energy", ["fitted", "secant", "fisher"])

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..config import ENERGY_NAMES
 from ..model.batches import BatchSize
 from ..problem import Budget, Goal, Units, goal_name
-from .energies import Energies
-from .fitted import fit_removals
-from .gradients import estimate_gradients
-from .removals import gauss_newton, measure_pairs
+from .energies import Energies, read_energies
+from .fitted import Fitted, fit_removals
+from .gradients import Gradients, estimate_gradients
+from .removals import Interactions, gauss_newton, measure_pairs
 
 __all__ = ["Energies", "estimate_energies", "load_energies"]
 
+KINDS: tuple[type[Energies], ...] = (Fitted, Interactions, Gradients)  # what a file may hold
 DERIVATIVE_STEP = 0.05  # of a gate, for the usual Gauss-Newton matrix
 
 
@@ -98,4 +99,4 @@ def load_energies(path: str | Path) -> Energies:
     Raises:
         ValueError: there is no such file, it is truncated, or it holds something else.
     """
-    return Energies.load(path)
+    return read_energies(path, KINDS, "energies")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class Energies(ABC):
     """A quadratic form over the blocks: removing the blocks x (1 = removed) is predicted to cost x^T hessian x.
 
     A kind of energies is a subclass and a frozen dataclass: `blocks`, `metadata`, and numpy arrays. It says how the
-    form is made of its arrays; saving and loading are the same for all kinds.
+    form is made of its arrays; saving and loading are the same for all kinds. In files its name is that of the class.
 
     blocks: the N units of the model, in order: its blocks, or its sub-layers.
     metadata: where the numbers come from, as text.
@@ -32,11 +32,7 @@ class Energies(ABC):
     blocks: tuple[Block, ...]
     metadata: dict[str, str]
 
-    kinds: ClassVar[dict[str, type[Any]]] = {}  # every kind, by the name that files hold
     shapes: ClassVar[dict[str, tuple[str, ...]]]  # of each array, what it has one entry for: "samples", "blocks"
-
-    def __init_subclass__(cls) -> None:
-        Energies.kinds[cls.__name__.lower()] = cls
 
     @property
     @abstractmethod
@@ -59,7 +55,7 @@ class Energies(ABC):
             ValueError: the file cannot be written.
         """
         blocks = [asdict(block) for block in self.blocks]
-        description = {"kind": type(self).__name__.lower(), "blocks": blocks, "metadata": self.metadata}
+        description = {"kind": _kind_name(type(self)), "blocks": blocks, "metadata": self.metadata}
         arrays = {name: getattr(self, name) for name in self.shapes}
 
         # One entry, because the order of several is not fixed: equal energies make equal files.
@@ -69,34 +65,49 @@ class Energies(ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote: any kind from `Energies.load`, that kind alone from a subclass.
+        """Read what `save` of this kind wrote; `load_energies` reads all kinds.
 
         Raises:
             ValueError: there is no such file, it is truncated, or it holds something else.
         """
-        wanted = cls.__name__.lower()
-        remedy = "make one with `blockspin energies`"
-        if not Path(path).is_file():
-            raise ValueError(f"no {wanted} file at {path}; {remedy}")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get("blockspin", "{}")
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error}); compute it again") from error
+        return read_energies(path, [cls], _kind_name(cls))
 
-        described = _description(text)
-        kind: Any = None if described is None else Energies.kinds.get(described[0])
-        fits = kind is not None and issubclass(kind, cls) and set(arrays) == set(kind.shapes)
-        if described is None or not fits:
-            raise ValueError(f"{path} is not a file of {wanted} of blockspin; {remedy}")
 
-        _, blocks, metadata = described
-        fault = _fault(kind, arrays, len(blocks))
-        if fault is not None:
-            raise ValueError(f"{path}: {fault}; compute the file again")
-        energies: Self = kind(blocks=blocks, metadata=metadata, **arrays)
-        return energies
+Kind = TypeVar("Kind", bound=Energies)
+
+
+def read_energies(path: str | Path, kinds: Sequence[type[Kind]], wanted: str) -> Kind:
+    """Read what `Energies.save` wrote of one of these kinds. wanted: what messages call them.
+
+    Raises:
+        ValueError: there is no such file, it is truncated, or it holds something else.
+    """
+    remedy = "make one with `blockspin energies`"
+    if not Path(path).is_file():
+        raise ValueError(f"no {wanted} file at {path}; {remedy}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("blockspin", "{}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); compute it again") from error
+
+    by_name = {_kind_name(kind): kind for kind in kinds}
+    name, blocks, metadata = _description(text) or ("", (), {})
+    kind = by_name.get(name)
+    if kind is None or set(arrays) != set(kind.shapes):
+        raise ValueError(f"{path} is not a file of {wanted} of blockspin; {remedy}")
+
+    fault = _fault(kind, arrays, len(blocks))
+    if fault is not None:
+        raise ValueError(f"{path}: {fault}; compute the file again")
+    make: Callable[..., Kind] = kind  # a dataclass of just these
+    return make(blocks=blocks, metadata=metadata, **arrays)
+
+
+def _kind_name(kind: type[Energies]) -> str:
+    """What files call a kind of energies."""
+    return kind.__name__.lower()
 
 
 def _description(text: str) -> tuple[str, tuple[Block, ...], dict[str, str]] | None:
