@@ -198,7 +198,7 @@ def of_speed(results: Results) -> str:
 
 
 def figure(results: Results, goal: str) -> Figure:
-    """The recovered share against tokens, repaired starts with solid lines, plain ones dashed."""
+    """The recovered share against tokens, repaired starts hollow with solid lines, plain ones dashed."""
     drawn = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (text, title) in zip(drawn.subplots(1, 2, sharey=True), TEXTS.items(), strict=True):
         points = list(recovered(results, goal, text))
@@ -207,14 +207,18 @@ def figure(results: Results, goal: str) -> Figure:
                 own = [point[2:] for point in points if point[:2] == (method, repaired)]
                 if own:
                     tokens, shares, errors = (np.array(column) for column in zip(*own, strict=True))
-                    label = method if repaired else None
-                    axes.errorbar(tokens, shares, errors, color=colour, marker=marker, ls=style, label=label)
+                    label = f"{method}, {'repaired' if repaired else 'plain'}"
+                    inside = "white" if repaired else colour
+                    axes.errorbar(
+                        tokens, shares, errors, color=colour, marker=marker, mfc=inside, ls=style, label=label
+                    )
         axes.set(title=f"{title}, {goal} of 30 blocks", xlabel="tokens")
         axes.set_xscale("symlog", linthresh=LEAST)
         axes.set_xticks([0, LEAST, CHOOSING, MOST], ["0", f"{LEAST:,}", f"{CHOOSING:,}", f"{MOST:,}"])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(color="#E3E6EA")
-    axes.legend(title="solid or alone: repaired", loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     drawn.axes[0].set_ylabel("recovered share of the added loss")
     return drawn
 
