@@ -65,6 +65,7 @@ table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-num
 th,td{padding:.32rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:500;vertical-align:bottom}
 .word{text-align:left}
+.word:not(:first-child){white-space:normal;min-width:7rem}
 .ours td{background:var(--tint)}
 .ours td:first-child{box-shadow:inset 3px 0 var(--accent);font-weight:600}
 .map{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.3rem .9rem;align-items:center;
@@ -131,8 +132,10 @@ def _html_cells(tag: str, cells: Sequence[str], columns: Sequence[Column]) -> st
     """The cells of a row, words at the left. tag: th for headings, td for the rest."""
     parts = []
     for cell, column in zip(cells, columns, strict=True):
-        place = ' class="word"' if column.words else ""
-        parts.append(f"<{tag}{place}>{html.escape(cell)}</{tag}>")
+        text, place = html.escape(cell), ""
+        if column.words:
+            text, place = text.replace(",", ",<wbr>"), ' class="word"'  # lists of blocks may be wrapped
+        parts.append(f"<{tag}{place}>{text}</{tag}>")
     return "".join(parts)
 
 

@@ -35,9 +35,10 @@ _CAPTIONS = {
     "quality": "How far the model is from the original, against how much of it is gone; lower is better, bars are one "
     "standard error. Methods above the frame are in the tables.",
     "energy": "Energy against measured loss: the lowest states of each energy and random removals. "
-    "rho is Spearman's rank correlation: does the energy order removals as their measured loss does?",
-    "states": "What the states of lowest energy remove.",
-    "spectrum": "The energies of the lowest states: certified, and as tabu search finds them.",
+    "ρ is Spearman's rank correlation: does the energy order removals as their measured loss does?",
+    "states": "Each line is a removal of low energy, the lowest (CBO:0) at the top; filled cells go, number 0 is "
+    "at the left.",
+    "spectrum": "The energies of the lowest states: certified (line), and as tabu search finds them (circles).",
     "hessian": "The matrices of the energies. An entry off the diagonal says that two of them cost more (red) or less "
     "(blue) together than apart.",
 }
