@@ -47,7 +47,7 @@ class Robustness:
         uncertain = order[(self.frequency[order] > OFTEN_ENOUGH) & (self.frequency[order] < 1 - OFTEN_ENOUGH)]
         if len(uncertain):
             listed = [f"{i} ({self.frequency[i]:.0%})" for i in uncertain]
-            text += f" Uncertain: {', '.join(listed)}."
+            text += f" Removed by some of the draws: {', '.join(listed)}."
 
         if self.shared < MOSTLY_SHARED:
             text += " The energies are uncertain: use more samples."
