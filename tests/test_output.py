@@ -110,6 +110,9 @@ def test_compress_as_json(command: Command, tiny_folder: Path, text_file: Path, 
     assert code == 0
     rows = json.loads(printed[: printed.index("\n]") + 2])
     assert rows == json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    code, printed = command("report", tmp_path / "run", "--json")
+    assert code == 0
+    assert json.loads(printed[: printed.index("\n]") + 2]) == rows
 
 
 def _in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import pytest
 from conftest import Command
 
 from blockspin.config import CompressConfig, EvaluateConfig
+from blockspin.pipeline.compress import compress
 from blockspin.training import DistillConfig
 
 # name -> a value of the wrong type or out of range, as YAML has it, and what the message says besides the option.
@@ -182,3 +183,47 @@ def test_a_device_that_is_not_there(
     code, printed = command("energies", tiny_folder, *data, "--device-map", device)
     assert (code, "--device-map" in printed, "Traceback" in printed) == (2, True, False)
     assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_settings_without_what_they_need_are_named() -> None:
+    """In one note for all that need the same, and only where they were changed."""
+    idle: dict[str, Any] = {"own_text": 0.2, "repair": False, "limit": 5, "num_fewshot": 0}
+    assert CompressConfig("m", "c", 2, **idle, gradient_checkpointing=True).unused() == [
+        "Note: without --tasks, --limit and --num-fewshot change nothing.",
+        "Note: without --repair, --own-text changes nothing.",
+        "Note: with --energy fitted, --gradient-checkpointing changes nothing.",
+    ]
+    in_use: dict[str, Any] = {
+        "own_text": 0.2,
+        "tasks": ("mmlu",),
+        "limit": 5,
+        "energy": "fisher",
+        "gradient_checkpointing": True,
+    }
+    assert CompressConfig("m", "c", 2, **in_use).unused() == []
+    assert DistillConfig(answer_tokens=9).unused() == [
+        "Note: without --self-generated, --answer-tokens changes nothing."
+    ]
+
+
+def test_options_without_effect_are_named_by_commands_and_functions(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent, text = tmp_path / "absent", tmp_path / "text.txt"
+    shared = ("--remove", 2, "--calibration", text, "--out", tmp_path / "run")
+    _, said = command("compress", absent, *shared, "--no-repair", "--own-text", 0.2)
+    assert said.count("without --repair, --own-text changes nothing") == 1
+
+    _, said = command("energies", absent, *shared, "--energy", "secant", "--target-params", "75%")
+    assert "with --energy secant, --remove and --target-params change nothing" in said
+
+    unused = ("--limit", 3, "--max-length", 9, "--length", 9, "--top-p", 0.5)
+    _, said = command("evaluate", absent, "--text", text, *unused)
+    for needed, option in [("tasks", "limit"), ("data", "max-length"), ("cost", "length"), ("rollouts", "top-p")]:
+        assert f"without --{needed}, --{option} changes nothing" in said
+    _, said = command("evaluate", absent, "--text", text, "--data", text, "--max-length", 9, "--window", 9)
+    assert "nothing" not in said
+
+    with pytest.raises(ValueError, match="no such folder"):
+        compress(CompressConfig(str(absent), str(text), 2, own_text=0.2, repair=False), tmp_path / "run")
+    assert "--own-text changes nothing" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .problem import Goal, Units
-from .settings import SettingError, Settings, parse_names, setting
+from .settings import SettingError, Settings, parse_names, setting, without_effect
 from .targets import NO_GOAL, TargetSettings
 from .training import MAX_SEED, DistillConfig
 
@@ -191,6 +192,14 @@ class EnergySettings(BatchSettings):
             return self.energy_samples
         return GRADIENT_SAMPLES if energy in GRADIENT_ENERGIES else REMOVAL_SAMPLES
 
+    def unused(self, given: Collection[str] = (), missing: Collection[str] = ()) -> list[str]:
+        """As of all settings."""
+        notes = super().unused(given, missing)
+        if self.energy not in GRADIENT_ENERGIES:
+            in_backward_pass = {"--gradient-checkpointing": self.gradient_checkpointing}
+            notes += without_effect(f"with --energy {self.energy}", in_backward_pass)
+        return notes
+
     @classmethod
     def known(cls, values: Any, where: str) -> dict[str, Any]:
         """As of all settings. Older files have `num_samples` for gradients, beside `energy_samples` for the others."""
@@ -237,14 +246,18 @@ class TaskSettings(Settings):
     panel: ClassVar[str] = "Tasks"
 
     tasks: tuple[str, ...] = setting("Tasks or groups of the lm-evaluation-harness: mmlu,gsm8k.", (), parse=parse_names)
-    include_path: str | None = setting("Folder with task files of your own; they win over the harness's.", None)
-    limit: float | None = setting(
-        "Questions of each (sub)task at most, or a share below 1. For trials only.", None, above=0
+    include_path: str | None = setting(
+        "Folder with task files of your own; they win over the harness's.", None, needs=("tasks",)
     )
-    num_fewshot: int | None = setting("Examples shown before each question (default: as the task says).", None, least=0)
-    apply_chat_template: bool = setting("Ask in the chat format of the model.", False)
+    limit: float | None = setting(
+        "Questions of each (sub)task at most, or a share below 1. For trials only.", None, above=0, needs=("tasks",)
+    )
+    num_fewshot: int | None = setting(
+        "Examples shown before each question (default: as the task says).", None, least=0, needs=("tasks",)
+    )
+    apply_chat_template: bool = setting("Ask in the chat format of the model.", False, needs=("tasks",))
     max_gen_tokens: int | None = setting(
-        "Tokens of a task's answer at most (default: as the task says).", None, least=1
+        "Tokens of a task's answer at most (default: as the task says).", None, least=1, needs=("tasks",)
     )
 
     def __post_init__(self) -> None:
@@ -284,6 +297,7 @@ class CompressConfig(
         None,
         least=0,
         most=0.9,
+        needs=("repair",),
     )
     distill: DistillConfig | None = None
 
@@ -322,8 +336,10 @@ class EvaluateConfig(TaskSettings, LoadingSettings):
     rollouts: tuple[tuple[str, int], ...] = setting(
         "Sampled answers for each question of a task: aime25=10,gpqa_diamond_cot_zeroshot=5.", (), parse=parse_rollouts
     )
-    temperature: float = setting("Rollouts are sampled at this temperature.", 0.6, above=0)
-    top_p: float = setting("Rollouts are sampled from so much of the probability.", 0.95, above=0, most=1)
+    temperature: float = setting("Rollouts are sampled at this temperature.", 0.6, above=0, needs=("rollouts",))
+    top_p: float = setting(
+        "Rollouts are sampled from so much of the probability.", 0.95, above=0, most=1, needs=("rollouts",)
+    )
     seed: int = setting("Decides the sampled answers and the order of --data.", 42, least=0, most=MAX_SEED)
     batch_size: int | Literal["auto"] = setting(
         "Questions or prompts in one pass; auto: what fits into the GPU, and 1 for --cost.",
@@ -331,11 +347,12 @@ class EvaluateConfig(TaskSettings, LoadingSettings):
         parse=parse_batch_size,
         least=1,
     )
-    backend: str = setting("What runs the model: hf or vllm.", "hf", choices=BACKENDS)
+    backend: str = setting("What runs the model: hf or vllm.", "hf", choices=BACKENDS, needs=("tasks",))
     cache: str | None = setting(
         "Folder of the results computed so far, which are not computed again; none keeps nothing.",
         str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "blockspin" / "scores"),
         parse=parse_folder,
+        needs=("tasks",),
     )
 
     def __post_init__(self) -> None:

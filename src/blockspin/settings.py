@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import yaml
 
 from .files import replacing
+from .progress import console
 
 # What a type is called in messages.
 _CALLED = {
@@ -50,6 +51,7 @@ class Rule:
     help: of its command-line option. parse: reads text, where the option is not a plain value.
     least, most: the limits of a number; above, below: limits that it must not reach. choices: the values of a text.
     old_name: an option of this name means the same.
+    needs: settings without any of which this one changes nothing.
     """
 
     help: str
@@ -60,6 +62,7 @@ class Rule:
     below: float | None = None
     choices: tuple[str, ...] = ()
     old_name: str | None = None
+    needs: tuple[str, ...] = ()
 
     def problem(self, value: float | str) -> str | None:
         """What is wrong with a value of the right type; None where nothing is."""
@@ -93,6 +96,24 @@ def flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
+def without_effect(when: str, given: Mapping[str, bool]) -> list[str]:
+    """The note that options have no effect; none where none of them was given.
+
+    when: "without --repair". given: option -> whether it was given.
+    """
+    options = [option for option, was_given in given.items() if was_given]
+    if not options:
+        return []
+    listed = " and ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
+    return [f"Note: {when}, {listed} {'changes' if len(options) == 1 else 'change'} nothing."]
+
+
+def say(notes: Iterable[str]) -> None:
+    """Each note on a line of its own."""
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the dataclasses of settings inherit.
@@ -111,6 +132,23 @@ class Settings:
             if "rule" in found.metadata:
                 value = _checked(found.name, kinds[found.name], found.metadata["rule"], getattr(self, found.name))
                 object.__setattr__(self, found.name, value)
+
+    def unused(self, given: Collection[str] = (), missing: Collection[str] = ()) -> list[str]:
+        """A note for each group of settings that were changed and have no effect, as what they need is not there.
+
+        given, missing: settings that count as there, and as not there, whatever they are.
+        """
+        groups: dict[tuple[str, ...], dict[str, bool]] = {}  # what is needed -> option -> whether it was given
+        for found in fields(self):
+            needs = found.metadata["rule"].needs if "rule" in found.metadata else ()
+            has_one = any(name in given or (getattr(self, name) and name not in missing) for name in needs)
+            if needs and not has_one:
+                groups.setdefault(needs, {})[flag(found.name)] = getattr(self, found.name) != found.default
+
+        notes = []
+        for needs, options in groups.items():
+            notes += without_effect(f"without {' or '.join(map(flag, needs))}", options)
+        return notes
 
     def save(self, path: str | Path) -> None:
         """Write YAML, what has no default first. Raises ValueError where the file cannot be written."""

@@ -50,12 +50,15 @@ class TargetSettings(Settings):
         None,
         parse=parse_tokens,
         least=1,
+        needs=("target_memory",),
     )
-    batch: int = setting("Texts at a time, for --target-memory.", 1, least=1)
+    batch: int = setting("Texts at a time, for --target-memory.", 1, least=1, needs=("target_memory",))
     target_speedup: float | None = setting("How many times as fast it decodes, at least: 1.4.", None, above=1)
     target_prefill_speedup: float | None = setting("How many times as fast it reads a text, at least.", None, above=1)
     profile: str | None = setting(
-        "A table of times by `blockspin profile`, of this machine or of the one that the model is for.", None
+        "A table of times by `blockspin profile`, of this machine or of the one that the model is for.",
+        None,
+        needs=OF_TIME,
     )
 
     @property
@@ -78,19 +81,6 @@ class TargetSettings(Settings):
         """The targets that are given, by their settings."""
         amounts = {name: getattr(self, name) for name in TARGETS}
         return {name: amount for name, amount in amounts.items() if amount is not None}
-
-    def unused(self, swept: str | None = None) -> str | None:
-        """Says which of the settings change nothing, because no target counts what they are about; None where all do.
-
-        swept: the setting of a target that has all amounts in turn.
-        """
-        said = []
-        about_memory = [name for name, given in (("context", self.context), ("batch", self.batch > 1)) if given]
-        if about_memory and self.target_memory is None and swept != "target_memory":
-            said.append(f"without a target of memory (--target-memory) {' and '.join(map(flag, about_memory))}")
-        if self.profile is not None and not self.needs_times and swept not in OF_TIME:
-            said.append("without a target of time (--target-speedup, --target-prefill-speedup) --profile")
-        return f"Note: {', and '.join(said)} changes nothing." if said else None
 
 
 def target_text(name: str, amount: float) -> str:

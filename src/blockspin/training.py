@@ -46,7 +46,7 @@ class DistillConfig(Settings):
         None,
         least=2,
     )
-    answer_tokens: int = setting("Tokens of such an answer at most.", 256, least=1)
+    answer_tokens: int = setting("Tokens of such an answer at most.", 256, least=1, needs=("self_generated",))
     on_policy: float = setting(
         "Share of the batches whose second half is what the student itself goes on with.", 0.0, least=0, most=1
     )

@@ -274,17 +274,23 @@ def test_options_that_change_nothing_are_named(tmp_path: Path, command: Command)
     table(list(unit_costs(tmp_path / "model").units)).save(times)
     unused = ["--context", "1k", "--batch", 2, "--profile", times]
     _, said = command("solve", path, "--remove", 1, *unused)
-    assert "--target-memory) --context and --batch" in said
-    assert "--target-prefill-speedup) --profile changes nothing" in said
+    assert "without --target-memory, --context and --batch change nothing" in said
+    assert "without --target-speedup or --target-prefill-speedup, --profile changes nothing" in said
 
     # What a target or a sweep counts is of use.
     for target in (["--remove", 1, "--target-memory", "99%"], ["--sweep", "memory", "--points", 2]):
         code, said = command("solve", path, *target, "--context", 8, "--batch", 2)
         assert code == 0, said
-        assert "changes nothing" not in said
+        assert "nothing" not in said
     code, said = command("solve", path, "--sweep", "speedup", "--points", 2, "--profile", times)
     assert code == 0, said
-    assert "changes nothing" not in said
+    assert "nothing" not in said
+
+    # A sweep has one state for each of its points.
+    _, said = command("solve", path, "--sweep", "params", "--points", 2, "--states", 5, "--limit", 3)
+    assert "with --sweep, --limit and --states change nothing" in said
+    _, said = command("solve", path, "--remove", 1, "--points", 3)
+    assert "without --sweep, --points changes nothing" in said
 
 
 def test_a_sweep_says_why_it_ends_and_keeps_its_figure_apart(tmp_path: Path, command: Command) -> None:

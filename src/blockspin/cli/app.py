@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..config import DataSettings, LoadingSettings, parse_remove
 from ..problem import Goal
-from ..progress import console, terminal_width
+from ..progress import terminal_width
 from ..tables import Table
 from ..targets import NO_GOAL, TargetSettings
 
@@ -81,13 +81,6 @@ def parse_goal(remove: str | None, targets: TargetSettings) -> Goal | None:
     if not targets.has_targets:
         raise ValueError(NO_GOAL)
     return None
-
-
-def say_unused(targets: TargetSettings, swept: str | None = None) -> None:
-    """One line where settings of targets have no effect. swept: as in `TargetSettings.unused`."""
-    note = targets.unused(swept)
-    if note is not None:
-        console.print(note, soft_wrap=True, highlight=False)
 
 
 def model_of(energies: Energies) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +12,18 @@ from ..config import CompressConfig, DataSettings, EvaluateConfig
 from ..lock import locked
 from ..processes import from_main
 from ..progress import console
+from ..settings import say, without_effect
 from ..training import DistillConfig
 from .app import AsJson, OutFolder, SettingsFile, app, load_samples, show, show_json
 from .help import Command
 from .options import Given, with_settings
+
+if TYPE_CHECKING:
+    from ..evaluation.cost import Workload
+
+NUM_SAMPLES = CompressConfig.evaluation_samples
+WINDOW = 2048  # tokens of a window of a text
+LENGTH, NEW_TOKENS = 512, 64  # tokens of a prompt that is timed, and after it
 
 
 @app.command(cls=Command)
@@ -28,22 +37,20 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", help="Perplexity and speed on samples of it: hub id or local file.")
     ] = None,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", min=1, help="Samples of --data.")
-    ] = CompressConfig.evaluation_samples,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Samples of --data.")] = NUM_SAMPLES,
     text: Annotated[
         list[str] | None,
         typer.Option(
             "--text", help="Perplexity of a whole text: wikitext2 or a text file; may be repeated.", metavar="<str>"
         ),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of --text.")] = 2048,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of --text.")] = WINDOW,
     cost: Annotated[
         bool,
         typer.Option("--cost", help="Size, cache, memory, and times of prefill and decoding; the models take turns."),
     ] = False,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a prompt of --cost.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated in --cost.")] = 64,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of a prompt of --cost.")] = LENGTH,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens generated in --cost.")] = NEW_TOKENS,
     print_nemo_skills: Annotated[
         bool, typer.Option("--print-nemo-skills", help="Only print the commands of NeMo-Skills for the same tasks.")
     ] = False,
@@ -68,23 +75,52 @@ def evaluate(
         typer.echo(commands(models, config))
         return
 
-    _check_quantization(models, config)
+    scored = not settings.values.keys().isdisjoint(("tasks", "rollouts")) or not (data or text or cost)
     batch_size = 1 if config.batch_size == "auto" else int(config.batch_size)
+    workload = Workload(batch_size, length, new_tokens)
+    asked = {"--tasks": scored, "--data": data, "--text": text, "--cost": cost}
+    _say_unused(config, drawing, workload, num_samples, window, asked)
+
+    _check_quantization(models, config)
     with locked(out):
         result = evaluate_side_by_side(
             models,
             config,
-            tasks=not settings.values.keys().isdisjoint(("tasks", "rollouts")) or not (data or text or cost),
+            tasks=scored,
             samples=load_samples(models[0], data, num_samples, drawing, config) if data else (),
             texts=text or (),
             window=window,
-            cost=Workload(batch_size, length, new_tokens) if cost else None,
+            cost=workload if cost else None,
             show=no_table if json else show,
         )
         if out is not None:
             from_main(lambda: result.save(out))
     if json:
         show_json(result.as_json())
+
+
+def _say_unused(
+    config: EvaluateConfig,
+    drawing: DataSettings,
+    workload: Workload,
+    num_samples: int,
+    window: int,
+    asked: Mapping[str, object],
+) -> None:
+    """Name the options that have no effect. asked: --tasks, --data, --text and --cost -> whether it is measured."""
+    changed = {
+        "--data": {
+            "--num-samples": num_samples != NUM_SAMPLES,
+            "--max-length": drawing.max_length != DataSettings.max_length,
+            "--split": drawing.split != DataSettings.split,
+        },
+        "--text": {"--window": window != WINDOW},
+        "--cost": {"--length": workload.length != LENGTH, "--new-tokens": workload.new_tokens != NEW_TOKENS},
+    }
+    say(config.unused(missing=[] if asked["--tasks"] else ["tasks"]))
+    for option, given in changed.items():
+        if not asked[option]:
+            say(without_effect(f"without {option}", given))
 
 
 def _check_quantization(models: list[str], config: EvaluateConfig) -> None:

@@ -12,7 +12,7 @@ from ..config import CompressConfig, parse_remove
 from ..processes import from_main
 from ..progress import console
 from ..training import DistillConfig
-from .app import AsJson, Calibration, Model, OutFolder, SettingsFile, app, say_unused, show, show_json
+from .app import AsJson, Calibration, Model, OutFolder, SettingsFile, app, show, show_json
 from .help import Command
 from .options import Given, Options, with_settings
 
@@ -103,7 +103,6 @@ def compress(
     if "calibration" not in values:
         raise ValueError("say which text the energies are computed on (--calibration, here or in --config)")
     checked = CompressConfig(**values)
-    say_unused(checked)
     if dry_run:
         _show_plan(checked, out, json)
     else:
@@ -115,7 +114,7 @@ def compress(
 def compare(
     model: Model,
     calibration: Calibration,
-    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove"))],
+    settings: Annotated[Given[CompressConfig], Options(without=("model", "calibration", "remove", "own_text"))],
     remove: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,7 +157,6 @@ def compare(
     first = next(iter(removes.values()), None)
     config = CompressConfig(model=model, calibration=calibration, remove=first, **settings.values)
     goals = goals_named(config, removes)
-    say_unused(config)
 
     comparison = run(config, goals, out, against=against)
     _show_rows([row for row in comparison.rows if row.goal in goals], config.objective, config.units, json)
@@ -182,9 +180,13 @@ def report(
     from ..comparison.results import Comparison
 
     if (out / "run.yaml").is_file():
+        from ..pipeline.compress import read_rows
         from ..pipeline.report import write_run_report
 
-        console.print(f"Wrote {write_run_report(out)}.", soft_wrap=True)
+        page = write_run_report(out)
+        if json:
+            show_json([row.as_json() for row in read_rows(out)])
+        console.print(f"Wrote {page}.", soft_wrap=True)
         return
     if not (out / "comparison.json").is_file():
         raise ValueError(

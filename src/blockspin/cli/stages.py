@@ -22,6 +22,7 @@ from ..config import (
 from ..lock import locked
 from ..problem import Units
 from ..progress import console, terminal_width
+from ..settings import flag, say, without_effect
 from ..tables import ranges
 from ..targets import OF_TIME, TargetSettings
 from .app import (
@@ -37,13 +38,13 @@ from .app import (
     model_of,
     parse_goal,
     refuse_existing,
-    say_unused,
     show,
     show_json,
 )
 from .help import Command
 from .options import Options, with_settings
 
+POINTS = 10  # of a sweep
 EnergiesFile = Annotated[Path, typer.Option("--energies", help="A file made by `blockspin energies`.")]
 
 
@@ -140,7 +141,10 @@ def energies(
 
     goal, times = None if remove is None else parse_remove(remove), read_times(targets)
     check_quantization(model, loading)
-    say_unused(targets)
+    say([*energy.unused(), *targets.unused()])
+    if energy.energy != "fitted":
+        goals = {"--remove": remove is not None, **dict.fromkeys(map(flag, targets.targets), True)}
+        say(without_effect(f"with --energy {energy.energy}", goals))
     with locked(out):
         refuse_existing(out)
         samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
@@ -170,7 +174,7 @@ def solve(
         Literal["params", "active-params", "size", "memory", "speedup", "prefill-speedup"] | None,
         typer.Option("--sweep", help="The least energy for every budget in this: a table, and with --out a figure."),
     ] = None,
-    points: Annotated[int, typer.Option("--points", min=2, help="Budgets of a --sweep.")] = 10,
+    points: Annotated[int, typer.Option("--points", min=2, help="Budgets of a --sweep.")] = POINTS,
     json: AsJson = False,
 ) -> None:
     """Find the lowest-energy removals, and say what is proven of them. Also how they depend on the samples.
@@ -182,6 +186,8 @@ def solve(
     Example: blockspin solve energies.safetensors --sweep size --out front.json
     """
     if sweep is not None:
+        of_states = {"--limit": limit is not None, "--states": solving.states != SolvingSettings.states}
+        say(without_effect("with --sweep", of_states))
         _sweep(file, f"target_{sweep.replace('-', '_')}", remove, solving, targets, out, points, json)
         return
     from ..costs.targets import goals_of, goals_table, read_times, what_is_left
@@ -190,7 +196,8 @@ def solve(
     from ..pipeline.stages import find_states, pose_problem
 
     goal, found = parse_goal(remove, targets), load_energies(file)
-    say_unused(targets)
+    say(targets.unused())
+    say(without_effect("without --sweep", {"--points": points != POINTS}))
     with locked(out):
         budgets = goals_of(targets, model_of(found), found.blocks, read_times(targets)) if targets.has_targets else []
         problem = pose_problem(found, goal, solving, budgets)
@@ -234,7 +241,7 @@ def _sweep(
             f"--out {out} is the name of the figure; give that of the JSON file ({out.with_suffix('.json')})"
         )
     model = model_of(found)
-    say_unused(targets, counted)
+    say(targets.unused(given=[counted]))
     with locked(out):
         budgets = goals_of(targets, model, found.blocks, times)
         swept = quantity_of(counted, targets, model, found.blocks, times)
@@ -278,7 +285,7 @@ def select(
     from ..surgery.feasible import Removable, protect_what_must_stay
 
     check_quantization(model, loading)
-    say_unused(targets)
+    say(targets.unused())
     with locked(out):
         refuse_existing(out)
         goal, found = parse_goal(remove, targets), load_energies(energies)

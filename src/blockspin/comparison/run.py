@@ -44,6 +44,7 @@ from ..pipeline.stages import (
 from ..problem import Block, Budget, Goal, Removal, check_goal
 from ..processes import from_main, is_main
 from ..progress import console
+from ..settings import say
 from ..solvers.candidates import random_candidate
 from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
@@ -80,6 +81,7 @@ def compare(
     if config.units == "sublayers" and against in paper_models():
         raise ValueError(f"the removals of {against} are of whole blocks; leave out --against, or --units sublayers")
     known = {} if against is None else known_removals(against)
+    say(replace(config, energy=PAPER).unused())  # whose gradients every comparison takes
     with locked(out):
         comparison = from_main(lambda: open_comparison(config, out, against))
         measured = {row.goal for row in comparison.rows}

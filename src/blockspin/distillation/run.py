@@ -31,6 +31,7 @@ from ..model.quantization import is_quantized
 from ..model.weights import silenced
 from ..processes import TIMEOUT, from_main
 from ..progress import console
+from ..settings import say
 from ..surgery.card import add_training
 from ..surgery.provenance import RECORD
 from ..training import DistillConfig
@@ -126,6 +127,7 @@ def distill_checkpoint(
     check_free(out)
 
     tokenizer = check_training(student, config, state)
+    say(config.unused())
     with locked(out), writing(out):
         return _train_checkpoint(student, out, config, leave_out, tokenizer, state)
 

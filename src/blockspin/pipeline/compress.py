@@ -33,6 +33,7 @@ from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
 from ..selection.result import Selection
+from ..settings import say
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
 from ..surgery.card import add_results
@@ -85,6 +86,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
         ValueError: bad settings, unusable model, data or folder; what was finished before stays.
     """
     out = Path(out)
+    say(config.unused())
     with locked(out):
         from_main(lambda: open_run(config, out))
         rows = from_main(lambda: read_rows(out)) or shorten(config, out)

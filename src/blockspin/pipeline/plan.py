@@ -32,6 +32,7 @@ from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
 from ..repairs.own_text import own_share
 from ..selection.select import ACTIVATION_SAMPLES
+from ..settings import say
 from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes, small_files_bytes
 from ..tables import Column, Table, short
@@ -152,6 +153,7 @@ def plan_run(config: CompressConfig, out: Path | None = None) -> Plan:
     Raises:
         ValueError: what `compress` would refuse at its start.
     """
+    say(config.unused())
     if out is not None:
         check_run(config, out)
     remote = config.trust_remote_code
