@@ -120,7 +120,7 @@ def test_options_named_in_the_readme_exist() -> None:
 
     from blockspin.cli import app
 
-    commands = re.findall(r"^blockspin (\w+)(.*?)$", README.replace("\\\n", " "), re.MULTILINE)
+    commands = re.findall(r"^(?:\w+=\$\()?blockspin (\w+)(.*?)$", README.replace("\\\n", " "), re.MULTILINE)
     assert {"demo", "compress", "energies", "solve", "select", "prune", "evaluate"} <= {name for name, _ in commands}
     for name, rest in commands:
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
