@@ -28,6 +28,8 @@ from blockspin.problem import Block
 from blockspin.surgery.checkpoint import checkpoint_bytes
 from blockspin.training import DistillConfig
 
+MANY_TEXTS = "\n\n".join(f"text {i} counts to {i * i} and has {i % 7} words" * 3 for i in range(160))
+
 
 @pytest.mark.parametrize("energy", ["secant", "gauss-newton", "fisher", "empirical-fisher"])
 def test_passes_are_those_that_are_counted(energy: str) -> None:
@@ -105,7 +107,7 @@ def test_a_run_writes_at_most_what_is_planned(
 ) -> None:
     """Files are most whenever a folder is about to be deleted, or at the end."""
     text, out, most = tmp_path / "text.txt", tmp_path / "run", 0
-    text.write_text("\n\n".join(f"text {i} counts to {i * i} and has {i % 7} words" * 3 for i in range(160)))
+    text.write_text(MANY_TEXTS)
 
     def measure(folder: object = None, *arguments: Any, **options: Any) -> None:
         nonlocal most
@@ -166,6 +168,25 @@ def test_questions_of_tasks_are_counted() -> None:
 
     found = {"group": {"tasks": {"a": Task([0] * 10), "b": Task([0] * 3)}}, "c": {"tasks": {"c": Task([0] * 5)}}}
     assert [num_questions(found, limit) for limit in (None, 4, 0.5)] == [18, 11, 10]
+
+
+def test_memory_of_a_repair_is_that_of_both_models_and_of_what_changes(wide_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(MANY_TEXTS)
+    plan = plan_run(settings(wide_folder, text, energy_samples=100, remove=3))
+    weights = {name: weight.nbytes for name, weight in load_file(wide_folder / "model.safetensors").items()}
+    maps = sum(size for name, size in weights.items() if "_proj" in name)
+    blocks = sum(size for name, size in weights.items() if ".layers." in name)
+    whole = sum(weights.values())
+    smaller = whole - blocks / 2
+    changed = maps * smaller / whole  # counted as the share of all weights that stays
+    sums = 5 * 8 * 256 * (256 + 128)  # of the map with the most inputs
+
+    # A third of the text will be the model's own.
+    repair = next(step for step in plan.steps if step.stage == "repair")
+    assert repair.passes is not None
+    states = 8 * 4 * 128 * repair.tokens / repair.passes * 3 / 2
+    assert plan.memory_bytes == pytest.approx(whole + smaller + changed + sums + states, rel=1e-6)
 
 
 def test_durations() -> None:

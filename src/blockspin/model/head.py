@@ -22,6 +22,7 @@ from .probe import probe_ids
 from .residual import patched_forward
 
 CHUNK_BYTES = 2**28  # of the logits that are held at a time, in float32
+LOGIT_COPIES = 4  # of these, while models are compared
 CACHED_BYTES = 2**20  # of those that stay in the cache of a CPU core with what is computed from them
 NARROW_TOLERANCE, TOLERANCE = 1e-2, 1e-4  # of the largest logit, in 16 bits and in wider types
 

@@ -20,10 +20,8 @@ from ..distillation.preflight import memory_estimate
 from ..energies.fitted import PASSES_PER_BLOCK
 from ..energies.gradients import Gradients
 from ..evaluation.tasks import count_questions
-from ..memory import states_limit
-from ..model.batches import BatchSize, frozen, input_device, make_batches
-from ..model.blocks import count_numbers, count_parameters
-from ..model.head import CHUNK_BYTES
+from ..model.batches import BatchSize, frozen, make_batches
+from ..model.blocks import count_parameters
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.losses import sample_losses
 from ..model.offload import check_in_memory
@@ -37,16 +35,15 @@ from ..solvers.candidates import random_candidate
 from ..surgery.checkpoint import checkpoint_bytes, small_files_bytes
 from ..tables import Column, Table, short
 from ..training import DistillConfig
+from .footprint import FLOAT, bytes_of_matrices, memory_of_run
 from .preflight import check_before, check_repair_text, check_run
 from .stages import Samples, find_states, load_samples, pose_problem
-from .sweeps import count_sweeps, memory_of_sweeps, timed_block
+from .sweeps import count_sweeps, timed_block
 
 TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
 COMPARED = 3  # shortened models in the report: the lowest state, the chosen one, a random one
-FLOAT = 4  # bytes
 RECORDS = 250_000  # bytes of the page of a run, of what it is made of, and of what a Trainer notes
-LOGIT_COPIES = 4  # of a chunk of tokens, in float32, while models are compared
 BACKWARD = 2  # what a forward pass with its backward pass through the activations costs, in forward passes
 TRAINING = 4  # the same with one through the weights, and a pass of the teacher
 WRITING = 2  # text that the model writes, in passes over it
@@ -91,7 +88,7 @@ class Plan:
     """What a run takes.
 
     steps: its stages in order. tokens_per_second: forward passes of the whole model, measured.
-    memory_bytes: weights, logits and kept hidden states at most. disk_bytes: files of the run when they are most.
+    memory_bytes: what `memory_of_run` counts. disk_bytes: files of the run when they are most.
     budgets: what the targets ask for.
     sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
     """
@@ -194,7 +191,7 @@ def plan_with(
         steps = [_marked(step, out) for step in steps]
 
     disk = _disk(config, traced, samples, left)
-    memory = _memory(config, traced, samples)
+    memory = memory_of_run(config, traced, samples, left)
     return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading, tuple(budgets))
 
 
@@ -333,7 +330,7 @@ def _disk(config: CompressConfig, traced: TracedModel, samples: Samples, left: f
     checkpoints, most = 1, smaller
     if config.repair:
         checkpoints += 1
-        most = checkpoints * smaller + left * _repaired_bytes(traced)
+        most = checkpoints * smaller + left * bytes_of_matrices(traced)
     if config.distill is not None:
         sizes = memory_estimate(int(left * count_parameters(traced.model)), 0, 0, config.distill, shards=1)
         state = sizes["student"] + sizes["optimiser"]  # a new one is written before the old one goes
@@ -345,30 +342,3 @@ def _disk(config: CompressConfig, traced: TracedModel, samples: Samples, left: f
 def _tokens_of(training: DistillConfig) -> int:
     """How many tokens a training sees at most."""
     return training.batch_size * training.gradient_accumulation * training.max_length * training.max_steps
-
-
-def _repaired_bytes(traced: TracedModel) -> int:
-    """Bytes of the matrices of all blocks, at most what a repair finishes: kept as wide as they are in memory."""
-    numbers = sum(count_numbers(weight) for weight in traced.layers.parameters() if weight.ndim == 2)
-    width: int = traced.model.get_input_embeddings().weight.element_size()  # type: ignore[operator]
-    return numbers * width
-
-
-def _memory(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
-    """Bytes of weights, of the logits of a chunk of tokens, and of the hidden states that are kept."""
-    model: Any = traced.model  # a module, which is not typed as a language model
-    if traced.is_offloaded:
-        inside = {id(p) for p in traced.layers.parameters()}
-        weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
-        weights += memory_of_sweeps(config, traced, samples)
-    else:
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    batch = make_batches([*samples.calibration, *samples.selection, *samples.evaluation], config.batch_size)[0]
-    tokens = batch.token_ids.numel()
-    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    logits = LOGIT_COPIES * min(CHUNK_BYTES, FLOAT * tokens * vocabulary)
-
-    # The states where passes branch are kept, and those that leave the decoder.
-    width: int = model.get_input_embeddings().weight.shape[-1]
-    states = 2 * min(states_limit(input_device(model)), FLOAT * traced.depth * tokens * width)
-    return int(weights + logits + states)

@@ -1,4 +1,4 @@
-"""What a run takes whose blocks are read one by one: how often all are read, how long that takes, and the memory."""
+"""What a run takes whose blocks are read one by one: how often all are read, and how long that takes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from ..energies.fitted import LEAST_TURN, MOST_CHECKS, PASSES_PER_BLOCK
 from ..energies.measurements import SINGLES_SAMPLES
 from ..memory import available_memory
 from ..model.batches import BatchSize, frozen, make_batches
-from ..model.offload import load_weights, offloaded_tensors, resident
+from ..model.offload import load_weights, resident
 from ..model.streaming import STATES_SHARE
 from ..model.tracing import TracedModel, block_calls
-from ..repairs.least_squares import bytes_of_sums
-from ..repairs.shelf import COPIES
+from .footprint import state_bytes
 from .stages import Samples
 
 SWEEPS_PER_PASS = 1.5  # of a selection, measured on small models: a round of a race is a sweep, however few are in it
 REPAIR_SWEEPS = 16.0  # eight of the original, and of the shortened model eight, one for the proof, one for its row
-FLOAT = 4  # bytes
 
 
 class Trial(NamedTuple):
@@ -67,7 +65,7 @@ def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) 
         # Single removals, all first turns, the second turns, and the lowest states in the end.
         energies = 2.0 + min(used, number) + MOST_CHECKS
     elif config.energy == "secant":
-        states = (traced.depth + 2) * _state_bytes(traced, samples.calibration)
+        states = (traced.depth + 2) * state_bytes(traced, samples.calibration)
         energies = math.ceil(states / (STATES_SHARE * available_memory()))
     else:
         batches = len(make_batches(samples.calibration, config.batch_size))
@@ -79,36 +77,3 @@ def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) 
         "evaluation": 1.0,
     }
     return sweeps | {"repair": REPAIR_SWEEPS} if config.repair else sweeps
-
-
-def memory_of_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> int:
-    """Bytes of two blocks, one that runs and one that is read, and of the hidden states that share a sweep; a repair
-    has the sums of the widest linear map besides, and hidden states of its own."""
-    sizes = [sum(tensor.num_bytes for tensor in offloaded_tensors(layer)) for layer in traced.layers]
-    room = STATES_SHARE * available_memory()
-    needed = min((traced.depth + 2) * _state_bytes(traced, samples.calibration), room)
-    if config.repair:
-        states = COPIES * _state_bytes(traced, [*samples.calibration, *samples.selection])
-        needed = max(needed, min(states, room) + _bytes_of_sums(traced))
-    return int(2 * max(sizes) + needed)
-
-
-def _bytes_of_sums(traced: TracedModel) -> int:
-    """What the sums of the widest linear map into the residual stream take, and their solution."""
-    width = _width(traced)
-    widest = 0
-    for parameter in traced.layers.parameters():
-        if parameter.ndim == 2 and width in parameter.shape:
-            widest = max(widest, *parameter.shape)
-    return bytes_of_sums(widest, width)
-
-
-def _state_bytes(traced: TracedModel, samples: Sequence[Tensor]) -> int:
-    """Bytes of the hidden states of samples at one block."""
-    return FLOAT * _width(traced) * sum(map(len, samples))
-
-
-def _width(traced: TracedModel) -> int:
-    """Of the hidden states."""
-    width: int = traced.model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
-    return width
