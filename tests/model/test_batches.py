@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import random_samples, tiny_model
+from conftest import VOCABULARY, random_samples, tiny_model
 
 from blockspin import baselines
 from blockspin.baselines.scores import measure_activations
@@ -105,6 +106,25 @@ def test_what_does_not_fit_is_halved_and_gives_the_same(name: str, capsys: pytes
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", MEASURES.keys() - {"merging"})
+def test_what_should_not_fit_is_not_tried(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Free memory of which half is what `FITTING` tokens take with their logits, in one block or kept of all four."""
+    kept = 4 if name == "gradients" else 1
+    free = 2 * FITTING * (kept * 4 * 4 * (32 + 48) + 4 * 4 * VOCABULARY)
+
+    model = tiny_model("llama")
+    expected = MEASURES[name](model, SAMPLES)
+    monkeypatch.setattr("blockspin.model.largest_batch.free_memory", lambda device: free)
+    model = tiny_model("llama")  # one that was not seen with more
+    with little_memory(model) as seen:
+        found = MEASURES[name](model, SAMPLES)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert FITTING / 2 < max(seen) <= FITTING
+    assert "memory" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["secant", "gradients", "fitted", "losses", "activations", "weights", "selection"])
 def test_a_sample_that_does_not_fit_ends_with_a_remedy(name: str) -> None:
     model = tiny_model("llama")
@@ -149,10 +169,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        list(Room().results(make_batches(SAMPLES, 8), run))
+        list(Room(math.inf).results(make_batches(SAMPLES, 8), run))
 
     def out_of_host_memory(batch: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(OutOfMemory):
-        list(Room().results(make_batches(SAMPLES, 8), out_of_host_memory))
+        list(Room(math.inf).results(make_batches(SAMPLES, 8), out_of_host_memory))

@@ -15,6 +15,7 @@ from ..model.batches import Batch, BatchSize, Room, check_finite, frozen, make_b
 from ..model.blocks import find_stack
 from ..model.gates import checkpointed
 from ..model.head import split_model, wide_dtype
+from ..model.largest_batch import tokens_that_fit
 from ..model.losses import sample_losses
 from ..model.offload import is_offloaded
 from ..model.quality import shared_losses
@@ -80,7 +81,7 @@ def weight_importance(
         backward(batch)
 
     # The first batch is the largest: if its first part fits, so do all the others.
-    room = Room()
+    room = Room(tokens_that_fit(model))
     with frozen(model), checkpointed(layers), _gradients_added(sums), torch.enable_grad():
         next(room.results(batches[:1], first_backward))
         rest = room.cut(batches)[1:]

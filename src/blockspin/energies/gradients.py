@@ -16,6 +16,7 @@ from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import Batch, BatchSize, Room, check_finite, frozen, make_batches
 from ..model.gates import gated
+from ..model.largest_batch import tokens_that_fit
 from ..model.losses import drawn_labels, sample_losses
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Units
@@ -107,7 +108,8 @@ def estimate_gradients(
     losses, matrix = _kept(journal, len(samples), traced.num_units)
     remaining = [batch for batch in batches if np.isnan(losses[list(batch.indices)]).any()]
     done = len(samples) - sum(len(batch.indices) for batch in remaining)
-    room = Room(fallback=None if gradient_checkpointing else "gradient checkpointing")
+    fitting = tokens_that_fit(model, backward=not gradient_checkpointing)
+    room = Room(fitting, fallback=None if gradient_checkpointing else "gradient checkpointing")
 
     def run(batch: Batch) -> NDArray[np.float32]:
         """(batch, 1 + num_blocks)."""

@@ -27,6 +27,7 @@ from ..model.batches import (
 )
 from ..model.blocks import count_parameters, find_blocks
 from ..model.head import split_model
+from ..model.largest_batch import tokens_that_fit
 from ..model.loading import context_length
 from ..model.losses import losses_of, sample_losses
 from ..model.offload import is_offloaded
@@ -254,7 +255,7 @@ def tokens_per_second(
     with torch.no_grad():
         # The first round warms up and is not counted.
         longest = max(make_batches(samples, batch_size), key=lambda batch: int(batch.lengths.sum()))
-        batch, _ = next(Room().results([longest], run_in_turn))
+        batch, _ = next(Room(tokens_that_fit(*models)).results([longest], run_in_turn))
         seconds = [run_in_turn(batch) for _ in track(range(rounds), "Timing", rounds, show=progress)]
 
     num_tokens = int(batch.lengths.sum())

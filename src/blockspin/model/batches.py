@@ -140,12 +140,13 @@ class Room:
 
     Results belong to samples, so that they are the same up to rounding, however a batch is cut.
 
+    tokens: of a batch, padding included, that should fit (`tokens_that_fit`): one that has more is halved at once.
     fallback: what is tried where a single sample does not fit. fallen_back: whether it is; then `run` does it.
     """
 
-    def __init__(self, fallback: str | None = None) -> None:
+    def __init__(self, tokens: float, fallback: str | None = None) -> None:
         self.fallback, self.fallen_back = fallback, False
-        self._tokens = math.inf  # of a batch, padding included, as far as is known
+        self._tokens = tokens  # as far as is known
 
     def results(
         self, batches: Sequence[Batch], run: Callable[[Batch], T], title: str = "", done: int = 0, show: bool = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, BatchSize, Room, check_finite, frozen, make_batches, predicted_tokens
 from .head import SplitModel, split_model
+from .largest_batch import tokens_that_fit
 
 _SEED_STRIDE = 1_000_003  # apart by a prime, so that the seeds of samples and of runs do not meet
 
@@ -106,7 +107,7 @@ def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize
 
     found = torch.zeros(len(samples), dtype=torch.float64)
     with frozen(model), halves.resident_head(), torch.no_grad():
-        for batch, losses in Room().shared_results(make_batches(samples, batch_size), run):
+        for batch, losses in Room(tokens_that_fit(model)).shared_results(make_batches(samples, batch_size), run):
             check_finite(losses, batch)
             found[list(batch.indices)] = losses
     return found

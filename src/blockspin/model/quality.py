@@ -28,6 +28,7 @@ from .batches import (
     standard_error,
 )
 from .head import SplitModel, log_softmax, split_model
+from .largest_batch import tokens_that_fit
 from .offload import is_offloaded
 from .passes import in_order_of_walk, over_removals, removal_passes
 from .streaming import Job, swept
@@ -322,8 +323,9 @@ def values_of(
         return found
 
     values: dict[int, list[float]] = {}
+    room = Room(tokens_that_fit(model, original))
     with frozen(model), frozen(original), ours.resident_head(), theirs.resident_head(), torch.no_grad():
-        for batch, found in Room().shared_results(make_batches(samples, batch_size), run):
+        for batch, found in room.shared_results(make_batches(samples, batch_size), run):
             values |= zip(batch.indices, found, strict=True)
     return np.array([values[i] for i in range(len(samples))], dtype=np.float64)
 

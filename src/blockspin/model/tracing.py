@@ -17,6 +17,7 @@ from .blocks import check_removal, find_blocks, find_stack
 from .branches import BlockTrace, Part, same, without_branches
 from .calls import BlockCall, noted_calls
 from .head import SplitModel, split_model
+from .largest_batch import tokens_that_fit
 from .observing import observe_blocks
 from .offload import is_offloaded, remembered, resident
 from .residual import entered_by, kept_streams, patched_forward, stream_in, stream_of, with_entering, with_stream
@@ -207,7 +208,7 @@ def _trace(model: nn.Module, units: Units) -> TracedModel:
 
     # What stacks removals on a GPU runs out of memory however few samples there are.
     stacks = input_device(model).type == "cuda" and not is_offloaded(layers)
-    room = Room(fallback="one removal at a time" if stacks else None)
+    room = Room(tokens_that_fit(model), fallback="one removal at a time" if stacks else None)
     traced = TracedModel(model, layers, tuple(blocks), tuple(traces), tuple(found), room)
     _ = traced.halves  # found now, as later something may watch the blocks
     return traced

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..model import fingerprint
 from ..model.batches import BatchSize, Room
+from ..model.largest_batch import tokens_that_fit
 from ..model.offload import ReadAhead, check_in_memory, forget, is_offloaded, replace_weights, restore_weights
 from ..model.placement import delete_with, resaving_folder
 from ..model.quality import quality_of
@@ -122,7 +123,8 @@ def run_repair(
 
     kl_before = quality_of(shortened, original, text.held_out, batch_size).kl
     old = _weights(ours.layers, maps)
-    turns, room = _turns(kept_branches(shortened, original, kept), theirs.depth), Room()
+    turns = _turns(kept_branches(shortened, original, kept), theirs.depth)
+    room = Room(tokens_that_fit(shortened, original))
 
     def walk_through() -> tuple[Fitting, Walk, list[Step]]:
         """Once more from the first block on where memory ran out, most often at the first block that is repaired."""
