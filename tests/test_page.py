@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import settings
+from conftest import Command, settings
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -91,7 +92,9 @@ def test_block_strips_fill_what_is_removed() -> None:
     assert 'aria-label="removed: 1-2,7"' in strip
 
 
-def test_runs_are_told_without_folders(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_runs_are_told_without_folders(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = settings(tiny_folder, text_file)
     rows = compress(config, tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
@@ -99,6 +102,12 @@ def test_runs_are_told_without_folders(tiny_folder: Path, text_file: Path, tmp_p
     assert f"{rows[2].perplexity:.4g}" in text
     for said in ("24 samples", "blockspin compress model --remove 2", "states: 6", "<dt>date</dt>", "transformers "):
         assert said in text
+
+    (tmp_path / "run" / "report.html").unlink()
+    capsys.readouterr()
+    code, printed = command("report", tmp_path / "run", "--json", "--quiet")
+    assert (code, json.loads(printed)) == (0, json.loads((tmp_path / "run" / "evaluation.json").read_text()))
+    assert (tmp_path / "run" / "report.html").read_text() == text
 
 
 def test_origins(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .options import Given, Options, with_settings
 
 if TYPE_CHECKING:
     from ..comparison.results import Row
+    from ..evaluation.perplexity import Evaluation
     from ..problem import Units
 
 # The settings of the training that the run decides.
@@ -172,7 +173,7 @@ def report(
     out: Annotated[Path, typer.Argument(help="The folder of a comparison or a run.")],
     json: AsJson = False,
 ) -> None:
-    """Make the HTML page of a run or a comparison again. Of a comparison also its tables and figures.
+    """Make the HTML page of a run or a comparison again, and show its table. Of a comparison also files and figures.
 
     Example: blockspin report DIR
     """
@@ -184,8 +185,7 @@ def report(
         from ..pipeline.report import write_run_report
 
         page = write_run_report(out)
-        if json:
-            show_json([row.as_json() for row in read_rows(out)])
+        _show_results(read_rows(out), CompressConfig(**CompressConfig.read(out / "run.yaml")).units, json)
         console.print(f"Wrote {page}.", soft_wrap=True)
         return
     if not (out / "comparison.json").is_file():
@@ -224,12 +224,17 @@ def _show_rows(rows: Sequence[Row], objective: str, units: Units, json: bool) ->
 
 
 def _compress(config: CompressConfig, out: Path, json: bool) -> None:
-    from ..evaluation.perplexity import results_table
     from ..pipeline.compress import compress, result_folder
 
-    rows = compress(config, out)
+    _show_results(compress(config, out), config.units, json)
+    console.print(f"The run is in {out}, the smaller model in {result_folder(config, out)}.", soft_wrap=True)
+
+
+def _show_results(rows: Sequence[Evaluation], units: Units, json: bool) -> None:
+    """What a run has measured, as a table or as JSON."""
+    from ..evaluation.perplexity import results_table
+
     if json:
         show_json([row.as_json() for row in rows])
     else:
-        show(results_table(rows, config.units))
-    console.print(f"The run is in {out}, the smaller model in {result_folder(config, out)}.", soft_wrap=True)
+        show(results_table(rows, units))
