@@ -83,8 +83,8 @@ def test_sizes_are_those_of_the_run(command: Command, tiny_folder: Path, text_fi
     assert plan.disk_bytes - RECORDS == pytest.approx(expected, rel=0.02)
     plain = plan_run(settings(tiny_folder, text_file, repair=False))
     assert plain.disk_bytes - RECORDS == pytest.approx(checkpoint + forms, rel=0.02)
-    assert {step.stage for step in plan.steps} - {step.stage for step in plain.steps} == {"repair"}
-    evaluation = next(step for step in plan.steps if step.stage == "evaluation")
+    assert {planned.stage for planned in plan.stages} - {planned.stage for planned in plain.stages} == {"repair"}
+    evaluation = next(planned for planned in plan.stages if planned.stage == "evaluation")
     assert evaluation.samples == 8
     assert evaluation.seconds == pytest.approx(evaluation.tokens / plan.tokens_per_second)
     assert json.loads(json.dumps(plan.as_json()))["steps"][0]["samples"] == 24
@@ -135,12 +135,12 @@ def test_stages_that_are_there_are_done(command: Command, tiny_folder: Path, tex
         (tmp_path / "run" / name).unlink()
     before = sorted(tmp_path.rglob("*"))
     plan = plan_run(config, tmp_path / "run")
-    assert [step.stage for step in plan.steps if not step.done] == [
+    assert [planned.title for planned in plan.stages if not planned.done] == [
         "cheap baselines",
         "selection (at most)",
         "evaluation",
     ]
-    assert all(step.seconds is None and step.tokens == 0 for step in plan.steps if step.done)
+    assert all(planned.seconds is None and planned.tokens == 0 for planned in plan.stages if planned.done)
     assert plan.table().text(80).count("done") == 4
     with pytest.raises(ValueError, match=r"other settings \(max_length\)"):
         plan_run(replace(config, max_length=16), tmp_path / "run")
@@ -151,10 +151,10 @@ def test_a_solver_that_is_cut_off_takes_at_least_its_time(tiny_folder: Path) -> 
     """Forty of eighty blocks: proven in a second or two, and not in a hundredth of one."""
     config = settings(tiny_folder, tiny_folder, remove=40, time_limit=0.01)
     blocks = [Block(i, "attention+mlp", 10) for i in range(80)]
-    assert (step := _solving(config, blocks)).stage == "spectrum (at least)"
-    assert step.seconds == 0.01
+    assert (hard := _solving(config, blocks)).title == "spectrum (at least)"
+    assert hard.seconds == 0.01
     easy = _solving(settings(tiny_folder, tiny_folder, remove=1, solver="enumerate"), blocks)
-    assert easy.stage == "spectrum (made-up energies)"
+    assert easy.title == "spectrum (made-up energies)"
     assert easy.seconds is not None
     assert easy.seconds < SOLVER_SECONDS
 
@@ -183,7 +183,7 @@ def test_memory_of_a_repair_is_that_of_both_models_and_of_what_changes(wide_fold
     sums = 5 * 8 * 256 * (256 + 128)  # of the map with the most inputs
 
     # A third of the text will be the model's own.
-    repair = next(step for step in plan.steps if step.stage == "repair")
+    repair = next(planned for planned in plan.stages if planned.stage == "repair")
     assert repair.passes is not None
     states = 8 * 4 * 128 * repair.tokens / repair.passes * 3 / 2
     assert plan.memory_bytes == pytest.approx(whole + smaller + changed + sums + states, rel=1e-6)
@@ -195,8 +195,7 @@ def test_durations() -> None:
 
 def test_plan_of_a_streamed_run_counts_what_is_read(tiny_folder: Path, text_file: Path) -> None:
     plan = plan_run(settings(tiny_folder, text_file, stream=True, budget=4))
-    stages = [step.stage for step in plan.steps]
-    assert "repair" in stages
+    assert "repair" in [planned.stage for planned in plan.stages]
     assert plan.reading_seconds > 0
     assert f"read about {plan.sweeps:.0f} times" in plan.summary()
 

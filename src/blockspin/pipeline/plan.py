@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from ..training import DistillConfig
 from .footprint import FLOAT, bytes_of_matrices, memory_of_run
 from .preflight import check_before, check_repair_text, check_run
 from .stages import Samples, find_states, load_samples, pose_problem
-from .sweeps import count_sweeps, timed_block
+from .sweeps import Pace, count_sweeps, timed_block
 
 TRIALS = 2  # batches that are timed, after one that warms up
 TIMING_ROUNDS = 6  # in which the models of the report are timed, each on one batch
@@ -52,7 +52,7 @@ RANDOM_REMOVALS = 20  # whose mean size stands for that of the choice
 SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
 TASKS = "questions of benchmark tasks"
 
-# What the stages make in the folder of the run, by how they are called.
+# What each stage makes in the folder of the run.
 MADE = {
     "energies": "energies.safetensors",
     "spectrum": "spectrum.json",
@@ -67,33 +67,45 @@ MADE = {
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stage of the run.
+class StagePlan:
+    """What a stage of the run takes.
 
+    stage: its name. note: what is said behind it, such as "at most".
     passes: of the whole model over `samples` samples, `tokens` in all.
     seconds: None where it does not run the model, or is not known.
     done: what it makes is there already, so that it takes nothing.
     """
 
     stage: str
-    samples: int
-    passes: float | None
-    tokens: float
-    seconds: float | None
+    samples: int = 0
+    passes: float | None = None
+    tokens: float = 0
+    seconds: float | None = None
     done: bool = False
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """As it is shown."""
+        return f"{self.stage} ({self.note})" if self.note else self.stage
+
+    def as_json(self) -> dict[str, Any]:
+        values = {**asdict(self), "stage": self.title}
+        del values["note"]
+        return values
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run takes.
 
-    steps: its stages in order. tokens_per_second: forward passes of the whole model, measured.
+    stages: in order. tokens_per_second: forward passes of the whole model, measured.
     memory_bytes: what `memory_of_run` counts. disk_bytes: files of the run when they are most.
     budgets: what the targets ask for.
     sweeps: how often all blocks are read, where they are read one by one; reading_seconds: what it takes once.
     """
 
-    steps: tuple[Step, ...]
+    stages: tuple[StagePlan, ...]
     tokens_per_second: float
     memory_bytes: int
     disk_bytes: int
@@ -103,18 +115,19 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["budgets"]
-        return values | {"goals": list(map(asdict, what_is_left(self.budgets, ())))}
+        del values["stages"], values["budgets"]
+        goals = list(map(asdict, what_is_left(self.budgets, ())))
+        return {"steps": list(map(StagePlan.as_json, self.stages)), **values, "goals": goals}
 
     def table(self) -> Table:
         """A row for each stage."""
         rows = []
-        for step in self.steps:
-            passes = "" if step.passes is None else f"{step.passes:.3g}"
-            samples = f"{step.samples:,}" if step.samples else ""
-            tokens = short(step.tokens) if step.tokens else ""
-            taken = "" if step.seconds is None else duration(step.seconds)
-            rows.append([step.stage, samples, passes, tokens, "done" if step.done else taken])
+        for planned in self.stages:
+            passes = "" if planned.passes is None else f"{planned.passes:.3g}"
+            samples = f"{planned.samples:,}" if planned.samples else ""
+            tokens = short(planned.tokens) if planned.tokens else ""
+            taken = "" if planned.seconds is None else duration(planned.seconds)
+            rows.append([planned.title, samples, passes, tokens, "done" if planned.done else taken])
         columns = [Column("stage", words=True), Column("samples"), Column("passes"), Column("tokens"), Column("time")]
         return Table(columns, rows)
 
@@ -124,11 +137,11 @@ class Plan:
 
     def estimate(self) -> str:
         """What it takes in all, in a few sentences."""
-        seconds = sum(step.seconds or 0 for step in self.steps)
+        seconds = sum(planned.seconds or 0 for planned in self.stages)
         reading = ""
         if self.sweeps:
             reading = f" The blocks are read about {self.sweeps:.0f} times, for {duration(self.reading_seconds)} each."
-        uncounted = ", benchmark tasks not counted" if any(step.stage == TASKS for step in self.steps) else ""
+        uncounted = ", benchmark tasks not counted" if any(planned.stage == TASKS for planned in self.stages) else ""
         return (
             f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here){uncounted}; "
             f"about {short(self.memory_bytes, 'B')} of memory and {short(self.disk_bytes, 'B')} of disk.{reading}"
@@ -172,27 +185,35 @@ def plan_with(
     out: Path | None = None,
 ) -> Plan:
     """As `plan_run`, with the model and the samples at hand."""
-    reading, often = 0.0, dict[str, float]()
-    if traced.is_offloaded:
-        speed, reading = timed_block(traced, samples.calibration, config.batch_size)
-        often = count_sweeps(config, traced, samples)
-    else:
-        speed = timed_passes(traced, samples.calibration, config.batch_size)
-
+    pace = _measured_pace(config, traced, samples)
     budgets = _budgets(config, traced)
     gone = _parameters_gone(config, traced.units, budgets)
     left = 1 - gone / count_parameters(traced.model)
-    steps = [_with_reading(step, often, reading) for step in _steps(config, traced, samples, left, speed, budgets)]
+
+    stages = _stages(config, traced, samples, budgets, left, pace)
     if config.tasks:
         models = 1 + COMPARED + config.repair + (config.distill is not None)
-        questions = count_questions(config, tokenizer)
-        steps.append(Step(TASKS, models * questions, None, 0, None))
+        stages.append(StagePlan(TASKS, samples=models * count_questions(config, tokenizer)))
     if out is not None:
-        steps = [_marked(step, out) for step in steps]
+        stages = [_marked(planned, out) for planned in stages]
 
-    disk = _disk(config, traced, samples, left)
-    memory = memory_of_run(config, traced, samples, left)
-    return Plan(tuple(steps), speed, memory, disk, sum(often.values()), reading, tuple(budgets))
+    return Plan(
+        stages=tuple(stages),
+        tokens_per_second=pace.tokens_per_second,
+        memory_bytes=memory_of_run(config, traced, samples, left),
+        disk_bytes=_disk(config, traced, samples, left),
+        sweeps=sum(pace.sweeps.values()),
+        reading_seconds=pace.reading,
+        budgets=tuple(budgets),
+    )
+
+
+def _measured_pace(config: CompressConfig, traced: TracedModel, samples: Samples) -> Pace:
+    """From a few batches through the model, or through its first block where blocks are read one by one."""
+    if not traced.is_offloaded:
+        return Pace(timed_passes(traced, samples.calibration, config.batch_size))
+    tokens_per_second, reading = timed_block(traced, samples.calibration, config.batch_size)
+    return Pace(tokens_per_second, count_sweeps(config, traced, samples), reading)
 
 
 def timed_passes(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> float:
@@ -209,47 +230,46 @@ def timed_passes(traced: TracedModel, samples: Sequence[Tensor], batch_size: Bat
     return tokens / seconds
 
 
-def _steps(
+def _stages(
     config: CompressConfig,
     traced: TracedModel,
     samples: Samples,
-    left: float,
-    speed: float,
     budgets: Sequence[Budget],
-) -> list[Step]:
-    """The stages of `compress` in order."""
+    left: float,
+    pace: Pace,
+) -> list[StagePlan]:
+    """The stages of `compress` in order. left: the share of the parameters that stays."""
 
-    def running(stage: str, over: Sequence[Tensor], passes: float) -> Step:
+    def running(stage: str, over: Sequence[Tensor], passes: float, note: str = "") -> StagePlan:
         tokens = passes * sum(map(len, over))
-        return Step(stage, len(over), passes, tokens, tokens / speed)
+        return StagePlan(stage, len(over), passes, tokens, pace.seconds(stage, tokens), note=note)
 
     # The whole model and shortened ones: losses, and a batch again and again for the speed.
     models = 1 + (COMPARED + config.repair) * left
     in_a_batch = len(make_batches(samples.evaluation, config.batch_size)[0].indices)
     timed = min(1.0, TIMING_ROUNDS * in_a_batch / len(samples.evaluation))
-    steps = [
-        running(
-            f"energies ({config.energy})",
-            samples.calibration,
-            _energy_passes(config.energy, traced, len(samples.calibration)),
-        ),
+
+    energy_passes = _energy_passes(config.energy, traced, len(samples.calibration))
+    stages = [
+        running("energies", samples.calibration, energy_passes, note=config.energy),
         _solving(config, traced.units, budgets),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
-        running("selection (at most)", samples.selection, config.budget),
-        Step("checkpoint", 0, None, 0, None),
+        running("selection", samples.selection, config.budget, note="at most"),
+        StagePlan("checkpoint"),
         running("evaluation", samples.evaluation, models * (1 + timed)),
     ]
     if config.repair:
         share = own_share(traced.model, config.own_text)
         passes = 1 + REPAIRING * left + WRITING * share
-        steps.append(running("repair", [*samples.calibration, *samples.selection], passes / (1 - share)))
+        stages.append(running("repair", [*samples.calibration, *samples.selection], passes / (1 - share)))
     if config.distill is not None:
         tokens = float(TRAINING * _tokens_of(config.distill))
-        steps.append(Step("distillation (at most)", 0, None, tokens, tokens / speed))
-    return steps
+        seconds = pace.seconds("distillation", tokens)
+        stages.append(StagePlan("distillation", tokens=tokens, seconds=seconds, note="at most"))
+    return stages
 
 
-def _solving(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget] = ()) -> Step:
+def _solving(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget] = ()) -> StagePlan:
     """The solver's stage, timed on energies made up: gradients with a share in common and blocks of unlike weight."""
     rng = np.random.default_rng(config.seed)
     samples = 4 * len(blocks)
@@ -261,20 +281,15 @@ def _solving(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[
     problem = pose_problem(made_up, config.remove, config, budgets)
     seconds = find_states(problem, replace(config, time_limit=limit)).seconds
     if seconds < limit:
-        return Step("spectrum (made-up energies)", 0, None, 0, seconds)
-    return Step("spectrum (at least)", 0, None, 0, config.time_limit or seconds)
+        return StagePlan("spectrum", seconds=seconds, note="made-up energies")
+    return StagePlan("spectrum", seconds=config.time_limit or seconds, note="at least")
 
 
-def _marked(step: Step, out: Path) -> Step:
-    """The step, done if what it makes is in the folder of the run."""
-    made = next(file for stage, file in MADE.items() if step.stage.startswith(stage))
-    return Step(step.stage, 0, None, 0, None, done=True) if (out / made).exists() else step
-
-
-def _with_reading(step: Step, sweeps: Mapping[str, float], reading: float) -> Step:
-    """The stage with the time that it reads blocks. sweeps: how often all are read, by what its name begins with."""
-    often = next((number for stage, number in sweeps.items() if step.stage.startswith(stage)), 0.0)
-    return replace(step, seconds=(step.seconds or 0.0) + often * reading) if often else step
+def _marked(planned: StagePlan, out: Path) -> StagePlan:
+    """The stage, done if what it makes is in the folder of the run."""
+    if not (out / MADE[planned.stage]).exists():
+        return planned
+    return StagePlan(planned.stage, done=True, note=planned.note)
 
 
 def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,19 +25,28 @@ SWEEPS_PER_PASS = 1.5  # of a selection, measured on small models: a round of a 
 REPAIR_SWEEPS = 16.0  # eight of the original, and of the shortened model eight, one for the proof, one for its row
 
 
-class Trial(NamedTuple):
-    """What was measured on the first block.
+@dataclass(frozen=True)
+class Pace:
+    """How fast stages run here.
 
-    tokens_per_second: forward passes of the whole model, reading not counted.
-    reading: seconds of a sweep over all blocks, for the reading alone.
+    tokens_per_second: forward passes of the whole model, without the time that blocks are read.
+    sweeps: where blocks are read one by one, how often each stage reads all of them; reading: seconds of doing so once.
     """
 
     tokens_per_second: float
-    reading: float
+    sweeps: Mapping[str, float] = field(default_factory=dict)
+    reading: float = 0.0
+
+    def seconds(self, stage: str, tokens: float) -> float:
+        """Of a stage that runs the model over so many tokens."""
+        return tokens / self.tokens_per_second + self.sweeps.get(stage, 0.0) * self.reading
 
 
-def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> Trial:
-    """Read the first block, and take a batch through it twice; other blocks are taken to be as fast a byte."""
+def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: BatchSize) -> tuple[float, float]:
+    """(tokens a second of passes of the whole model, seconds of a sweep that reads all blocks), from the first block.
+
+    It is read, and takes a batch twice; other blocks are taken to be as fast a byte.
+    """
     layer = traced.layers[0]
     sizes = [block.num_parameters for block in traced.blocks]
     share = sizes[0] / sum(sizes)  # of all blocks' weights
@@ -52,7 +61,7 @@ def timed_block(traced: TracedModel, samples: Sequence[Tensor], batch_size: Batc
             started = time.perf_counter()
             call.run(call.stream).sum().item()  # waits for the device
             seconds = time.perf_counter() - started
-    return Trial(int(batch.lengths.sum()) * share / seconds, reading)
+    return int(batch.lengths.sum()) * share / seconds, reading
 
 
 def count_sweeps(config: CompressConfig, traced: TracedModel, samples: Samples) -> dict[str, float]:
