@@ -282,6 +282,7 @@ def select(
     from ..energies import load_energies
     from ..model.loading import check_quantization, load_as, load_config
     from ..pipeline.stages import check_same_units, find_states, pose_problem, selection_stage
+    from ..selection.select import select_with_energies
     from ..surgery.feasible import Removable, protect_what_must_stay
 
     check_quantization(model, loading)
@@ -302,16 +303,19 @@ def select(
 
         spectrum = find_states(problem, solving)
         selection = selection_stage(
-            choosing,
-            opened,
-            found,
-            problem,
-            spectrum,
-            samples,
-            samples,
-            removable,
+            lambda partial: select_with_energies(
+                opened,
+                found,
+                problem,
+                spectrum,
+                samples,
+                samples,
+                removable,
+                choosing,
+                repair_samples=drawn[number:],
+                partial=partial,
+            ),
             out,
-            repair_samples=drawn[number:],
         )
     console.print(f"Wrote {out}.", soft_wrap=True)
     if json:

@@ -6,9 +6,10 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,8 +19,8 @@ from ..costs.targets import goals_of
 from ..costs.timing import TimeTable
 from ..data.calibration import tokenise
 from ..distillation.run import distill_checkpoint
-from ..energies import Energies
 from ..evaluation.perplexity import Evaluation, evaluation_of, results_table, sample_losses_of
+from ..evaluation.scores import Score
 from ..evaluation.tasks import scorer
 from ..files import write_json
 from ..lock import locked
@@ -28,11 +29,12 @@ from ..memory import release_memory
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
-from ..problem import Block, Budget, RemovalProblem, check_goal
+from ..problem import Budget, RemovalProblem, check_goal
 from ..processes import from_main
 from ..progress import console
 from ..repairs.checkpoint import repair_checkpoint
 from ..selection.result import Selection
+from ..selection.select import select_with_energies
 from ..settings import say
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
@@ -104,7 +106,7 @@ def compress(config: CompressConfig, out: str | Path) -> list[Evaluation]:
 
 
 def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
-    """All of `compress` but the training."""
+    """All of `compress` but the repair and the training."""
     remote = config.trust_remote_code
     check_quantization(config.model, config)
     model_config = load_config(config.model, trust_remote_code=remote)
@@ -118,14 +120,20 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     # The settings are recorded once nothing is left that could refuse them but the model itself.
     model = _model_to_shorten(config, samples, tokenizer, out)
-    units = find_units(model, config.units)
-    if config.remove is not None:
-        check_goal(units, config.remove, config.protect)
-    check_repair_text(config, model, samples)
     from_main(lambda: config.save(out / "run.yaml"))
 
-    times, budgets = _targets(config, model, units, out)
-    energies = _energies(config, model, samples, budgets, out / "energies.safetensors")
+    # The energies, made for what the run removes.
+    times, budgets = _targets(config, model, out)
+    energies = energies_stage(
+        config,
+        model,
+        samples.calibration,
+        out / "energies.safetensors",
+        metadata_of(config),
+        goal=config.remove,
+        budgets=budgets,
+        protect=config.protect,
+    )
 
     # The removals of lowest energy, among those that a configuration can express.
     removable = Removable(model_config, energies.blocks, trust_remote_code=remote)
@@ -133,17 +141,21 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
     spectrum = spectrum_stage(config, problem, out / "spectrum.json")
 
     # The best of them and of a few others, by measuring.
+    text_for_repairs = samples.calibration if config.repair and config.choose_repaired else []
     selection = selection_stage(
-        config,
-        model,
-        energies,
-        problem,
-        spectrum,
-        samples.selection,
-        samples.calibration,
-        removable,
+        lambda partial: select_with_energies(
+            model,
+            energies,
+            problem,
+            spectrum,
+            samples.selection,
+            samples.calibration,
+            removable,
+            config,
+            repair_samples=text_for_repairs,
+            partial=partial,
+        ),
         out / "candidates.json",
-        repair_samples=samples.calibration if config.repair else (),
     )
     from_main(lambda: goals_stage(budgets, times, model, selection.chosen.removed, out / "goals.json"))
     about = {**describe_machine(), **describe_samples(samples)}
@@ -151,11 +163,7 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
     # The report: what was chosen between the lowest state and a random removal.
     compared = _compared(config, problem, spectrum, selection, removable)
-    rows = evaluate_removals(config, model, compared, samples.evaluation, score)
-    where = measured_on(config, samples.evaluation)
-    from_main(lambda: add_results(out / "checkpoint", results_table(rows, config.units), where))
-    from_main(lambda: write_rows(rows, out))
-    return rows
+    return report_stage(config, model, compared, samples.evaluation, score, out)
 
 
 def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -174,45 +182,33 @@ def _model_to_shorten(
     """The original; where its blocks stay on disk, it is said how long the run will take.
 
     Raises:
-        ValueError: it cannot be opened, or a setting needs it in memory.
+        ValueError: it cannot be opened, a setting needs it in memory, the goal is out of reach, or there is too little
+            text for a repair.
     """
     model = load_as(config.model, config)
     if is_offloaded(model):
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))
         console.print(plan.estimate(), soft_wrap=True, highlight=False)
+
+    units = find_units(model, config.units)
+    if config.remove is not None:
+        check_goal(units, config.remove, config.protect)
+    check_repair_text(config, model, samples)
     return model
 
 
-def _targets(
-    config: CompressConfig, model: PreTrainedModel, units: Sequence[Block], out: Path
-) -> tuple[TimeTable | None, list[Budget]]:
+def _targets(config: CompressConfig, model: PreTrainedModel, out: Path) -> tuple[TimeTable | None, list[Budget]]:
     """What the targets ask for, and the times that those of time are stated in: of this machine, or of --profile.
 
     Raises:
         ValueError: the goal and the targets are out of reach.
     """
-    remote = config.trust_remote_code
+    units, remote = find_units(model, config.units), config.trust_remote_code
     times = from_main(lambda: times_stage(config, model, units, out / "profile.json"))
     budgets = from_main(lambda: goals_of(config, config.model, units, times, trust_remote_code=remote))
     check_goal(units, config.remove, config.protect, budgets)
     return times if config.needs_times else None, budgets
-
-
-def _energies(
-    config: CompressConfig, model: PreTrainedModel, samples: Samples, budgets: Sequence[Budget], path: Path
-) -> Energies:
-    """The energies, made for what the run removes."""
-    return energies_stage(
-        config,
-        model,
-        samples.calibration,
-        path,
-        metadata_of(config),
-        goal=config.remove,
-        budgets=budgets,
-        protect=config.protect,
-    )
 
 
 def _compared(
@@ -223,6 +219,22 @@ def _compared(
     chosen = replace(selection.chosen, source=f"chosen ({selection.chosen.source})")
     drawn = (random_candidate(problem, config.seed + k) for k in range(_RANDOM_DRAWS))
     return [*lowest, chosen, *removable.first_of(drawn)]
+
+
+def report_stage(
+    config: CompressConfig,
+    model: PreTrainedModel,
+    compared: Sequence[Candidate],
+    samples: Sequence[Tensor],
+    score: Callable[[Any], tuple[Score, ...]],
+    out: Path,
+) -> list[Evaluation]:
+    """Measure the original and the removals that are compared; the rows are in the checkpoint's card too."""
+    rows = evaluate_removals(config, model, compared, samples, score)
+    where = measured_on(config, samples)
+    from_main(lambda: add_results(out / "checkpoint", results_table(rows, config.units), where))
+    from_main(lambda: write_rows(rows, out))
+    return rows
 
 
 def measured_on(config: CompressConfig, samples: Sequence[Tensor]) -> str:
@@ -254,8 +266,11 @@ def write_rows(rows: Sequence[Evaluation], out: Path) -> None:
 
 def result_folder(config: CompressConfig, out: Path) -> Path:
     """Where the last stage of a run leaves the model."""
-    if config.distill is not None:
-        return out / "distilled"
+    return out / "distilled" if config.distill is not None else _shortened_folder(out)
+
+
+def _shortened_folder(out: Path) -> Path:
+    """Where the smaller model is before a training."""
     return out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
 
 
@@ -340,8 +355,7 @@ def distillation_stage(config: CompressConfig, out: Path, chosen: Evaluation) ->
     held_out = settings.data == config.calibration and config.evaluation is None
     leave_out = range(first, first + len(samples.evaluation)) if held_out else range(0)
     if not from_main((out / "distilled").is_dir):
-        student = out / ("repaired" if (out / "repaired").is_dir() else "checkpoint")
-        distill_checkpoint(student, out / "distilled", settings, leave_out=leave_out)
+        distill_checkpoint(_shortened_folder(out), out / "distilled", settings, leave_out=leave_out)
         from_main(lambda: config.save(out / "run.yaml"))
 
     return evaluated(config, out, "distilled", chosen, samples.evaluation, tokenizer)

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import ChoosingSettings, CompressConfig, DataSettings, EnergySettings, SolvingSettings
+from ..config import CompressConfig, DataSettings, EnergySettings, SolvingSettings
 from ..costs.targets import goals_table, read_times, what_is_left
 from ..costs.timing import TimeTable, check_prediction, measure_times
 from ..data.calibration import load_calibration
 from ..energies import Energies, estimate_energies, load_energies
+from ..energies.robustness import Robustness
 from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, losses_without
 from ..evaluation.scores import Score
 from ..files import write_json
@@ -31,11 +32,9 @@ from ..processes import from_main, is_main
 from ..progress import console
 from ..selection.repaired import repaired_beside
 from ..selection.result import Selection
-from ..selection.select import select_with_energies
 from ..solvers import Spectrum, solve
 from ..solvers.candidates import Candidate
 from ..surgery.checkpoint import checkpoint_bytes, prune_checkpoint
-from ..surgery.feasible import Removable
 from ..surgery.memory import remove_blocks
 from ..surgery.sublayer_checkpoint import prune_sublayers
 
@@ -269,37 +268,14 @@ def check_same_units(energies: Energies, model: PreTrainedModel) -> None:
         raise ValueError(f"the energies are of {other}, whose blocks are not those of this model (--energies)")
 
 
-def selection_stage(
-    settings: ChoosingSettings,
-    model: nn.Module,
-    energies: Energies,
-    problem: RemovalProblem,
-    spectrum: Spectrum,
-    samples: Sequence[Tensor],
-    activation_samples: Sequence[Tensor],
-    removable: Removable,
-    path: Path,
-    repair_samples: Sequence[Tensor] = (),
-) -> Selection:
+def selection_stage(choose: Callable[[Path], tuple[Selection, Robustness]], path: Path) -> Selection:
     """The choice: read, or made, continuing where an interrupted run stopped.
 
-    samples, activation_samples: of `select_with_energies`. repair_samples: of it too, where `choose_repaired` is set.
+    choose: `select_with_energies`, given the file that keeps what is measured until the choice is made.
     """
     with _journal(path) as partial:
         if not from_main(path.is_file):
-            selection, trust = select_with_energies(
-                model,
-                energies,
-                problem,
-                spectrum,
-                samples,
-                activation_samples,
-                removable,
-                settings,
-                repair_samples=repair_samples if settings.choose_repaired else (),
-                partial=partial,
-            )
-
+            selection, trust = choose(partial)
             shown = selection.table().text(console.width)
             console.print(trust.summary(), shown, selection.summary(), sep="\n", soft_wrap=True, highlight=False)
             from_main(lambda: write_json(path, {**selection.as_json(), "robustness": trust.as_json()}))
