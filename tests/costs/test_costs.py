@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import Command
+from matplotlib.cbook import STEP_LOOKUP_MAP
 from safetensors import safe_open
 from tiny import tiny_config, tiny_random_model
 
@@ -24,7 +25,8 @@ from blockspin.costs.timing import Check, Seconds, TimeTable, check_table, measu
 from blockspin.costs.units import unit_costs
 from blockspin.energies.gradients import Gradients
 from blockspin.evaluation.cost import Workload
-from blockspin.problem import Block, Sublayer
+from blockspin.pipeline.front import Point, front_figure
+from blockspin.problem import Block, Budget, Sublayer
 from blockspin.targets import TargetSettings
 
 FAMILIES = ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "nemotron_h"]
@@ -327,6 +329,17 @@ def test_a_front_is_monotone_and_drawn(tmp_path: Path, command: Command) -> None
     assert energies == sorted(energies)
     assert budgets == sorted(budgets, reverse=True)
     assert all(p["left"] <= p["at_most"] and p["lower_bound"] == p["energy"] for p in front)
+
+
+def test_a_budget_between_two_points_is_drawn_as_what_meets_it() -> None:
+    points = [Point(at_most=90, left=88, energy=1.0, lower_bound=1.0, removed=(0,)), Point(80, 75, 2.0, 2.0, (0, 1))]
+    figure = front_figure(points, Budget("--target-size", (12, 13, 75), 10, 100, "B"))
+    (line,) = figure.axes[0].lines
+    corners = list(zip(*STEP_LOOKUP_MAP[line.get_drawstyle()](*line.get_data()), strict=True))
+
+    # What leaves 88 is more than 85.
+    drawn_at_85 = {y for (x, y), (next_x, next_y) in itertools.pairwise(corners) if next_x < 85 < x and y == next_y}
+    assert drawn_at_85 == {2.0}
 
 
 @pytest.mark.parametrize(

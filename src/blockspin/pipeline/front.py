@@ -85,11 +85,11 @@ def front_table(points: Sequence[Point], swept: Budget) -> Table:
 
 
 def front_figure(points: Sequence[Point], swept: Budget) -> Figure:
-    """Energy against what is left; steps, because a removal serves until the next budget asks for more."""
+    """Energy against what is left; steps, because a budget between two points needs the removal of the second."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     left = [100 * point.left / swept.total for point in points]
-    axes.plot(left, [point.energy for point in points], "o-", color=BLUE, ms=5, drawstyle="steps-post")
+    axes.plot(left, [point.energy for point in points], "o-", color=BLUE, ms=5, drawstyle="steps-pre")
     axes.invert_xaxis()
     axes.set(xlabel=f"left, % of {swept.text(swept.total)} ({swept.goal})", ylabel="energy: what the removal costs")
     axes.grid(color=LINE, lw=0.8)
