@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_random_model
 
 import blockspin as bs
+from blockspin.evaluation.side_by_side import missing_sublayers
 from blockspin.model.batches import make_batches
 from blockspin.model.tracing import closed, trace_model
 from blockspin.problem import Removal
@@ -58,6 +59,12 @@ def test_sublayers_that_are_blocks_go_byte_by_byte(tmp_path: Path) -> None:
     prune_checkpoint(tmp_path / "whole", [1], tmp_path / "blocks", progress=False)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("short", "blocks")]
     assert weights[0] == weights[1]
+
+
+def test_a_table_of_models_names_what_is_gone(tmp_path: Path) -> None:
+    pruned(tiny_model("llama"), (3, 4), tmp_path)
+    models = {name: str(tmp_path / name) for name in ("whole", "short")}
+    assert missing_sublayers(models) == "short is without mlp of block 1, attention of block 2."
 
 
 def test_weights_stay_as_they_are_on_disk(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ..files import replacing, write_json
 from ..model.loading import load_as, load_config, load_tokenizer
 from ..problem import Removal
 from ..surgery.checkpoint import checkpoint_bytes
-from ..surgery.provenance import kept_blocks_of
+from ..surgery.provenance import kept_blocks_of, read_record
 from ..tables import Table
 from .cost import ModelCost, Workload, costs_table, measure_costs
 from .perplexity import (
@@ -153,10 +153,23 @@ def _measure_together(
         rows = evaluate_models(loaded, sizes, samples, batch_size=config.batch_size)
         for row, source in zip(rows, result.models.values(), strict=True):
             result.evaluations.append(replace(row, removed=_removed_from(source, rows[0].num_blocks)))
-        show(results_table(result.evaluations))
+        show(replace(results_table(result.evaluations), caption=missing_sublayers(result.models)))
     if cost is not None:
         result.costs = measure_costs(loaded, sizes, cost)
         show(costs_table(result.costs))
+
+
+def missing_sublayers(models: Mapping[str, str]) -> str:
+    """Which sub-layers are gone from the models that lack some, by the records in their folders.
+
+    models: short name -> hub id or folder.
+    """
+    said = []
+    for name, source in models.items():
+        record = read_record(Path(source)) or {}
+        if "gone" in record:
+            said.append(f"{name} is without {', '.join(record['gone'])}.")
+    return " ".join(said)
 
 
 def _removed_from(source: str, depth: int) -> Removal:
