@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from blockspin.model.gates import gated
 from blockspin.model.losses import sample_losses
 from blockspin.model.tracing import closed, trace_model
 from blockspin.problem import Removal
-from blockspin.surgery.modeling_sublayers import ShortenedForCausalLM
 
 BATCH = make_batches(random_samples((9, 9)), 2)[0]
 TWO_BRANCHES = [family for family in FAMILIES if family != "gpt_neox"]
@@ -160,9 +160,13 @@ def test_an_attention_must_stay() -> None:
         bs.remove_blocks(tiny_model("llama"), (0, 2, 4, 6), units="sublayers")
 
 
-def test_the_modelling_file_is_short_and_is_the_one_that_runs() -> None:
-    assert issubclass(ShortenedForCausalLM, tf.LlamaForCausalLM)
+def test_the_modelling_file_is_short_and_is_the_one_that_runs(tmp_path: Path) -> None:
+    smaller = bs.remove_blocks(tiny_model("llama"), (3,), units="sublayers")
+    assert isinstance(smaller, tf.LlamaForCausalLM)
+    smaller.save_pretrained(tmp_path)
     source = Path(__file__).parents[2] / "src/blockspin/surgery/modeling_sublayers.py"
+    assert sys.modules[type(smaller).__module__].__file__ == str(source)
+    assert (tmp_path / source.name).read_text() == source.read_text()
     lines = source.read_text().splitlines()
     assert len(lines) < 80
     assert "SPDX-License-Identifier: Apache-2.0" in lines[0]

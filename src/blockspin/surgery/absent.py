@@ -1,20 +1,18 @@
 """Models whose blocks lack some of their modules: what their configuration says, and the modelling file that reads it.
 
-No stock class of transformers leaves out the attention or the MLP of a layer. A small file in the checkpoint does, and
-so does the model in memory, whose class is the one of that file.
+No stock class of transformers leaves out the attention or the MLP of a layer. A small file in the checkpoint does
+(modeling_sublayers.py, the same for all), and the class of the model in memory is the one of that file.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..model.blocks import find_stack, kind_of
 from ..model.loading import auto_class
@@ -163,14 +161,14 @@ def absent_settings(model: PreTrainedModel, absent: Absent) -> dict[str, Any]:
     model: without the blocks that are gone, but with all modules of the others.
     """
     skipped = {str(position): {"skip": kinds} for position, kinds in absent.kinds.items()}
-    names = _names(model, absent)
+    made = class_without(model, absent)
     opening = auto_class(model.config).__name__
     settings: dict[str, Any] = {
-        "model_type": names["llama_without_sublayers"],
-        "architectures": [names["ShortenedForCausalLM"]],
+        "model_type": made.config_class.model_type,
+        "architectures": [made.__name__],
         "auto_map": {
-            "AutoConfig": f"{MODELING}.{names['ShortenedConfig']}",
-            opening: f"{MODELING}.{names['ShortenedForCausalLM']}",
+            "AutoConfig": f"{MODELING}.{made.config_class.__name__}",
+            opening: f"{MODELING}.{made.__name__}",
         },
         "absent_modules": absent.modules,
         "cache_positions": cache_positions(model, absent.modules),
@@ -202,50 +200,29 @@ def _block_configs(model: PreTrainedModel, absent: Absent) -> list[dict[str, Any
     return blocks
 
 
-def modeling_text(model: PreTrainedModel, absent: Absent) -> str:
-    """The modelling file for the class of a model.
+def class_without(model: PreTrainedModel, absent: Absent) -> type[PreTrainedModel]:
+    """The class of the modelling file for a model of a stock class.
 
     Raises:
         ValueError: the class comes with the model, not with transformers.
     """
-    classes = (type(model.config), type(model))
-    if not all(made.__module__.startswith("transformers.models.") for made in classes):
+    stock = type(model)
+    if getattr(transformers, stock.__name__, None) is not stock:
         raise ValueError(
-            f"{type(model).__name__} is code that comes with the model; sub-layers are removed from classes of "
-            "transformers only: remove whole blocks (--units blocks)"
+            f"{stock.__name__} is code that comes with the model; sub-layers are removed from classes of transformers "
+            "only: remove whole blocks (--units blocks)"
         )
-
-    # The file in this package is the one for Llama: other families differ in what they import and are called.
-    text = Path(modeling_sublayers.__file__).read_text(encoding="utf-8")
-    for name, other in _names(model, absent).items():
-        text = text.replace(name, other)
-    return text
-
-
-def _names(model: PreTrainedModel, absent: Absent) -> dict[str, str]:
-    """What the names in the modelling file for Llama become in that of another model."""
-    made, config = type(model), type(model.config)
-    is_decilm = is_decilm_shape(model.config, absent)
-    return {
-        "transformers.models.llama.configuration_llama import LlamaConfig ": f"{config.__module__} import "
-        f"{config.__name__} ",
-        "transformers.models.llama.modeling_llama import LlamaForCausalLM ": f"{made.__module__} import "
-        f"{made.__name__} ",
-        "llama_without_sublayers": "nemotron-nas" if is_decilm else f"{config.model_type}_without_sublayers",
-        "ShortenedConfig": "DeciLMConfig" if is_decilm else f"Shortened{config.__name__}",
-        "ShortenedForCausalLM": "DeciLMForCausalLM" if is_decilm else f"Shortened{made.__name__}",
-    }
+    name = "DeciLMForCausalLM" if is_decilm_shape(model.config, absent) else f"Shortened{stock.__name__}"
+    made: type[PreTrainedModel] = getattr(modeling_sublayers, name)
+    return made
 
 
 def leave_out(model: PreTrainedModel, absent: Absent) -> None:
     """Take the modules out of a model, in place; its class becomes that of the modelling file."""
+    made = class_without(model, absent)
     settings = absent_settings(model, absent)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "blockspin"
-        folder.mkdir()
-        (folder / f"{MODELING}.py").write_text(modeling_text(model, absent), encoding="utf-8")
-        made = get_class_from_dynamic_module(f"{MODELING}.{settings['architectures'][0]}", str(folder))
 
+    # Both say in config.json where they are, and bring their file along when they are saved.
     opening = auto_class(model.config).__name__
     made.config_class.register_for_auto_class()
     made.register_for_auto_class(opening)

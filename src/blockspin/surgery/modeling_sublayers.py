@@ -2,15 +2,20 @@
 # mypy: ignore-errors
 """A causal language model without some of its sub-layers. Loads with trust_remote_code; needs nothing but transformers.
 
-Written by blockspin. config.json says which modules are gone (`absent_modules`: name -> length of the tuple that the
+Written by blockspin, the same for every model. config.json names the class: ShortenedLlamaForCausalLM is the stock
+LlamaForCausalLM without some modules. It says which are gone (`absent_modules`: name -> length of the tuple that the
 module returned, 0 for a bare tensor) and at which position of the cache each attention that is left keeps its keys and
 values (`cache_positions`). Everything else is the stock model.
 """
 
+import functools
+
 import torch
+import transformers
 from torch import nn
-from transformers.models.llama.configuration_llama import LlamaConfig as OriginalConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM as OriginalModel
+
+# The names by which vLLM and llama.cpp know a Llama without some sub-layers.
+DECILM = {"DeciLMConfig": "LlamaConfig", "DeciLMForCausalLM": "LlamaForCausalLM"}
 
 
 class Absent(nn.Module):
@@ -34,10 +39,8 @@ class Settings(dict):
         return self[name]
 
 
-class ShortenedConfig(OriginalConfig):
+class WithoutSublayersConfig:
     """The stock configuration under a name of its own, so that nothing takes the model for a whole one."""
-
-    model_type = "llama_without_sublayers"
 
     def __init__(self, block_configs=None, **settings):
         super().__init__(**settings)
@@ -47,10 +50,8 @@ class ShortenedConfig(OriginalConfig):
             ]
 
 
-class ShortenedForCausalLM(OriginalModel):
+class WithoutSublayers:
     """The stock model; what is gone goes after it was made, so that no weight of it is asked for."""
-
-    config_class = ShortenedConfig
 
     def __init__(self, config):
         super().__init__(config)
@@ -58,3 +59,20 @@ class ShortenedForCausalLM(OriginalModel):
             self.set_submodule(name, Absent(outputs))
         for name, position in config.cache_positions.items():
             self.get_submodule(name).layer_idx = position
+
+
+@functools.cache
+def __getattr__(name):
+    """The class of a name in config.json, for which transformers asks this module: made of the stock class it tells."""
+    decilm = name in DECILM
+    if not decilm and not name.startswith("Shortened"):
+        raise AttributeError(name)
+    stock = getattr(transformers, DECILM[name] if decilm else name.removeprefix("Shortened"))
+
+    if issubclass(stock, transformers.PreTrainedConfig):
+        own = {"model_type": "nemotron-nas" if decilm else f"{stock.model_type}_without_sublayers"}
+        base = WithoutSublayersConfig
+    else:
+        own = {"config_class": __getattr__("DeciLMConfig" if decilm else f"Shortened{stock.config_class.__name__}")}
+        base = WithoutSublayers
+    return type(name, (base, stock), {"__module__": __name__, "__init__": base.__init__, **own})
