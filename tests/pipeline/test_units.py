@@ -43,6 +43,8 @@ def test_a_run_removes_sublayers(tiny_folder: Path, text_file: Path, tmp_path: P
     assert by_name["repaired"].loss == pytest.approx(mean_loss(repaired, drawn[32:]), rel=1e-5)
     page = (out / "report.html").read_text()
     assert "Which sub-layers are gone" in page
+    for i in chosen.removed:  # each block of a Llama has its attention first
+        assert f"{('attention', 'mlp')[i % 2]} of block {i // 2}" in page
     assert "blocks" not in [cell.lower() for cell in re.findall(r"<th[^>]*>([^<]*)<", page)]
 
 

@@ -58,7 +58,7 @@ def write_run_report(folder: Path) -> Path:
     goals = json.loads((folder / "goals.json").read_text()) if (folder / "goals.json").is_file() else {}
 
     with replacing(folder / "report.html") as temporary:
-        text = report_page(config, rows, selection, num_units, record.get("about", {}), goals)
+        text = report_page(config, rows, selection, num_units, record, goals)
         temporary.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
@@ -68,22 +68,26 @@ def report_page(
     rows: Sequence[Evaluation],
     selection: Selection,
     num_units: int,
-    about: dict[str, str],
+    record: Mapping[str, Any],
     goals: Mapping[str, Any],
 ) -> str:
     """The HTML page.
 
-    num_units: blocks of the original, or sub-layers where those are removed. about: machine, date and data, by heading.
-    goals: what is in goals.json, if there is one.
+    num_units: blocks of the original, or sub-layers where those are removed. record: what blockspin.json of the
+    checkpoint says. goals: what is in goals.json, if there is one.
     """
     original, chosen = rows[0], chosen_row(rows)
     model = model_title(config.model)
     noun = NOUNS[config.units]
+    about = record.get("about", {})
     date = f" · {about['date']}" if "date" in about else ""
 
     strips = []
     for row in rows[1:]:
         strips.append((row.name, page.block_strip(row.removed, num_units), row == chosen))
+
+    # The number of a sub-layer does not say whether it is an attention or an MLP.
+    named = [page.paragraph(f"Gone: {', '.join(record['gone'])}.")] if "gone" in record else []
     parts = [
         page.header(
             f"blockspin compress · {model}{date}", *headline(original, chosen, model, selection, f"{num_units} {noun}")
@@ -106,7 +110,7 @@ def report_page(
             shown=True,
         ),
         *_targets(goals),
-        page.section(f"Which {noun} are gone", [page.block_map(strips)], "the first is at the left", shown=True),
+        page.section(f"Which {noun} are gone", [page.block_map(strips), *named], "number 0 is at the left", shown=True),
         page.section(
             "The best removals that were measured", [page.html_table(selection.table()), page.paragraph(_SOURCES)]
         ),
