@@ -51,10 +51,12 @@ class BlockTrace:
     parts: tuple[tuple[Part, ...], ...] = ()
 
 
-def proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The number of residual branches; 0 unless gates of 0 make the block the identity and gates of 1 do nothing."""
+def proven_branches(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], untouched: Tensor) -> int:
+    """The number of residual branches; 0 unless gates of 0 make the block the identity and gates of 1 do nothing.
+
+    untouched: the stream as the block leaves it without gates.
+    """
     stream = stream_of(args, kwargs)
-    untouched = stream_in(run(*args, **kwargs))
     with ResidualBranches(stream, torch.zeros_like) as closed_branches:
         identity = stream_in(run(*args, **kwargs))
     with ResidualBranches(stream, torch.clone) as open_branches:

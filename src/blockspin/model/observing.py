@@ -39,12 +39,12 @@ class _Watch:
         """Run block i, and note what it does."""
         layer, stream = self._layers[i], stream_of(args, kwargs)
         with resident(layer):
-            branches = proven_branches(run, args, kwargs)
+            output = run(*args, **kwargs)
+            left = stream_in(output)
+            branches = proven_branches(run, args, kwargs, left)
             parts: tuple[Any, ...] = ()
             if self._with_parts and branches > 1:
                 parts = find_parts(layer, lambda: run(*args, **kwargs), stream)
-            output = run(*args, **kwargs)
-        left = stream_in(output)
         if not isinstance(left, Tensor) or left.shape != stream.shape:
             raise ValueError(f"block {i} of {type(self._model).__name__} does not return the residual stream")
 

@@ -74,6 +74,7 @@ class Reference:
 
 
 # (log-probabilities of a model (tokens, vocabulary), what the original predicts) -> (tokens, number of measures)
+# The log-probabilities are the measure's own, to be overwritten: fresh memory costs more than the arithmetic.
 Measure = Callable[[Tensor, Reference], Tensor]
 
 
@@ -370,18 +371,20 @@ def loss(log_probabilities: Tensor, reference: Reference) -> Tensor:
 
 
 def kl(log_probabilities: Tensor, reference: Reference) -> Tensor:
-    """KL(original || model) of each token in nats, (tokens, 1)."""
+    """KL(original || model) of each token in nats, (tokens, 1); overwrites the log-probabilities."""
     device = log_probabilities.device
-    apart = reference.log_probabilities.to(device) - log_probabilities  # (tokens, vocabulary)
+    whole = reference.log_probabilities.to(device)
+    apart = torch.sub(whole, log_probabilities, out=log_probabilities)  # (tokens, vocabulary)
     p = reference.probabilities.to(device)
     return apart.mul_(p).sum(dim=1, keepdim=True)  # more precise than inner products, which sum in order
 
 
 def quality(log_probabilities: Tensor, reference: Reference) -> Tensor:
-    """Loss, KL divergence and agreement of each token, (tokens, 3)."""
+    """Loss, KL divergence and agreement of each token, (tokens, 3); overwrites the log-probabilities."""
     same = log_probabilities.argmax(-1) == reference.top.to(log_probabilities.device)  # (tokens,)
     agreement = same.to(log_probabilities.dtype)[:, None]
-    return torch.cat([loss(log_probabilities, reference), kl(log_probabilities, reference), agreement], dim=1)
+    own_loss = loss(log_probabilities, reference)
+    return torch.cat([own_loss, kl(log_probabilities, reference), agreement], dim=1)
 
 
 MEASURES: dict[str, Measure] = {"kl": kl, "loss": loss}  # of one number a token, by the names of objectives
