@@ -254,6 +254,8 @@ def test_the_page_needs_no_other_file(finished: Path) -> None:
     repaired = sum(1 + len(table.rows) for table in repairs_tables(comparison))
     assert len(re.findall("<tr[ >]", page)) == len(GOALS) + len(rows) + repaired
     assert len(re.findall("<tr class=ours>", page)) == len(GOALS)
+    for table in repairs_tables(comparison):
+        assert [method for method, *_ in table.rows].count("random") == 1
 
 
 def test_the_page_says_what_is_in_the_rows(finished: Path) -> None:

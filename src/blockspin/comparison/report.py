@@ -267,8 +267,8 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
     gone = f"{len(ours.removed)} of its {depth} {noun}" if ours.removed else goal
     first = (
         f"Without {gone}, {model} keeps {ours.num_parameters / original.num_parameters:.0%} of its parameters and runs "
-        f"{ours.tokens_per_second / original.tokens_per_second:.2f} times as fast; its perplexity rises by "
-        f"{rise:.1f}%{error}."
+        f"{ours.tokens_per_second / original.tokens_per_second:.2f} times as fast; its perplexity "
+        f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.1f}%{error}."
     )
 
     name = {"kl": "KL divergence from the original", "loss": "loss"}[objective]
