@@ -187,7 +187,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, fitted: Fitted, monkeypatc
         runs.append(len(arguments[1]))
         return measured(*arguments, **options)
 
-    monkeypatch.setattr("blockspin.energies.measurements.measured", counted)
+    monkeypatch.setattr("blockspin.model.known.measured", counted)
     again = fit_removals(model, SAMPLES, passes=PASSES, partial=partial, progress=False)
     np.testing.assert_array_equal(again.hessian, whole.hessian)
     assert len(runs) == len(lines) - len(lines) // 2

@@ -21,7 +21,6 @@ from blockspin.model.passes import passes_of_walk
 from blockspin.model.quality import measured, shared_qualities
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Block, Removal, RemovalProblem
-from blockspin.selection import ledger
 from blockspin.selection.ledger import Ledger
 from blockspin.selection.pool import cheap_choices, pool_of
 from blockspin.selection.race import race
@@ -280,7 +279,7 @@ def test_an_interrupted_selection_continues_and_ends_the_same(
             raise KeyboardInterrupt
         return measured(*arguments, **options)
 
-    monkeypatch.setattr(ledger, "measured", counting)
+    monkeypatch.setattr("blockspin.model.known.measured", counting)
     with pytest.raises(KeyboardInterrupt):
         run_selection(model, pool, SAMPLES, problem=problem, budget=15, partial=path, progress=False)
     before = len(calls)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..journal import Journal
 from ..model.batches import BatchSize
+from ..model.known import KnownValues
 from ..model.passes import num_passes
-from ..model.quality import kl, measured, measured_in_sweeps
+from ..model.quality import kl, measured_in_sweeps
 from ..model.tracing import TracedModel
 from ..problem import Floats, Removal, rows_of
 from ..processes import num_processes
@@ -42,14 +43,7 @@ class Measurements:
 
         self._traced = traced
         self._tokens = samples
-        self._journal = journal
-        self._batch_size = batch_size
-
-        # What an interrupted run has measured; it counts when this one asks for it.
-        self._finished: dict[tuple[int, Removal], float] = {}
-        for entry in journal.entries():
-            removals = [tuple(removed) for removed in entry["removals"]]
-            self._remember(removals, entry["samples"], np.array(entry["kl"]))
+        self._known = KnownValues(traced, samples, kl, journal, batch_size)
 
         first = list(range(min(SINGLES_SAMPLES, len(samples))))
         each = [(block,) for block in range(traced.num_units)]
@@ -66,13 +60,13 @@ class Measurements:
 
         wanted: dict[int, list[Removal]] = {}
         for sample, removals in enumerate(plans):
-            missing = [removed for removed in removals if (sample, removed) not in self._finished]
-            if missing:
-                wanted[sample] = missing
+            unknown = self._known.unknown(removals, [sample])
+            if unknown:
+                wanted[sample] = unknown
 
-        jobs = [(missing, self._tokens[sample]) for sample, missing in wanted.items()]
-        for (sample, missing), values in zip(wanted.items(), measured_in_sweeps(self._traced, jobs, kl), strict=True):
-            self._keep(missing, [sample], values)
+        jobs = [(unknown, self._tokens[sample]) for sample, unknown in wanted.items()]
+        for (sample, unknown), values in zip(wanted.items(), measured_in_sweeps(self._traced, jobs, kl), strict=True):
+            self._known.keep(unknown, [sample], values)
 
     def add(self, removals: Sequence[Removal], sample: int) -> None:
         """Measure these removals on one sample.
@@ -95,33 +89,9 @@ class Measurements:
         return Counter(self.removals)
 
     def _measured(self, removals: Sequence[Removal], samples: Sequence[int]) -> Floats:
-        """(number of removals, number of samples): the divergences, measured where the journal lacks one."""
+        """(number of removals, number of samples): the divergences, which cost as much where they were known."""
         self.passes += num_passes(self._traced, [(), *removals]) * len(samples)
-        missing = []
-        for removed in removals:
-            if any((sample, removed) not in self._finished for sample in samples):
-                missing.append(removed)
-
-        if missing:
-            tokens = [self._tokens[sample] for sample in samples]
-            values = measured(self._traced, missing, tokens, kl, batch_size=self._batch_size)[..., 0]
-            self._keep(missing, samples, values)
-
-        found = np.zeros((len(removals), len(samples)))
-        for row, removed in zip(found, removals, strict=True):
-            row[:] = [self._finished[sample, removed] for sample in samples]
-        return found
-
-    def _keep(self, removals: Sequence[Removal], samples: Sequence[int], values: Floats) -> None:
-        """Remember, in the journal too. values: (number of removals, number of samples)."""
-        self._remember(removals, samples, values)
-        self._journal.append({"samples": list(samples), "removals": removals, "kl": values.tolist()})
-
-    def _remember(self, removals: Sequence[Removal], samples: Sequence[int], values: Floats) -> None:
-        """values: (number of removals, number of samples)."""
-        for removed, row in zip(removals, values.tolist(), strict=True):
-            for sample, value in zip(samples, row, strict=True):
-                self._finished[sample, removed] = value
+        return self._known.of(removals, samples)
 
 
 def logarithms(divergences: Floats) -> Floats:

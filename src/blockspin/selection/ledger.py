@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
+from ..model.known import KnownValues
 from ..model.passes import num_passes, share_that_runs
-from ..model.quality import MEASURES, measured
+from ..model.quality import MEASURES
 from ..model.tracing import skipped, trace_model
 from ..problem import Floats, Removal, Units
 
@@ -63,18 +64,11 @@ class Ledger:
         self.on_progress: Callable[[float], None] | None = None
 
         self._traced = trace_model(model, units)
-        self._samples = samples
-        self._objective = objective
-        self._batch_size = batch_size
         self._started = time.perf_counter()
-
-        # What an interrupted selection has measured; it moves to `values` when this one asks for it.
-        kept = None if callable(objective) else partial
-        self._journal = Journal(kept, fingerprint.of_results(model, samples, str(objective), units))
-        self._known: dict[Removal, Floats] = {}
-        for entry in self._journal.entries():
-            removals = [tuple(removed) for removed in entry["removals"]]
-            self._remember(removals, entry["first"], np.array(entry["values"]))
+        self._objective = objective
+        if not callable(objective):
+            journal = Journal(partial, fingerprint.of_results(model, samples, objective, units))
+            self._known = KnownValues(self._traced, samples, MEASURES[objective], journal, batch_size)
 
     @property
     def seconds(self) -> float:
@@ -148,34 +142,22 @@ class Ledger:
         """Extend removals that all were measured on the first `have` samples."""
         if callable(self._objective):
             self.passes += sum(share_that_runs(self._traced, removed) for removed in removals)
+            found = self._called(self._objective, removals)
         else:
             share = float(self.weights[have:number].sum() / self.weights.sum())
             self.passes += share * num_passes(self._traced, [(), *removals])
+            found = self._known.of(removals, range(have, number))
 
-        unknown = [removed for removed in removals if len(self._known.get(removed, ())) < number]
-        if unknown:
-            values = self._run(unknown, have, number)
-            self._remember(unknown, have, values)
-            self._journal.append({"removals": unknown, "first": have, "values": values.tolist()})
-        for removed in removals:
-            self.values[removed] = self._known[removed][:number]
+        for removed, row in zip(removals, found, strict=True):
+            before = self.values.get(removed, np.zeros(0))
+            self.values[removed] = np.concatenate([before, row])
 
-    def _remember(self, removals: Sequence[Removal], first: int, values: Floats) -> None:
-        """values: (number of removals, number of samples), from sample number `first` on."""
-        for removed, row in zip(removals, values, strict=True):
-            before = self._known.get(removed, np.zeros(0))[:first]
-            self._known[removed] = np.concatenate([before, row])
-
-    def _run(self, removals: Sequence[Removal], have: int, number: int) -> Floats:
-        """(number of removals, number - have): the objective without each, on the samples from `have` to `number`."""
-        if not callable(self._objective):
-            measure, samples = MEASURES[self._objective], self._samples[have:number]
-            return measured(self._traced, removals, samples, measure, batch_size=self._batch_size)[..., 0]
-
+    def _called(self, objective: Callable[[nn.Module], float], removals: Sequence[Removal]) -> Floats:
+        """(number of removals, 1): what a function returns for the model without each."""
         rows = []
         for removed in removals:
             with skipped(self._traced, removed):
-                value = float(self._objective(self._traced.model))
+                value = float(objective(self._traced.model))
             if not math.isfinite(value):
                 raise ValueError(f"the objective without the blocks {removed} is {value}; it must be a finite number")
             rows.append([value])
