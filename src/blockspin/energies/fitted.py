@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
+from ..model.known import FORMAT
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Budget, Floats, Goal, Removal, RemovalProblem, Units, check_goal
@@ -154,7 +155,8 @@ def fit_removals(
     budget = PASSES_PER_BLOCK * (traced.num_units + 1) if passes is None else passes
     used = _affordable_samples(samples, budget, traced.num_units)
 
-    identity = fingerprint.of_results(model, used, "fitted", budget, seed, goal, budgets, protect, units)
+    settings = ("fitted", FORMAT, budget, seed, goal, budgets, protect, units)
+    identity = fingerprint.of_results(model, used, *settings)
     known = Measurements(traced, used, Journal(partial, identity), batch_size)
     problems = problems_for(traced.units, known.singles, goal, protect, budgets)
     checked = [*problems]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..journal import Journal
 from ..model import fingerprint
 from ..model.batches import BatchSize
-from ..model.known import KnownValues
+from ..model.known import FORMAT, KnownValues
 from ..model.passes import num_passes, share_that_runs
 from ..model.quality import MEASURES
 from ..model.tracing import skipped, trace_model
@@ -67,7 +67,7 @@ class Ledger:
         self._started = time.perf_counter()
         self._objective = objective
         if not callable(objective):
-            journal = Journal(partial, fingerprint.of_results(model, samples, objective, units))
+            journal = Journal(partial, fingerprint.of_results(model, samples, objective, FORMAT, units))
             self._known = KnownValues(self._traced, samples, MEASURES[objective], journal, batch_size)
 
     @property

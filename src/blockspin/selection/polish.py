@@ -33,27 +33,28 @@ def polish(
     while ledger.passes < budget:
         rounds += 1
         best = ledger.best()
-        proposed = propose(ledger, refit(ledger, problem, fitted).problem, best, removable)
+        corrected = refit(ledger, problem, fitted)
+        proposed = propose(ledger, corrected, best, removable)
         if not proposed:
             break
-        race(ledger, [best, *proposed])
+        race(ledger, [best, *proposed], corrected)
         tried += [(removed, f"polish:{rounds}") for removed in proposed]
     return tried
 
 
-def propose(ledger: Ledger, fitted: RemovalProblem, best: Removal, removable: Removable | None) -> list[Removal]:
+def propose(ledger: Ledger, corrected: RemovalProblem, best: Removal, removable: Removable | None) -> list[Removal]:
     """Removals that were not measured yet: half of them the lowest of all, half neighbours of the best.
 
-    fitted: the problem with the corrected energy, which both halves are ordered by.
+    corrected: the problem with the energy that both halves are ordered by.
     """
-    states = solve(fitted, states=len(ledger.values) + PROPOSALS, solver="tabu").states
+    states = solve(corrected, states=len(ledger.values) + PROPOSALS, solver="tabu").states
     lowest = [state.removed for state in states if state.removed not in ledger.values]
     if removable is not None:
         lowest = removable.among(lowest)
     proposed = lowest[: PROPOSALS // 2]
 
     known = {*ledger.values, *proposed}
-    near = [removed for removed in swaps(fitted, best) if removed not in known]
+    near = [removed for removed in swaps(corrected, best) if removed not in known]
     if removable is not None:
         near = removable.among(near)
     return proposed + near[: PROPOSALS - len(proposed)]

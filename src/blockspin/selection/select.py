@@ -23,6 +23,7 @@ from ..progress import bar
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, distinct, states_as_candidates
 from ..surgery.feasible import Removable, keep_possible
+from .expectation import expectation
 from .ledger import Ledger, Objective
 from .polish import polish
 from .pool import cheap_choices, pool_of
@@ -183,7 +184,8 @@ def run_selection(
     with bar(progress) as display:
         task = display.add_task("Selecting", total=None if problem is None else budget)
         ledger.on_progress = lambda passes: display.update(task, completed=passes)
-        race(ledger, list(candidates))
+        logarithmic = fitted is not None and ledger.logarithmic  # the energy is in the units of what is measured
+        race(ledger, list(candidates), problem if logarithmic else None)
         ledger.extend(always, len(ledger.weights))
         if problem is not None:
             for removed, source in polish(ledger, problem, budget, removable, fitted):
@@ -208,5 +210,6 @@ def expected_best(
     limit = min(map(ledger.mean, always), default=math.inf)
     allowed = [removed for removed in ledger.complete() if ledger.mean(removed) <= limit]
 
-    expected = refit(ledger, problem, fitted).expected
+    values = expectation(ledger, allowed, refit(ledger, problem, fitted)).values
+    expected = dict(zip(allowed, values.tolist(), strict=True))
     return min(allowed, key=lambda removed: (expected[removed], ledger.mean(removed), removed))
