@@ -71,8 +71,11 @@ class Score:
         return Score(**known)
 
 
-def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str) -> list[Score]:
-    """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member."""
+def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: str, rollouts: int = 0) -> list[Score]:
+    """The scores in what `lm_eval.evaluate` returned for a task or group: one, or one for each member.
+
+    rollouts: how many answers were sampled for each question; 0: none, there is one greedy answer.
+    """
     # A group that the harness does not aggregate has no metrics of its own: its members are scored.
     names = list(loaded["tasks"])
     for outer in (task, *loaded["groups"]):
@@ -102,7 +105,7 @@ def extract_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], task: 
             num_samples=num_samples,
             num_fewshot=int(results["n-shot"].get(name, results["n-shot"][members[0]])),
         )
-        scores.append(score)
+        scores.append(_over_rollouts(score, loaded, metric, chosen, rollouts) if rollouts else score)
     return scores
 
 
@@ -157,13 +160,12 @@ def _guess(sample: Mapping[str, Any], output_type: str) -> float:
     return 1 / choices if choices else 0.0
 
 
-def over_rollouts(score: Score, loaded: Mapping[str, Any], rollouts: int) -> Score:
+def _over_rollouts(score: Score, loaded: Mapping[str, Any], metric: str, chosen: str, rollouts: int) -> Score:
     """The score of each rollout, their mean and its standard error.
 
     The harness keeps every answer but scores only the first; here its filters and its metric are applied to one rollout
-    after the other.
+    after the other. metric, chosen: what counts, and the filter of the answers, as the harness names them.
     """
-    metric, _, chosen = score.metric.rstrip(")").partition(" (")
     tasks = [loaded["tasks"][score.task]] if score.task in loaded["tasks"] else list(loaded["tasks"].values())
     answers: dict[int, list[str]] = {}  # of each request, in the order of rollouts
     for task in tasks:
@@ -174,7 +176,7 @@ def over_rollouts(score: Score, loaded: Mapping[str, Any], rollouts: int) -> Sco
     for k in range(rollouts):
         hits: list[float] = []
         for task in tasks:
-            hits += _question_values(task, answers, k, metric, chosen or "none")
+            hits += _question_values(task, answers, k, metric, chosen)
         values.append(statistics.fmean(hits))
 
     if rollouts == 1:

@@ -19,7 +19,7 @@ from ..model.loading import load_tokenizer
 from ..processes import from_main, gathered, share
 from ..progress import console
 from . import harness
-from .scores import Score, extract_scores, over_rollouts
+from .scores import Score, extract_scores
 
 _DECIDING = ("limit", "num_fewshot", "apply_chat_template", "backend", "max_gen_tokens", "dtype")
 _KEPT = ("results", "versions", "n-shot", "n-samples", "configs")  # of what the harness returns
@@ -171,9 +171,7 @@ def _score(lm: Any, loaded: dict[str, Any], task: str, config: EvaluateConfig) -
     """The scores, and the harness's own results that they come from."""
     rollouts = dict(config.rollouts).get(task, 0)
     results = harness.run(lm, loaded, config, rollouts)
-    scores = extract_scores(results, loaded, task)
-    if rollouts:
-        scores = [over_rollouts(score, loaded, rollouts) for score in scores]
+    scores = extract_scores(results, loaded, task, rollouts)
 
     # As they will be read back: what JSON does not know becomes text.
     kept = {name: results[name] for name in _KEPT}
