@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import Command, random_samples, settings, tiny_model
 
 from blockspin.evaluation.perplexity import Evaluation, evaluate_models
-from blockspin.model.batches import standard_error
 from blockspin.model.quality import quality_of, shared_qualities
 from blockspin.model.tracing import trace_model
+from blockspin.scatter import standard_error
 from blockspin.surgery.memory import remove_blocks
 
 DATA = ("--max-length", 32)
@@ -30,9 +29,9 @@ def test_standard_errors_are_those_of_drawing_anew() -> None:
 
     draws = generator.integers(0, 400, (4000, 400))
     means = (weights[draws] * values[draws]).sum(1) / weights[draws].sum(1)
-    error = standard_error(torch.tensor(values), torch.tensor(weights))
-    assert error == pytest.approx(means.std(), rel=0.05)
-    assert standard_error(torch.ones(1).double(), torch.ones(1).double()) is None
+    assert standard_error(values, weights) == pytest.approx(means.std(), rel=0.05)
+    assert standard_error([1.0], [1.0]) is None
+    assert standard_error(values) == pytest.approx(values.std(ddof=1) / np.sqrt(400))
 
 
 def test_losses_are_compared_sample_by_sample() -> None:

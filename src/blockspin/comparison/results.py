@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
@@ -14,6 +13,7 @@ from typing import Any
 from ..evaluation.scores import Score, mean_scores
 from ..files import write_json
 from ..problem import Removal, Units
+from ..scatter import standard_error
 from .cost import MethodCost
 
 ORIGINAL = "original"  # the method that removes nothing
@@ -203,11 +203,9 @@ def averaged(rows: Sequence[Row], objective: str = "loss") -> list[Row]:
         numbers = {}
         for name in AVERAGED:
             numbers[name] = sum(map(attrgetter(name), draws)) / len(draws)
-        errors = {}
-        for error, name in (("above_error", "loss"), ("kl_error", "kl")):
-            errors[error] = statistics.stdev(map(attrgetter(name), draws)) / math.sqrt(len(draws))
-        scores = mean_scores([row.scores for row in draws])
-        means.append(replace(draws[0], **numbers, **errors, removed=(), energy=None, scores=scores))
+        mean = replace(draws[0], **numbers, removed=(), energy=None, scores=mean_scores([row.scores for row in draws]))
+        above_error, kl_error = standard_error([row.loss for row in draws]), standard_error([row.kl for row in draws])
+        means.append(replace(mean, above_error=above_error, kl_error=kl_error))
 
     # Goals stay in the order in which they were asked for.
     goals = list(dict.fromkeys(row.goal for row in rows))

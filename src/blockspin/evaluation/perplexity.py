@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,6 @@ from ..model.batches import (
     frozen,
     make_batches,
     predicted_tokens,
-    standard_error,
 )
 from ..model.blocks import count_parameters, find_blocks
 from ..model.head import split_model
@@ -36,6 +36,7 @@ from ..model.tracing import TracedModel, trace_model
 from ..problem import NOUNS, Removal, Units
 from ..processes import from_main
 from ..progress import track
+from ..scatter import standard_error
 from ..tables import Column, Table, ranges, short
 from .scores import Score
 
@@ -84,10 +85,8 @@ class Evaluation:
         """
         if not self.sample_losses or self.sample_tokens != other.sample_tokens:
             return self.loss - other.loss, None
-        apart = torch.tensor(self.sample_losses, dtype=torch.float64)
-        apart -= torch.tensor(other.sample_losses, dtype=torch.float64)
-        weights = torch.tensor(self.sample_tokens, dtype=torch.float64)
-        return self.loss - other.loss, standard_error(apart, weights)
+        apart = np.subtract(self.sample_losses, other.sample_losses)  # (number of samples,)
+        return self.loss - other.loss, standard_error(apart, self.sample_tokens)
 
     def as_json(self) -> dict[str, Any]:
         scores = list(map(Score.as_json, self.scores))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
+from ..scatter import standard_error
 from ..tables import Column, Table
 
 # What a task is scored by; other tasks by acc_norm where they have it, else by what they report first.
@@ -181,8 +182,8 @@ def _over_rollouts(score: Score, loaded: Mapping[str, Any], metric: str, chosen:
 
     if rollouts == 1:
         return replace(score, rollouts=tuple(values))
-    stderr = statistics.stdev(values) / math.sqrt(rollouts)
-    return replace(score, value=statistics.fmean(values), stderr=stderr, rollouts=tuple(values))
+    value, stderr = statistics.fmean(values), standard_error(values)
+    return replace(score, value=value, stderr=stderr, rollouts=tuple(values))
 
 
 def _question_values(task: Any, answers: Mapping[int, list[str]], k: int, metric: str, chosen: str) -> list[float]:

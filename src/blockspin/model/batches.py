@@ -264,18 +264,3 @@ def check_finite(losses: Tensor, batch: Batch) -> None:
 def predicted_tokens(samples: Sequence[Tensor]) -> Tensor:
     """(number of samples,) float64: every token but the first is predicted; the weight of a sample in a mean."""
     return torch.tensor([len(sample) - 1 for sample in samples], dtype=torch.float64)
-
-
-def standard_error(values: Tensor, weights: Tensor) -> float | None:
-    """The standard error of the weighted mean of independent values, from their scatter; None for a single value.
-
-    It is that of a ratio of two means (Cochran, Sampling Techniques, eq. 2.47): the weights are drawn with the values.
-
-    values, weights: (number,) float64.
-    """
-    number = len(values)
-    if number < 2:
-        return None
-    weights = weights / weights.sum()
-    apart = values - weights @ values
-    return float((weights**2 @ apart**2 * number / (number - 1)).sqrt())

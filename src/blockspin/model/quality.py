@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..memory import states_limit
 from ..problem import Floats, Removal
 from ..processes import gathered, num_processes, share_of_neighbours
+from ..scatter import standard_error
 from .batches import (
     Batch,
     BatchSize,
@@ -25,7 +26,6 @@ from .batches import (
     input_device,
     make_batches,
     predicted_tokens,
-    standard_error,
 )
 from .head import SplitModel, log_softmax, split_model
 from .largest_batch import tokens_that_fit
@@ -357,11 +357,10 @@ def _used_states(traced: TracedModel, samples: Sequence[Tensor], batch_size: Bat
 def _summary(values: Floats, whole: Floats, samples: Sequence[Tensor]) -> Quality:
     """Means and standard errors. values: (number of samples, 3) of a model. whole: the same of the original, of which
     only the loss is read."""
-    weights = predicted_tokens(samples)
-    above, divergence = torch.from_numpy(values[:, 0] - whole[:, 0]), torch.from_numpy(values[:, 1])
+    weights = predicted_tokens(samples).numpy()
     loss, kl, agreement = token_mean(values.T, samples).tolist()
-    above_error, kl_error = standard_error(above, weights), standard_error(divergence, weights)
-    return Quality(loss, kl, agreement, above_error, kl_error)
+    above_error = standard_error(values[:, 0] - whole[:, 0], weights)
+    return Quality(loss, kl, agreement, above_error, standard_error(values[:, 1], weights))
 
 
 def loss(log_probabilities: Tensor, reference: Reference) -> Tensor:
