@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from .. import baselines
 from ..config import CompressConfig
@@ -19,8 +18,7 @@ from ..costs.targets import goals_of
 from ..energies import Energies
 from ..errors import first_line
 from ..evaluation.perplexity import tokens_per_second
-from ..evaluation.scores import Score
-from ..evaluation.tasks import scorer
+from ..evaluation.tasks import Scorer, scorer
 from ..journal import check_settings
 from ..lock import locked
 from ..machine import describe_machine
@@ -135,7 +133,7 @@ def complete(
 
 def _opened(
     config: CompressConfig, goals: Mapping[str, Goal | None], comparison: Comparison, out: Path
-) -> tuple[Setup, Callable[[Any], tuple[Score, ...]]]:
+) -> tuple[Setup, Scorer]:
     """The model, what the methods share, and what scores models on tasks.
 
     Everything that can be refused without timing is, before the settings are recorded.
@@ -306,7 +304,7 @@ def landscape(case: Case) -> list[Point]:
     return points
 
 
-def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Callable[[Any], tuple[Score, ...]]) -> list[Row]:
+def measure(setup: Setup, goal: str, choices: Sequence[Choice], score: Scorer) -> list[Row]:
     """Quality, size and speed of the choices of one goal, and of the original, and their scores on tasks."""
     traced, config, text = setup.traced, setup.config, setup.samples.evaluation
     model = traced.model

@@ -21,6 +21,8 @@ from ..progress import console
 from . import harness
 from .scores import Score, extract_scores
 
+Scorer = Callable[[Any], tuple[Score, ...]]  # of a model in memory, on the tasks of a run
+
 _DECIDING = ("limit", "num_fewshot", "apply_chat_template", "backend", "max_gen_tokens", "dtype")
 _KEPT = ("results", "versions", "n-shot", "n-samples", "configs")  # of what the harness returns
 
@@ -91,9 +93,7 @@ def check_tasks(
     return harness.find_tasks(tasks, config.include_path)
 
 
-def scorer(
-    config: CompressConfig, tokenizer: PreTrainedTokenizerBase, cache: Path
-) -> Callable[[PreTrainedModel], tuple[Score, ...]]:
+def scorer(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Scorer:
     """A function that scores models on the tasks of a run; the tasks are checked now. Without tasks it returns nothing.
 
     Raises:

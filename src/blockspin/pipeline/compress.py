@@ -6,10 +6,9 @@ A stage whose file exists is not done again, so a run that was cut off continues
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,8 +19,7 @@ from ..costs.timing import TimeTable
 from ..data.calibration import tokenise
 from ..distillation.run import distill_checkpoint
 from ..evaluation.perplexity import Evaluation, evaluation_of, results_table, sample_losses_of
-from ..evaluation.scores import Score
-from ..evaluation.tasks import scorer
+from ..evaluation.tasks import Scorer, scorer
 from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
@@ -226,7 +224,7 @@ def report_stage(
     model: PreTrainedModel,
     compared: Sequence[Candidate],
     samples: Sequence[Tensor],
-    score: Callable[[Any], tuple[Score, ...]],
+    score: Scorer,
     out: Path,
 ) -> list[Evaluation]:
     """Measure the original and the removals that are compared; the rows are in the checkpoint's card too."""

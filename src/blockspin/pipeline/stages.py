@@ -18,7 +18,7 @@ from ..data.calibration import load_calibration
 from ..energies import Energies, estimate_energies, load_energies
 from ..energies.robustness import Robustness
 from ..evaluation.perplexity import Evaluation, evaluate_models, evaluation_of, losses_without
-from ..evaluation.scores import Score
+from ..evaluation.tasks import Scorer
 from ..files import write_json
 from ..memory import release_memory
 from ..model.batches import NotFiniteError
@@ -306,7 +306,7 @@ def evaluate_removals(
     model: nn.Module,
     candidates: Sequence[Candidate],
     samples: Sequence[Tensor],
-    score: Callable[[Any], tuple[Score, ...]],
+    score: Scorer,
 ) -> list[Evaluation]:
     """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run.
 
@@ -317,21 +317,12 @@ def evaluate_removals(
     for candidate in compared:
         names.setdefault(candidate.removed, candidate.source)
 
-    by_removal = {}
     if is_offloaded(model):
-        sizes = [stored_bytes(config, removed) for removed in names]
-        evaluations = _in_one_sweep(config, model, names, sizes, samples)
-        for removed, evaluation in zip(names, evaluations, strict=True):
-            by_removal[removed] = replace(evaluation, removed=removed)
+        evaluations = _in_one_sweep(config, model, names, samples)
     else:
-        models: dict[str, nn.Module] = {}
-        for removed, name in names.items():
-            models[name] = remove_blocks(model, removed, units=config.units, copy=False) if removed else model
-        sizes = [stored_bytes(config, removed, models[name]) for removed, name in names.items()]
-        evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
-        for removed, evaluation in zip(names, evaluations, strict=True):
-            by_removal[removed] = replace(evaluation, removed=removed, scores=score(models[evaluation.name]))
+        evaluations = _in_memory(config, model, names, samples, score)
 
+    by_removal = {evaluation.removed: evaluation for evaluation in evaluations}
     rows = []
     for candidate in compared:
         rows.append(replace(by_removal[candidate.removed], name=candidate.source, energy=candidate.energy))
@@ -348,12 +339,25 @@ def stored_bytes(config: CompressConfig, removed: Removal, shortened: nn.Module 
     return checkpoint_bytes(config.model, trust_remote_code=remote) * count_parameters(shortened) // whole
 
 
+def _in_memory(
+    config: CompressConfig, model: nn.Module, names: Mapping[Removal, str], samples: Sequence[Tensor], score: Scorer
+) -> list[Evaluation]:
+    """The rows of models that are built in memory, where they take turns to be timed."""
+    models: dict[str, nn.Module] = {}
+    sizes = []
+    for removed, name in names.items():
+        models[name] = remove_blocks(model, removed, units=config.units, copy=False) if removed else model
+        sizes.append(stored_bytes(config, removed, models[name]))
+
+    rows = []
+    evaluations = evaluate_models(models, sizes, samples, batch_size=config.batch_size)
+    for removed, evaluation in zip(names, evaluations, strict=True):
+        rows.append(replace(evaluation, removed=removed, scores=score(models[evaluation.name])))
+    return rows
+
+
 def _in_one_sweep(
-    config: CompressConfig,
-    model: nn.Module,
-    names: Mapping[Removal, str],
-    sizes: Sequence[int],
-    samples: Sequence[Tensor],
+    config: CompressConfig, model: nn.Module, names: Mapping[Removal, str], samples: Sequence[Tensor]
 ) -> list[Evaluation]:
     """The rows of an offloaded model without some of its blocks, which need not be built for that; nothing is timed."""
     measured = losses_without(trace_model(model), list(names), samples, config.batch_size)
@@ -361,7 +365,8 @@ def _in_one_sweep(
     structure = model_without_weights(model_config, trust_remote_code=config.trust_remote_code)
 
     rows = []
-    for (removed, name), losses, size in zip(names.items(), measured, sizes, strict=True):
+    for (removed, name), losses in zip(names.items(), measured, strict=True):
         shortened = remove_blocks(structure, removed, copy=False) if removed else structure
-        rows.append(evaluation_of(name, shortened, losses, samples, num_bytes=size))
+        row = evaluation_of(name, shortened, losses, samples, num_bytes=stored_bytes(config, removed))
+        rows.append(replace(row, removed=removed))
     return rows
