@@ -33,6 +33,10 @@ _MEASURED = (
     "Measured on text that nothing was chosen on; ± is one standard error. CBO:0 is the removal of lowest energy. "
     "Percentages and factors are relative to the original."
 )
+_STAGES = {
+    "repaired": "the choice with new weights in its linear maps, found in closed form",
+    "distilled": "the same after training with the original as its teacher",
+}
 _SOURCES = (
     "CBO:k is the state of the k-th lowest energy, counted from 0; resampled the lowest one had the samples been "
     "others; polish:k was proposed in round k by what had been measured until then; the rest is what cheap methods "
@@ -105,7 +109,7 @@ def report_page(
             "What it costs and saves",
             [
                 page.html_table(_with_units_last(results_table(rows, config.units)), [rows.index(chosen)]),
-                page.paragraph(_MEASURED),
+                page.paragraph(_measured(rows)),
             ],
             shown=True,
         ),
@@ -117,6 +121,12 @@ def report_page(
         _origin(config, about),
     ]
     return page.page(f"blockspin: {model}", parts)
+
+
+def _measured(rows: Sequence[Evaluation]) -> str:
+    """What the table of results shows, with the stages after the choice that are in it."""
+    stages = [f" {row.name.capitalize()}: {_STAGES[row.name]}." for row in rows if row.name in _STAGES]
+    return _MEASURED + "".join(stages)
 
 
 def _with_units_last(table: Table) -> Table:

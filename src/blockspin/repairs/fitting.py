@@ -57,8 +57,8 @@ class Text:
         if self.num_tokens < needed:
             raise ValueError(
                 f"the samples have {self.num_tokens:,} tokens besides those held out, and a linear map of {inputs:,} "
-                f"inputs needs at least {needed:,} for a repair, better ten times as many; give more text, or leave "
-                "the repair out"
+                f"inputs needs at least {needed:,} for a repair, better ten times as many; give more text "
+                "(--num-samples, --energy-samples, --max-length), or leave the repair out (--no-repair)"
             )
 
 
