@@ -48,7 +48,7 @@ def writing(path: str | Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        raise _not_written(path, error.strerror or str(error)) from error
+        raise _not_written(path, _reason(error)) from error
     except Exception as error:  # the classes of other packages are not known here
         if not _NOT_WRITTEN.search(str(error)):
             raise
@@ -80,6 +80,14 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _reason(error: OSError) -> str:
+    """What the system said; of a folder that was copied, what it said of the first file that could not be."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        _, _, said = error.args[0][0]  # source, target, text
+        return re.sub(r"^\[Errno \d+\] |: '.*", "", said)
+    return error.strerror or str(error)
 
 
 def _not_written(path: str | Path, reason: str) -> WriteError:
