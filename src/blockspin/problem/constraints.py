@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +52,8 @@ class Budget:
         return short(amount * self.scale, self.unit)
 
 
-class Constraints(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Constraints:
     """Which removals meet a goal, for the n blocks whose fate is open; those of one group are next to each other.
 
     A removal y (n,) is allowed when `quota` blocks of every group go, exactly or (one group) at most, and every budget
@@ -101,7 +101,7 @@ def completion(constraints: Constraints, taken: Row) -> Row | None:
 
     # The removal with the most of one budget, or of all together, often meets the others too.
     shares = c.weight / np.maximum(c.weight.max(axis=1, keepdims=True), 1.0)  # (budgets, n)
-    without_budgets = c._replace(weight=c.weight[:0], least=c.least[:0])
+    without_budgets = replace(c, weight=c.weight[:0], least=c.least[:0])
     for weight in (shares.sum(axis=0), *shares):
         row = fullest(without_budgets, weight, taken)
         if row is not None and met(c, row):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -94,8 +95,10 @@ def constraints_of(
         weight = np.array(budget.weight, dtype=np.float64)  # (num_blocks,)
         given = int(weight[gone].sum())
         own = weight[constraints.block]  # (n,)
-        longer = constraints._replace(
-            weight=np.vstack([constraints.weight, own]), least=np.append(constraints.least, budget.least - given)
+        longer = replace(
+            constraints,
+            weight=np.vstack([constraints.weight, own]),
+            least=np.append(constraints.least, budget.least - given),
         )
         if completion(longer, np.zeros(len(own), dtype=bool)) is None:
             nearest = fullest(constraints, own, np.zeros(len(own), dtype=bool))
@@ -180,7 +183,7 @@ def _without_forced(constraints: Constraints, num_blocks: int) -> Constraints:
     index = c.block[~forced].tolist() if most else []
     shorter = _constraints(index, always, [0] * len(index), [most], exactly=False)
     weight = c.weight[:, ~forced][:, : len(index)]
-    return shorter._replace(weight=weight[least > 0], least=least[least > 0])
+    return replace(shorter, weight=weight[least > 0], least=least[least > 0])
 
 
 def _most(open_to: list[int], num_blocks: int) -> int:

@@ -122,7 +122,7 @@ class RemovalProblem(Views):
         picked = np.isin(r.block, list(chosen))  # (n,)
         if len(chosen) != picked.sum() + len(r.always) or not chosen.issuperset(r.always):
             return False
-        return met(r.constraints, picked)
+        return met(r, picked)
 
     def with_energy(self, hessian: ArrayLike, gradient: ArrayLike | None = None) -> RemovalProblem:
         """The same removals with another energy; the gradient stays where none is given."""
@@ -191,7 +191,7 @@ class RemovalProblem(Views):
             quadratic=np.ascontiguousarray(self.hessian[np.ix_(open_, open_)]),
             linear=self.linear[open_] + 2.0 * coupling,
             constant=self.energy(constraints.always),
-            **constraints._asdict(),
+            **vars(constraints),
         )
 
 

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from .constraints import Constraints, Floats, Ints, Removal
+from .constraints import Constraints, Floats, Ints
 
 
-class Reduced(NamedTuple):
-    """What a solver sees: only the n blocks whose fate is open, those of one group next to each other.
+@dataclass(frozen=True, eq=False)
+class Reduced(Constraints):
+    """What a solver sees: which removals y (n,) of the blocks whose fate is open are allowed, and their energy.
 
-    The energy of a removal is constant + y^T quadratic y + linear^T y over binary y (n,). The other fields are those of
-    `Constraints`.
+    It is constant + y^T quadratic y + linear^T y.
     """
 
-    block: Ints  # (n,) the block each variable stands for
-    always: Removal  # blocks that every allowed removal contains
     quadratic: Floats  # (n, n) symmetric
     linear: Floats  # (n,)
     constant: float
-    group: Ints  # (n,) ascending from 0
-    quota: Floats  # (groups,) whole numbers: so many of each group go
-    exactly: bool  # or (one group) at most so many
-    weight: Floats  # (budgets, n) whole numbers
-    least: Floats  # (budgets,) whole numbers: weight @ y reaches it
-
-    @property
-    def constraints(self) -> Constraints:
-        """Which y are allowed."""
-        return Constraints(self.block, self.always, self.group, self.quota, self.exactly, self.weight, self.least)
 
 
 class Views:

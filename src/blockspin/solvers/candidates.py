@@ -62,7 +62,7 @@ def may_go(problem: RemovalProblem, removed: Iterable[int], block: int) -> bool:
         return False
 
     # The budgets must stay within reach.
-    return not len(r.least) or completion(r.constraints, gone | it) is not None
+    return not len(r.least) or completion(r, gone | it) is not None
 
 
 def fill(problem: RemovalProblem, order: Iterable[int]) -> Removal:

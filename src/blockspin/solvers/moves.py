@@ -91,15 +91,15 @@ def greedy_start(reduced: Reduced, score: Floats) -> Chosen:
 
     Where those miss a budget, the scores are mixed with what the variables give to the budgets, more and more of it.
     """
-    constraints, n = reduced.constraints, len(score)
+    n = len(score)
     shares = reduced.weight / np.maximum(reduced.weight.sum(axis=1, keepdims=True), 1.0)  # (budgets, n)
     lift = n * np.ptp(score) * shares.sum(axis=0)  # (n,) about as large as the scores
     for mixed in (0.0, 0.3, 1.0, 3.0, 10.0):
         chosen = _fill(reduced, np.argsort(-score - mixed * lift, kind="stable"))
-        if met(constraints, chosen.astype(bool)):
+        if met(reduced, chosen.astype(bool)):
             return chosen
 
-    row = completion(constraints, np.zeros(n, dtype=bool))
+    row = completion(reduced, np.zeros(n, dtype=bool))
     assert row is not None, "a problem has an allowed removal"
     return row.astype(np.uint8)
 
