@@ -182,9 +182,8 @@ def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any,
     """(tokens,) of a whole text file, which is read and tokenised piece by piece: four bytes a token are held."""
 
     def tokens_of(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]  # no word on its length
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)  # no word on its length
+        found: list[int] = encoded["input_ids"]
         return found
 
     # Some tokenizers mark the start of what they are given (SentencePiece). Each piece but the first is given with the

@@ -111,4 +111,8 @@ def _convert(file: Path, folder: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         same = torch.equal(again(token_ids).logits, read.eval()(token_ids).logits)
-    assert same, f"the converted checkpoint of {file} does not compute what the file does"
+    if not same:
+        raise ValueError(
+            f"{file}, converted and loaded again, computes something else than before; give the checkpoint that it "
+            "was made from"
+        )
