@@ -98,6 +98,20 @@ class DistillConfig(Settings):
             raise SettingError("lora_rank", f"trains adapters instead of weights; leave out --train {self.train}")
 
     @property
+    def the_teacher(self) -> str:
+        """The teacher, where one must be given."""
+        if self.teacher is None:
+            raise ValueError("distillation needs a teacher (--teacher)")
+        return self.teacher
+
+    @property
+    def the_data(self) -> str:
+        """The text, where one must be given."""
+        if self.data is None:
+            raise ValueError("distillation needs data (--data)")
+        return self.data
+
+    @property
     def compared_tokens(self) -> int | None:
         """How many of the teacher's most probable tokens are compared one by one; None: all."""
         return self.top_k or (CACHED_TOKENS if self.cache_teacher is not None else None)

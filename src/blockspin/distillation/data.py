@@ -66,7 +66,7 @@ def packed(
     if config.self_generated is None:
         model_config = load_config(student, trust_remote_code=config.trust_remote_code)
         write_windows(
-            config.data or "",
+            config.the_data,
             tokenizer,
             path,
             length=config.max_length,
@@ -97,7 +97,7 @@ def _answers(
     """
     assert config.self_generated is not None
     longest = config.max_length // 2  # tokens of a prompt
-    asked = prompts(config.data or "", tokenizer, longest, seed=config.seed, split=config.split, leave_out=leave_out)
+    asked = prompts(config.the_data, tokenizer, longest, seed=config.seed, split=config.split, leave_out=leave_out)
     chosen = list(islice(asked, config.self_generated))
     if not chosen:
         raise ValueError(f"{config.data} has no prompt of at most {longest} tokens (--self-generated, --max-length)")
@@ -112,7 +112,8 @@ def cached(windows: Windows, config: DistillConfig, load_teacher: Callable[[], P
     """The windows with the teacher's view of them, which is kept in the folder of `--cache-teacher`."""
     assert config.cache_teacher is not None
     assert config.compared_tokens is not None
-    teacher = digest([fingerprint.of_model(config.teacher or ""), config.teacher_quantization])
+    original = fingerprint.of_model(config.the_teacher, trust_remote_code=config.trust_remote_code)
+    teacher = digest([original, config.teacher_quantization])
     return teachers_view(
         windows, Path(config.cache_teacher), config.compared_tokens, config.temperature, teacher, load_teacher
     )

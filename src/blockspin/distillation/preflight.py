@@ -32,15 +32,14 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     Raises:
         ValueError: what is wrong.
     """
-    assert config.teacher is not None
     remote = config.trust_remote_code
     check_requirements(config)
 
     ours = load_config(student, trust_remote_code=remote)
-    theirs = load_config(config.teacher, trust_remote_code=remote)
+    theirs = load_config(config.the_teacher, trust_remote_code=remote)
     check_pair(ours, theirs, config.max_length)
     tokenizer = load_tokenizer(student, trust_remote_code=remote)
-    if tokenizer.get_vocab() != load_tokenizer(config.teacher, trust_remote_code=remote).get_vocab():
+    if tokenizer.get_vocab() != load_tokenizer(config.the_teacher, trust_remote_code=remote).get_vocab():
         raise ValueError("the vocabularies differ: the tokenizers of student and teacher give tokens other numbers")
 
     # The models without their weights: what has the wrong size is told before they are loaded.
@@ -56,7 +55,7 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     option = needs_kept_blocks(config)
     if option is not None and kept_blocks(student, config) is None:
         raise ValueError(f"{student} has no blockspin.json that tells which blocks of the teacher were kept ({option})")
-    if sizes["student"] == sizes["teacher"] and student.resolve() == local_folder(config.teacher).resolve():
+    if sizes["student"] == sizes["teacher"] and student.resolve() == local_folder(config.the_teacher).resolve():
         raise ValueError(f"{student} is student and teacher; give a shortened model first, the original as --teacher")
 
     sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
@@ -191,7 +190,7 @@ def choose_quantization(config: DistillConfig) -> str:
         return config.teacher_quantization
 
     found = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
-    teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    teacher = load_config(config.the_teacher, trust_remote_code=config.trust_remote_code)
     return "nf4" if found and not hasattr(teacher, "quantization_config") else "none"
 
 
@@ -206,7 +205,7 @@ def kept_blocks(student: Path, config: DistillConfig) -> list[int] | None:
     """Which blocks of the teacher the student's blocks are, where that is needed and blockspin.json tells it."""
     if needs_kept_blocks(config) is None:
         return None
-    teacher = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    teacher = load_config(config.the_teacher, trust_remote_code=config.trust_remote_code)
     return kept_blocks_of(student, teacher.get_text_config(decoder=True).num_hidden_layers)
 
 

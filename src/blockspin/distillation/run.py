@@ -159,9 +159,9 @@ def _train_checkpoint(
     # A teacher whose view is on disk does not train.
     teacher = load() if config.cache_teacher is None else None
     load.cache_clear()
-    theirs = load_config(config.teacher or "", trust_remote_code=config.trust_remote_code)
+    original = load_config(config.the_teacher, trust_remote_code=config.trust_remote_code)
     model, kept = _load_student(student, config), kept_blocks(student, config)
-    trainer, result = _train(model, teacher, theirs, samples, validation, config, kept, folder)
+    trainer, result = _train(model, teacher, original, samples, validation, config, kept, folder)
 
     # All processes gather the weights, one writes them: in the dtype of the student's checkpoint.
     stored = load_config(student, trust_remote_code=config.trust_remote_code)
@@ -293,17 +293,15 @@ def _load_student(folder: Path, config: DistillConfig) -> PreTrainedModel:
 
 def _load_teacher(config: DistillConfig, state: PartialState) -> PreTrainedModel:
     """The teacher, on the device of this process: in 16 bits on a GPU, quantised where that is asked for."""
-    assert config.teacher is not None
-    remote = config.trust_remote_code
     cuda = torch.cuda.is_available()
     device = state.device if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
 
     return load_model(
-        config.teacher,
+        config.the_teacher,
         dtype=str(dtype).removeprefix("torch."),
         device_map=str(device),
-        trust_remote_code=remote,
+        trust_remote_code=config.trust_remote_code,
         quantization="nf4" if config.teacher_quantization == "nf4" else None,
     )
 
