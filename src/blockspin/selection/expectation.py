@@ -10,9 +10,7 @@ import numpy as np
 from ..problem import Floats, Removal, RemovalProblem, rows_of
 from .ledger import Ledger
 
-# The standard error of a quadratic form at removals that are measured without any, on a logarithmic scale; where the
-# scale is not logarithmic, as a share of the scatter of what was measured.
-MISFIT = 0.05
+MISFIT = 0.05  # of a quadratic form on a logarithmic scale; on others a share of the scatter of all measured removals
 PRIOR_DEGREES = 2.0  # degrees of freedom that the scatter of all removals is worth beside a removal's own
 
 
@@ -54,9 +52,17 @@ def expectation(ledger: Ledger, removals: Sequence[Removal], form: RemovalProble
     energies = form.energies(rows_of(removals, form.num_blocks))  # (K,)
     energies += np.average(y - energies, weights=numbers_of_samples(ledger, removals))
 
-    misfit = MISFIT if ledger.logarithmic else MISFIT * y.std()
+    misfit = misfit_of(ledger)
     lasting = misfit**2 / np.maximum(errors**2 + misfit**2, np.finfo(np.float64).tiny)  # (K,)
     return Expectation(energies + lasting * (y - energies), errors * np.sqrt(lasting))
+
+
+def misfit_of(ledger: Ledger) -> float:
+    """The standard error of a form at removals that are measured without any, in the units of `Ledger.change`."""
+    if ledger.logarithmic:
+        return MISFIT
+    best = ledger.best()
+    return MISFIT * float(np.std([ledger.change(removed, best)[0] for removed in ledger.values]))
 
 
 def changes(ledger: Ledger, removals: Sequence[Removal]) -> tuple[Floats, Floats]:

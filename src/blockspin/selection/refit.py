@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ..energies.fitted import Fitted
 from ..energies.quadratic import fit_quadratic
 from ..problem import Floats, RemovalProblem, rows_of
-from .expectation import MISFIT, changes, numbers_of_samples
+from .expectation import changes, misfit_of, numbers_of_samples
 from .ledger import Ledger
 
 _TINY = 1e-12  # keeps variances above zero where everything measured is equal
@@ -32,8 +32,7 @@ def refit(ledger: Ledger, problem: RemovalProblem, fitted: Fitted | None = None)
         divergence = ledger.mean(ledger.best()) * np.exp(y)  # (K,)
         return problem.with_energy(fitted.extended(x, divergence, number).hessian)
 
-    misfit = MISFIT * (1.0 if ledger.logarithmic else y.std())
-    return _corrected(problem, x, y, errors**2 + misfit**2 + _TINY)
+    return _corrected(problem, x, y, errors**2 + misfit_of(ledger) ** 2 + _TINY)
 
 
 def _corrected(problem: RemovalProblem, x: NDArray[np.bool_], y: Floats, noise: Floats) -> RemovalProblem:
