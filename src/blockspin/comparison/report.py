@@ -295,7 +295,7 @@ def numbers_of(rows: Sequence[Row], goal: str, noun: str) -> list[tuple[str, str
     faster = ours.tokens_per_second / original.tokens_per_second
     return [
         (f"{len(ours.removed)} {noun}" if ours.removed else goal, f"removed: {ranges(ours.removed)}"),
-        (f"{rise:+.1f}%{error}", f"perplexity: {original.perplexity:.4g} becomes {ours.perplexity:.4g}"),
+        (f"{rise:+z.1f}%{error}", f"perplexity: {original.perplexity:.4g} becomes {ours.perplexity:.4g}"),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(ours.num_bytes, 'B')}"),
         (f"{faster:.2f}x", "tokens a second, reading a text"),
     ]

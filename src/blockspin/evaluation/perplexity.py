@@ -348,7 +348,7 @@ def _rise(row: Evaluation, first: Evaluation) -> str:
     if row == first:
         return ""
     percent, spread = percent_above(*row.above(first))
-    return f" {percent:+.1f}%{spread}"
+    return f" {percent:+z.1f}%{spread}"
 
 
 def percent_above(loss: float, error: float | None) -> tuple[float, str]:

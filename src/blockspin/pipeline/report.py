@@ -180,7 +180,7 @@ def numbers_of(original: Evaluation, chosen: Evaluation, noun: str) -> list[tupl
     numbers = [
         (f"{len(chosen.removed)} {noun}", f"removed: {ranges(chosen.removed)}"),
         (
-            f"{rise:+.1f}%{spread}".replace("-", "−"),
+            f"{rise:+z.1f}%{spread}".replace("-", "−"),
             f"perplexity: {original.perplexity:.4g} becomes {chosen.perplexity:.4g}",
         ),
         (f"−{saved:.0%}", f"on disk: {short(original.num_bytes, 'B')} become {short(chosen.num_bytes, 'B')}"),

@@ -49,7 +49,7 @@ def solve(
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ValueError(f"time_limit={time_limit}: must be a positive number of seconds, or None")
     if solver != "auto" and solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: must be auto or one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver={solver!r}: must be auto or one of {', '.join(SOLVERS)} (--solver)")
 
     name = solver
     if solver == "auto":
