@@ -11,12 +11,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import spearmanr
 
 from ..config import GRADIENT_ENERGIES
 from ..page import BLACK, BLUE, LINE, MUTE, PALE
 from ..problem import rows_of
 from ..solvers import Spectrum
-from .results import ORIGINAL, RANDOM, SELECTED, Point, Row, averaged, goal_title
+from .results import ORIGINAL, RANDOM, SELECTED, LandscapePoint, Row, averaged, goal_title
 
 # The colours of Okabe and Ito, which stay apart under every common colour blindness; yellow is left out: too pale.
 ORANGE, GREEN, RED, SKY, PINK = "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
@@ -38,18 +39,9 @@ LINEAR_BELOW = 0.01  # nats; where a removal lowers the loss, the axis is linear
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation of two series; equal values share their mean rank. NaN where one is constant or too short."""
-    x, y = _ranks(a), _ranks(b)
-    if not (np.ptp(x) and np.ptp(y)):
+    if not (np.ptp(a) and np.ptp(b)):
         return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """(number of values,) from 1 on."""
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)  # rank of the last of each group of equal values
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return ranks
+    return float(spearmanr(a, b).statistic)
 
 
 def hessian_figure(hessians: Mapping[str, NDArray[np.float64]], noun: str = "blocks") -> Figure:
@@ -93,7 +85,7 @@ def states_figure(
     return figure
 
 
-def energy_figure(landscape: Mapping[str, Sequence[Point]], energies: Sequence[str]) -> Figure:
+def energy_figure(landscape: Mapping[str, Sequence[LandscapePoint]], energies: Sequence[str]) -> Figure:
     """For each goal and energy a panel: energy against the loss above the original's, with rank correlations."""
     figure, panels = _panels(len(landscape) * len(energies), 4.6, 4.2, len(energies))
     free = iter(panels)
@@ -103,7 +95,7 @@ def energy_figure(landscape: Mapping[str, Sequence[Point]], energies: Sequence[s
     return figure
 
 
-def _draw_landscape(axes: Axes, points: Sequence[Point], energy: str, title: str) -> None:
+def _draw_landscape(axes: Axes, points: Sequence[LandscapePoint], energy: str, title: str) -> None:
     """The low states of an energy and the random removals, each with its own rank correlation."""
     whole = next(point.loss for point in points if ORIGINAL in point.drawn)
     all_x: list[float] = []

@@ -312,7 +312,10 @@ def by_search(name: str, search: Search, alone: bool = False) -> Method:
             setup.traced.model, setup.samples.selection, case.problem, batch_size=setup.config.batch_size, progress=True
         )
 
-    return Method(name, (lambda case: from_main(lambda: choose(case))) if alone else choose)
+    def choose_alone(case: Case) -> Chosen:
+        return from_main(lambda: choose(case))
+
+    return Method(name, choose_alone if alone else choose)
 
 
 def by_activations(name: str, baseline: Callable[[RemovalProblem, baselines.Activations], Candidate]) -> Method:

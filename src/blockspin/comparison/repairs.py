@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import baselines
+from ..model.batches import BatchSize
 from ..model.quality import quality_of
 from ..model.quantization import is_quantized
 from ..problem import Removal, Units
@@ -23,7 +24,17 @@ from .methods import TO_BE_REPAIRED, Setup
 from .results import RANDOM, Choice, Comparison, Repaired, goal_title
 
 OURS = "blockspin"
-_REPAIRS: dict[str, Callable[..., Any]] = {
+
+
+class Repair(Protocol):
+    """What changes a shortened model in place, so that it follows the original."""
+
+    def __call__(
+        self, shortened: nn.Module, original: nn.Module, samples: Sequence[Tensor], *, batch_size: BatchSize
+    ) -> object: ...
+
+
+_REPAIRS: dict[str, Repair] = {
     OURS: repair,
     "ReplaceMe": baselines.replaceme,
     "ReplaceMe, cosine": partial(baselines.replaceme, cosine=True),

@@ -69,8 +69,8 @@ def write_report(folder: str | Path) -> Path:
     if not comparison.rows:
         raise ValueError(f"{folder} holds no finished comparison yet; run blockspin compare again to continue it")
 
-    drawings = draw_figures(comparison, folder)
     depth = len(load_energies(folder / f"{PAPER}.safetensors").blocks)
+    drawings = draw_figures(comparison, folder, depth)
     for name, drawing in drawings.items():
         with replacing(folder / "figures" / f"{name}.svg") as temporary:
             drawing.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -88,15 +88,16 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-def draw_figures(comparison: Comparison, folder: Path) -> dict[str, Figure]:
-    """Every figure by name, in the order of the page. folder: where the energies and spectra lie."""
+def draw_figures(comparison: Comparison, folder: Path, depth: int) -> dict[str, Figure]:
+    """Every figure by name, in the order of the page. folder: where the energies and spectra lie.
+
+    depth: units of the model.
+    """
     names = list(dict.fromkeys([comparison.settings["energy"], PAPER]))  # one, if ours is the paper's
     hessians = {}
     for name in names:
         for kept in dict.fromkeys(energy_key(name, goal) for goal in comparison.landscape):
-            energies = load_energies(folder / f"{file_part(kept)}.safetensors")
-            hessians[kept] = energies.hessian
-    depth = len(energies.blocks)
+            hessians[kept] = load_energies(folder / f"{file_part(kept)}.safetensors").hessian
 
     # A panel for each goal and energy; those of one goal stay together.
     spectra, tabu = {}, {}

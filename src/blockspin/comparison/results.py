@@ -114,7 +114,7 @@ class Repaired:
 
 
 @dataclass(frozen=True)
-class Point:
+class LandscapePoint:
     """A removal of the landscape: both energies of it, and what it does on the selection samples.
 
     drawn: the names of the energies whose low state it is, "random", or "original" for the whole model.
@@ -140,7 +140,7 @@ class Comparison:
     costs: dict[str, MethodCost] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    landscape: dict[str, list[Point]] = field(default_factory=dict)
+    landscape: dict[str, list[LandscapePoint]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     repaired: list[Repaired] = field(default_factory=list)
@@ -218,8 +218,8 @@ def _row(values: dict[str, Any]) -> Row:
     return Row(**_typed(known))
 
 
-def _point(values: dict[str, Any]) -> Point:
-    return Point(**{**values, "removed": tuple(values["removed"]), "drawn": tuple(values["drawn"])})
+def _point(values: dict[str, Any]) -> LandscapePoint:
+    return LandscapePoint(**{**values, "removed": tuple(values["removed"]), "drawn": tuple(values["drawn"])})
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from .cost import MethodCost
 from .known import Known, known_removals, paper_models
 from .methods import PAPER, Case, Method, Setup, known_methods, methods
 from .repairs import repair_choices
-from .results import ORIGINAL, RANDOM, Choice, Comparison, Point, Row, energy_key, file_part
+from .results import ORIGINAL, RANDOM, Choice, Comparison, LandscapePoint, Row, energy_key, file_part
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 LANDSCAPE_SEED = 1000  # added to the seed of the run: others than the draws of the method "random"
@@ -280,7 +280,7 @@ def run_method(case: Case, method: Method, comparison: Comparison) -> None:
             comparison.left_out[key] = f"the configuration cannot express the removal of {list(removed)}"
 
 
-def landscape(case: Case) -> list[Point]:
+def landscape(case: Case) -> list[LandscapePoint]:
     """Both energies, loss and KL on the selection samples: the first states of each energy, and random removals."""
     setup, config = case.setup, case.setup.config
     drawn: dict[Removal, list[str]] = {(): [ORIGINAL]}  # removal -> how it was drawn
@@ -300,7 +300,7 @@ def landscape(case: Case) -> list[Point]:
     points = []
     for (removed, ways), quality in zip(drawn.items(), qualities, strict=True):
         energies = {name: problem.energy(removed) for name, problem in case.problems.items()}
-        points.append(Point(removed, energies, quality.loss, quality.kl, tuple(ways)))
+        points.append(LandscapePoint(removed, energies, quality.loss, quality.kl, tuple(ways)))
     return points
 
 
