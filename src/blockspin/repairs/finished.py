@@ -29,7 +29,9 @@ class FinishedBlocks:
     def __init__(self, folder: str | Path | None, identity: str) -> None:
         self.folder = None if folder is None else Path(folder)
         self._journal = Journal(None if self.folder is None else self.folder / "steps.jsonl", identity)
-        self._steps = {entry["block"]: [Step(**step) for step in entry["steps"]] for entry in self._journal.entries()}
+        self._steps: dict[int, list[Step]] = {}
+        for entry in self._journal.entries():
+            self._steps[entry["block"]] = [Step(**step) for step in entry["steps"]]
 
     def restore(self, block: int, layer: nn.Module) -> list[Step] | None:
         """Give `layer` the weights of a finished block, and return its steps; None: it is not finished."""

@@ -42,16 +42,19 @@ def own_text(
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     journal = Journal(partial, fingerprint.of_results(model, [], "own text", tokens, length, seed))
-    rounds: list[list[list[int]]] = [entry["rows"] for entry in journal.entries()]
-    missing = tokens - sum(len(row) for rows in rounds for row in rows)
+    written: list[list[int]] = []
+    rounds = 0
+    for entry in journal.entries():
+        written += entry["rows"]
+        rounds += 1
 
-    while missing > 0:
+    while (missing := tokens - sum(map(len, written))) > 0:
         at_once = min(AT_ONCE, max(1, _TOKENS_AT_ONCE // length), math.ceil(missing / length))
-        drawn = seed + len(rounds)
+        drawn = seed + rounds
         starts = torch.randint(vocabulary, (at_once, 1), generator=torch.Generator().manual_seed(drawn))
 
         rows = continued(model, list(starts), length - 1, drawn)
         journal.append({"rows": rows})
-        rounds.append(rows)
-        missing -= sum(map(len, rows))
-    return [torch.tensor(row) for rows in rounds for row in rows]
+        written += rows
+        rounds += 1
+    return list(map(torch.tensor, written))
