@@ -17,7 +17,7 @@ GRADIENT_ENERGIES = ("fisher", "empirical-fisher")  # computed from gradients; t
 ENERGY_NAMES = ("fitted", "secant", "pairwise", "gauss-newton", *GRADIENT_ENERGIES)
 STREAM = "stream"  # a place for a model beside those of transformers: its blocks stay on disk
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("nf4",)
+QUANTIZATIONS = ("nf4", "int8")
 BACKENDS = ("hf", "vllm")
 GRADIENT_SAMPLES, REMOVAL_SAMPLES = 2048, 64  # for energies of gradients (the paper's number), and for the others
 # The benchmarks of the paper (arXiv 2602.00161, Tables 1 and 2).
@@ -150,7 +150,7 @@ class LoadingSettings(Settings):
         "Read blocks from disk when they are needed; done by itself where a model does not fit.", False
     )
     quantization: str | None = setting(
-        "nf4 loads the model in 4 bits (with bitsandbytes): less memory, for energies, choice and evaluation.",
+        "nf4 loads the model in 4 bits, int8 in 8 (bitsandbytes): less memory, for energies, choice and evaluation.",
         None,
         choices=QUANTIZATIONS,
     )

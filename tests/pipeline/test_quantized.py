@@ -1,4 +1,4 @@
-"""A run on a model in 4 bits chooses what a run on the rounded weights chooses, and writes the original's bytes."""
+"""A run on a quantised model chooses what a run on the rounded weights chooses, and writes the original's bytes."""
 
 from __future__ import annotations
 
@@ -90,12 +90,15 @@ def test_a_run_does_not_go_on_with_another_quantisation(tiny_folder: Path, text_
         compress(config, tmp_path / "run")
 
 
-def test_a_plan_counts_the_memory_of_4_bits(tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize(("quantization", "saving"), [("nf4", 7 / 8), ("int8", 3 / 4)])
+def test_a_plan_counts_the_memory_of_a_quantised_model(
+    quantization: str, saving: float, tmp_path: Path, text_file: Path
+) -> None:
     folder = save_tiny(tmp_path / "model")
     config = settings(folder, text_file, repair=False)
     linear = sum(t.nbytes for name, t in load_file(folder / "model.safetensors").items() if "_proj" in name)
-    saved = plan_run(config).memory_bytes - plan_run(replace(config, quantization="nf4")).memory_bytes
-    assert saved == pytest.approx(7 / 8 * linear, rel=0.01)
+    saved = plan_run(config).memory_bytes - plan_run(replace(config, quantization=quantization)).memory_bytes
+    assert saved == pytest.approx(saving * linear, rel=0.01)
 
 
 def test_a_comparison_leaves_out_what_needs_the_weights(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

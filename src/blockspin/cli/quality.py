@@ -124,7 +124,7 @@ def _say_unused(
 
 
 def _check_quantization(models: list[str], config: EvaluateConfig) -> None:
-    """Refuse models that cannot be loaded in 4 bits before anything else is read."""
+    """Refuse models that cannot be quantised as they are loaded, before anything else is read."""
     from ..model.loading import check_quantization
 
     for model in models:

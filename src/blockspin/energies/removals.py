@@ -24,6 +24,7 @@ from ..model.gates import gated
 from ..model.head import SplitModel, widened
 from ..model.passes import num_passes, over_removals
 from ..model.quality import MEASURES, measured
+from ..model.quantization import rounds_activations
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Floats, Removal, RemovalProblem, Units
 from ..processes import gathered, share
@@ -31,7 +32,7 @@ from ..progress import console, track
 from ..solvers import solve
 from .energies import Energies, finished_rows, keep_rows
 
-NARROW_STEP = 0.5  # of a gate in 16 bits
+NARROW_STEP = 0.5  # of a gate in 16 bits, or with activations in 8
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def gauss_newton(
     add up. Step 1 removes the block, which gives the secant: right for single blocks whatever their size. It costs a
     pass for each block, half of it where passes can be shared. A smaller step gives the derivative, the usual
     Gauss-Newton matrix, by the difference between gates of 1 + step/2 and 1 - step/2: two passes for each block. In 16
-    bits the rounding of the logits is larger than what a small step changes, and the step is at least `NARROW_STEP`.
+    bits, and where activations are rounded to 8, rounding changes the logits more than a small step does, and the step
+    is at least `NARROW_STEP`.
 
     positions: tokens of each sample that are used, spread over it; nowhere else are logits computed.
     units: what one spin stands for: a block, or each of its residual branches.
@@ -219,7 +221,8 @@ def gauss_newton(
         raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
     traced = trace_model(model, units)
     n = traced.num_units
-    if step < 1 and next(model.parameters()).dtype.itemsize < 4:
+    is_narrow = next(model.parameters()).dtype.itemsize < 4 or rounds_activations(model)
+    if step < 1 and is_narrow:
         step = max(step, NARROW_STEP)
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions, units))
     matrices = _finished_forms(journal, len(samples), n)

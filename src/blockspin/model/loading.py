@@ -40,7 +40,7 @@ from .placement import (
     resaving_folder,
     weights_bytes,
 )
-from .quantization import keep_unpacked, nf4
+from .quantization import int8, keep_unpacked, nf4
 from .weights import check_complete, read_headers, reported, silenced, weight_paths
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers
@@ -171,7 +171,8 @@ def load_model(
         "stream" does so too, but for the blocks: they stay on disk, or in the host's memory where they fit in beside a
         GPU, and passes read them one by one. Where a model does not fit, None is "stream", which is said.
     quantization: "nf4" rounds the weights of linear layers to 4 bits as they are loaded (`nf4`), to compute in `dtype`;
-        such a model is not offloaded. What is refused is in `check_quantization`.
+        "int8" to 8 bits, and what enters the layers too (`int8`). Such a model is not offloaded. What is refused is in
+        `check_quantization`.
 
     Raises:
         ValueError: the model cannot be opened, its dtype is unknown, the machine has no such device, it is not a causal
@@ -226,7 +227,7 @@ def _opened(
     """
     arguments: dict[str, Any] = {"device_map": placement.device_map, "offload_folder": placement.folder}
     if quantization is not None:
-        arguments["quantization_config"] = nf4(dtype_of(config, dtype))
+        arguments["quantization_config"] = int8() if quantization == "int8" else nf4(dtype_of(config, dtype))
     if getattr(config, _RESCALING, 0):
         arguments[_RESCALING] = 0
 
@@ -267,7 +268,7 @@ def load_as(source: str | Path, loading: LoadingSettings) -> PreTrainedModel:
 
 
 def check_quantization(source: str | Path, loading: LoadingSettings) -> None:
-    """Refuse what cannot be loaded in 4 bits, before anything but the configuration is read.
+    """Refuse what cannot be quantised as it is loaded, before anything but the configuration is read.
 
     Raises:
         ValueError: bitsandbytes is not installed, or the weights were rounded before.

@@ -125,7 +125,7 @@ def check_before(config: CompressConfig, model_config: PretrainedConfig) -> None
         check_streaming(config)
     if config.quantization is not None and config.needs_times and config.profile is None:
         raise ValueError(
-            "times of a model in 4 bits are not those of the checkpoint; leave out --quantization, or give the times "
+            "times of a quantised model are not those of the checkpoint; leave out --quantization, or give the times "
             "(--profile, of `blockspin profile`)"
         )
     if config.distill is not None:
