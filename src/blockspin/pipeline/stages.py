@@ -308,7 +308,7 @@ def evaluate_removals(
     samples: Sequence[Tensor],
     score: Scorer,
 ) -> list[Evaluation]:
-    """The original and each candidate, built in memory, measured on `samples` and scored on the tasks of the run.
+    """The original and each candidate, measured on `samples`; models in memory are scored on the tasks of the run too.
 
     A removal that several candidates share is measured once.
     """
