@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,7 @@ def test_every_command_that_writes_refuses_an_output_in_use(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     energies, out = tmp_path / "energies.safetensors", tmp_path / "out"
+    teacher = shutil.copytree(tiny_folder, tmp_path / "teacher")
     data = ("--calibration", text_file)
     small = ("--max-length", 16, "--energy-samples", 4, "--energy", "empirical-fisher")
     assert command("energies", tiny_folder, *data, *small, "--out", energies)[0] == 0
@@ -132,7 +134,7 @@ def test_every_command_that_writes_refuses_an_output_in_use(
         ("select", tiny_folder, *chosen),
         ("prune", tiny_folder, "--blocks", 1),
         ("evaluate", tiny_folder, "--data", text_file),
-        ("distill", tiny_folder, "--teacher", tiny_folder, "--data", text_file, "--max-length", 16),
+        ("distill", tiny_folder, "--teacher", teacher, "--data", text_file, "--max-length", 16),
     ):
         with locked(out):
             code, printed = command(*arguments, "--out", out)

@@ -173,7 +173,7 @@ def report(
     out: Annotated[Path, typer.Argument(help="The folder of a comparison or a run.")],
     json: AsJson = False,
 ) -> None:
-    """Make the HTML page of a run or a comparison again, and show its table. Of a comparison also files and figures.
+    """Make the page of a run or comparison again, and show its table. Of a comparison also files and figures.
 
     Example: blockspin report DIR
     """
