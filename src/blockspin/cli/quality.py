@@ -25,25 +25,29 @@ NUM_SAMPLES = CompressConfig.evaluation_samples
 WINDOW = 2048  # tokens of a window of a text
 LENGTH, NEW_TOKENS = 512, 64  # tokens of a prompt that is timed, and after it
 
+Models = Annotated[list[str], typer.Argument(help="Hub ids, local folders or GGUF files; the first is the reference.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="Perplexity of a whole text: wikitext2 or a text file; may be repeated.", metavar="<str>"
+    ),
+]
+ResultFile = Annotated[
+    Path | None, typer.Option("--out", help="Write the results to this JSON file, and tables to .md beside it.")
+]
+
 
 @app.command(cls=Command)
 @with_settings
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Hub ids, local folders or GGUF files; the first is the reference.")
-    ],
+    models: Models,
     settings: Given[EvaluateConfig],
     drawing: DataSettings,
     data: Annotated[
         str | None, typer.Option("--data", help="Perplexity and speed on samples of it: hub id or local file.")
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Samples of --data.")] = NUM_SAMPLES,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--text", help="Perplexity of a whole text: wikitext2 or a text file; may be repeated.", metavar="<str>"
-        ),
-    ] = None,
+    text: Texts = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window of --text.")] = WINDOW,
     cost: Annotated[
         bool,
@@ -54,9 +58,7 @@ def evaluate(
     print_nemo_skills: Annotated[
         bool, typer.Option("--print-nemo-skills", help="Only print the commands of NeMo-Skills for the same tasks.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the results to this JSON file, and tables to .md beside it.")
-    ] = None,
+    out: ResultFile = None,
     json: AsJson = False,
 ) -> None:
     """Show scores, perplexity, size and speed of models side by side.

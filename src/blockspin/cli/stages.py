@@ -3,6 +3,7 @@ repair."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -290,8 +291,8 @@ def select(
     with locked(out):
         refuse_existing(out)
         goal, found = parse_goal(remove, targets), load_energies(energies)
-        model_config = load_config(model, trust_remote_code=loading.trust_remote_code)
         remote = loading.trust_remote_code
+        model_config = load_config(model, trust_remote_code=remote)
         removable = Removable(model_config, found.blocks, trust_remote_code=remote)
         budgets = goals_of(targets, model, found.blocks, read_times(targets), trust_remote_code=remote)
         problem = protect_what_must_stay(pose_problem(found, goal, solving, budgets), removable)
@@ -302,21 +303,10 @@ def select(
         check_same_units(found, opened)
 
         spectrum = find_states(problem, solving)
-        selection = selection_stage(
-            lambda partial: select_with_energies(
-                opened,
-                found,
-                problem,
-                spectrum,
-                samples,
-                samples,
-                removable,
-                choosing,
-                repair_samples=drawn[number:],
-                partial=partial,
-            ),
-            out,
+        choose = functools.partial(
+            select_with_energies, opened, found, problem, spectrum, samples, samples, removable, choosing
         )
+        selection = selection_stage(lambda partial: choose(repair_samples=drawn[number:], partial=partial), out)
     console.print(f"Wrote {out}.", soft_wrap=True)
     if json:
         show_json(selection.as_json())

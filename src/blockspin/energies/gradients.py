@@ -84,9 +84,8 @@ def estimate_gradients(
         model: a causal language model of transformers, on any device or spread by `device_map`.
         samples: 1-D int64 tensors of at least two token ids.
         labels: "text" takes the samples' own tokens as labels, so that H is the empirical Fisher matrix (the paper);
-            "model" draws them from the model's predictions, so that H estimates the Fisher matrix itself, the
-            Gauss-Newton curvature of the KL divergence from the whole model.
-        seed: of the drawn labels.
+            "model" draws them from the model's predictions, by the seed, so that H estimates the Fisher matrix itself,
+            the Gauss-Newton curvature of the KL divergence from the whole model.
         batch_size: of `make_batches`. A batch that does not fit into memory is halved; where a single sample does not
             fit, gradient checkpointing is turned on.
         units: what has a gate: each block, or each of their residual branches.

@@ -217,13 +217,9 @@ def gauss_newton(
     Raises:
         ValueError: unusable samples or model, step not in (0, 1], or a partial file of something else.
     """
-    if not 0 < step <= 1:
-        raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
+    step = _step_above_rounding(model, step)
     traced = trace_model(model, units)
     n = traced.num_units
-    is_narrow = next(model.parameters()).dtype.itemsize < 4 or rounds_activations(model)
-    if step < 1 and is_narrow:
-        step = max(step, NARROW_STEP)
     journal = Journal(partial, fingerprint.of_results(model, samples, step, positions, units))
     matrices = _finished_forms(journal, len(samples), n)
 
@@ -251,6 +247,14 @@ def gauss_newton(
     lengths = np.array(list(map(len, samples)), dtype=np.int64)  # (num_samples,)
     tokens = np.minimum(lengths - 1, positions)  # that are used
     return Interactions(matrices, tokens, traced.units, metadata or {})
+
+
+def _step_above_rounding(model: nn.Module, step: float) -> float:
+    """The step, or a larger one where rounding changes the logits more. Raises ValueError where it is not in (0, 1]."""
+    if not 0 < step <= 1:
+        raise ValueError(f"step={step}: must be above 0 and at most 1, which removes the block")
+    is_narrow = next(model.parameters()).dtype.itemsize < 4 or rounds_activations(model)
+    return max(step, NARROW_STEP) if is_narrow else step
 
 
 def _finished_forms(journal: Journal, num_samples: int, n: int) -> NDArray[np.float32]:
