@@ -58,11 +58,8 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
     if sizes["student"] == sizes["teacher"] and student.resolve() == local_folder(config.the_teacher).resolve():
         raise ValueError(f"{student} is student and teacher; give a shortened model first, the original as --teacher")
 
-    sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
-    if config.lora_rank is not None and sharded:
-        raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
-    if config.on_policy and sharded:
-        raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
+    # What is asked of the models must be possible with them, or with a shard of them.
+    sharded = _is_sharded(config)
     writes = {"student": bool(config.on_policy), "teacher": config.self_generated is not None}
     for name, model in models.items():
         if writes[name]:
@@ -100,6 +97,16 @@ def check_requirements(config: DistillConfig) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except Exception as error:  # each logger has its own way to say that its package is missing
             raise ValueError(f"--report-to {name}: {first_line(error)}") from error
+
+
+def _is_sharded(config: DistillConfig) -> bool:
+    """Whether the weights are spread over processes. Raises ValueError where the training needs a whole model."""
+    sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    if config.lora_rank is not None and sharded:
+        raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
+    if config.on_policy and sharded:
+        raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
+    return sharded
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:

@@ -49,9 +49,14 @@ def _of_sweeps(traced: TracedModel, samples: Samples) -> float:
 
 
 def _of_repair(config: CompressConfig, traced: TracedModel, samples: Samples, left: float, batch: int) -> float:
-    """Both models, or of either what is not a block and one block, and new weights beside the old ones; with them the
-    states of both models and the sums of the widest linear map, or before and after that the logits of held-out text.
-    In the end, both models and the repaired one once more. batch: its tokens."""
+    """The most of three moments. batch: its tokens.
+
+    - Blocks are fitted: both models, new weights beside the old ones, states of both, sums of the widest linear map.
+    - Held-out text is measured, before and after: the same weights, and logits.
+    - The result is proven: both models, and the repaired one once more.
+
+    Of a model whose blocks are offloaded only what is not a block counts, and one block.
+    """
     whole = bytes_of(traced.model)
     if traced.is_offloaded:
         weights = 2.0 * (_beside_blocks(traced) + _largest_block(traced))

@@ -244,10 +244,11 @@ def _stages(
         tokens = passes * sum(map(len, over))
         return StagePlan(stage, len(over), passes, tokens, pace.seconds(stage, tokens), note=note)
 
-    # The whole model and shortened ones: losses, and a batch again and again for the speed.
-    models = 1 + (COMPARED + config.repair) * left
+    # The whole model and shortened ones: losses, and a batch again and again for the speed, the repaired one's aside.
+    models = 1 + COMPARED * left
     in_a_batch = len(make_batches(samples.evaluation, config.batch_size)[0].indices)
     timed = min(1.0, TIMING_ROUNDS * in_a_batch / len(samples.evaluation))
+    evaluation_passes = models * (1 + timed) + config.repair * left
 
     energy_passes = _energy_passes(config.energy, traced, len(samples.calibration))
     stages = [
@@ -256,7 +257,7 @@ def _stages(
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection", samples.selection, config.budget, note="at most"),
         StagePlan("checkpoint"),
-        running("evaluation", samples.evaluation, models * (1 + timed)),
+        running("evaluation", samples.evaluation, evaluation_passes),
     ]
     if config.repair:
         share = own_share(traced.model, config.own_text)

@@ -38,10 +38,10 @@ _STAGES = {
     "distilled": "the same after training with the original as its teacher",
 }
 _SOURCES = (
-    "CBO:k is the state of the k-th lowest energy, counted from 0; resampled the lowest one had the samples been "
-    "others; polish:k was proposed in round k by what had been measured until then; the rest is what cheap methods "
-    "choose. Energy is what was predicted; kl or loss is in nats a token; repaired is the same after a quick repair. ± "
-    "is one standard error."
+    "CBO:k is the state of the k-th lowest energy, counted from 0; resampled would be the lowest with other samples; "
+    "polish:k was proposed in round k by what had been measured until then; the rest is what cheap methods choose. "
+    "Energy is what was predicted; kl or loss is in nats a token; repaired is the same after a quick repair. ± is one "
+    "standard error."
 )
 
 

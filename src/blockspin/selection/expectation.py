@@ -10,7 +10,9 @@ import numpy as np
 from ..problem import Floats, Removal, RemovalProblem, rows_of
 from .ledger import Ledger
 
-MISFIT = 0.05  # of a quadratic form on a logarithmic scale; on others a share of the scatter of all measured removals
+# The standard error of a quadratic form on a logarithmic scale; on others, as a share of the scatter of all removals
+# that were measured.
+MISFIT = 0.05
 PRIOR_DEGREES = 2.0  # degrees of freedom that the scatter of all removals is worth beside a removal's own
 
 

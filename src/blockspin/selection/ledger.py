@@ -19,6 +19,7 @@ from ..model.passes import num_passes, share_that_runs
 from ..model.quality import MEASURES
 from ..model.tracing import skipped, trace_model
 from ..problem import Floats, Removal, Units
+from ..scatter import standard_error
 
 # "kl" and "loss" are measured on samples; a function is given the model with the blocks bypassed. Lower is better.
 Objective = Literal["kl", "loss"] | Callable[[nn.Module], float]
@@ -129,14 +130,11 @@ class Ledger:
 
     def _mean_and_error(self, values: Floats) -> tuple[float, float]:
         """The weighted mean of the first samples' values, (number,), and its standard error."""
-        number = len(values)
-        weights = self.weights[:number] / self.weights[:number].sum()
-        mean = float(weights @ values)
-        if number < 2:  # no scatter: a function's value is exact, one of several samples says nothing of the others
-            return mean, 0.0 if len(self.weights) == 1 else math.inf
-
-        scatter = float(weights**2 @ (values - mean) ** 2)
-        return mean, math.sqrt(scatter * number / (number - 1))
+        weights = self.weights[: len(values)]
+        error = standard_error(values, weights)
+        if error is None:  # a function's value is exact, one of several samples says nothing of the others
+            error = 0.0 if len(self.weights) == 1 else math.inf
+        return float(np.average(values, weights=weights)), error
 
     def _measure(self, removals: Sequence[Removal], have: int, number: int) -> None:
         """Extend removals that all were measured on the first `have` samples."""
