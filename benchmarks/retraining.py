@@ -12,6 +12,7 @@ can run side by side. `--list` prints them, the most important first:
                                them as the KL after 200 k tokens does?
     own-text                   with a third of the text written by the original itself, from several starts
     starts                     as few tokens from the plain start as from the repaired one, three learning rates each
+    after-repair               200 k tokens, a third written by the original, from the start that had such a repair
     loss, trained, order, answers, on-policy
                                changes of the recipe, one at a time, from the first start, with 300 k tokens
     throughput                 tokens/s of the training beside those of a plain Trainer; run it alone
@@ -44,7 +45,7 @@ STARTS = ("blockspin", "block influence", "SLEB", "random")
 MOST, LEAST = 1_000_000, 50_000  # tokens of a training
 PREDICTED_TOKENS, CHANGE_TOKENS = 200_000, 300_000
 SHORT_STEPS = 50  # of one window
-TIMED_STEPS = 60
+TIMED_STEPS, TIMED_BATCHES = 60, (BATCH, 4 * BATCH)
 LOW_RATES = (6e-5, 2e-4, 6e-4)  # for short trainings
 THIRD_OWN, MIXED = "a third own", "calibration, a third own"  # texts of a training and of a repair
 GENERATED, ANSWER_TOKENS, ANSWERED_AT_ONCE = 1536, 256, 512
@@ -151,6 +152,14 @@ def equal_tokens(bench: Bench) -> None:
         bench.row(replace(run, rate=best, text=THIRD_OWN))
 
 
+def after_repair(bench: Bench) -> None:
+    """From the repaired start, and a third own text in the training too: as many tokens as plain starts have."""
+    mix_own_text(bench)
+    run = Run(FIRST, CHOOSING, rate=RATES[0], fitted_to=MIXED, text=THIRD_OWN, name="after a repair")
+    bench.row(replace(run, tokens=0))
+    bench.row(run)
+
+
 def mix_own_text(bench: Bench) -> None:
     """The texts of the training and of the repair, with a third of each written by the original."""
     length = len(bench.data["train"][0])
@@ -187,9 +196,9 @@ def in_steps(bench: Bench) -> None:
 def throughput(bench: Bench) -> None:
     """Tokens/s of our training and of a plain Trainer, in turns."""
     windows = bench.data["train"]
-    steps = 4 if bench.tiny else TIMED_STEPS
+    steps = 4 if bench.tiny else bench.timed_steps
     for seed in (0, 1, 2):
-        for batch in (BATCH, 4 * BATCH):
+        for batch in bench.timed_batches:
             run = Run(FIRST, steps * batch * len(windows[0]), seed=seed, name="ours", batch=batch)
             bench.row(run)
             plain = replace(run, name="plain Trainer")
@@ -211,6 +220,7 @@ def parts() -> dict[str, Callable[[Bench], None]]:
     found["predict-1"] = partial(predict, remainder=1)
     found["own-text"] = own_text_too
     found["starts"] = equal_tokens
+    found["after-repair"] = after_repair
     found["loss"] = partial(change, changes=LOSSES, seeds=(1, 2))
     found["answers"] = self_generated
     found["on-policy"] = partial(change, changes=ON_POLICY)
@@ -236,6 +246,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no training starts that would end later")
     parser.add_argument("--windows", type=int, help="to measure on, of each text, evenly spread (default: all)")
     parser.add_argument("--least", type=int, default=LEAST, help="tokens of the shortest training")
+    parser.add_argument("--timed-steps", type=int, default=TIMED_STEPS, help="of a training of throughput")
+    parser.add_argument("--timed-batches", type=int, nargs="+", default=TIMED_BATCHES, help="windows of its steps")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     if arguments.list:

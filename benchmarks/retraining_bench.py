@@ -68,6 +68,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, ends_at: float) -> None:
         self.device, self.tiny = torch.device(arguments.device), arguments.tiny
         self.out, self.ends_at, self.least = arguments.out, ends_at, arguments.least
+        self.timed_steps, self.timed_batches = arguments.timed_steps, arguments.timed_batches
         self.original = tiny_model() if self.tiny else load_model(arguments.model, dtype="float32")
         self.original.to(self.device)
         self.teacher = copy.deepcopy(self.original)
