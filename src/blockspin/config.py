@@ -186,6 +186,11 @@ class EnergySettings(BatchSettings):
     units: Units = setting("What can be removed: blocks, or sublayers (their attention and MLP apart).", "blocks")
     gradient_checkpointing: bool = setting("Less memory for the gradients, a third more time.", False)
 
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether every block keeps what it makes, for a backward pass."""
+        return self.energy in GRADIENT_ENERGIES and not self.gradient_checkpointing
+
     def samples_for(self, energy: str) -> int:
         """How many calibration samples an energy is computed from."""
         if self.energy_samples is not None:

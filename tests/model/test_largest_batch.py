@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, Command, random_samples, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blockspin.model.batches import frozen
 from blockspin.model.gates import gated
-from blockspin.model.largest_batch import SHARE, tokens_that_fit
+from blockspin.model.largest_batch import SHARE, lowered_size, tokens_that_fit
 from blockspin.model.tracing import trace_model
 
 FREE = "blockspin.model.largest_batch.free_memory"
@@ -99,3 +100,32 @@ def test_experts_that_a_token_does_not_meet_take_nothing(monkeypatch: pytest.Mon
         config = tf.MixtralConfig(**sizes, vocab_size=VOCABULARY, num_local_experts=experts, num_experts_per_tok=2)
         fitting.append(tokens_that_fit(tf.MixtralForCausalLM(config)))
     assert fitting[0] == fitting[1]
+
+
+def test_a_size_that_is_lowered_is_said_with_the_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory holds 40 tokens; what a backward pass keeps of all four blocks, 16."""
+    monkeypatch.setattr(FREE, lambda device: 2 * 40 * (1280 + 1024))
+    model, samples = tiny_model("llama"), random_samples((12,) * 9)
+    said = lowered_size(9, samples, model)
+    assert len(said) == 1
+    assert "9 samples side by side (--batch-size 9); 3 of 12 tokens are taken" in said[0]
+    assert "9 samples of the gradients" in lowered_size(9, samples, model, backward=True)[0]
+    assert "; 1 of 12" in lowered_size(9, samples, model, backward=True)[0]
+
+    assert lowered_size(3, samples, model) == lowered_size("auto", samples, model) == []
+    assert lowered_size(9, samples[:3], model) == []
+
+
+def test_commands_say_once_that_fewer_samples_are_taken(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FREE, lambda device: 2**20)
+    given = ("--energy", "secant", "--energy-samples", 16, "--max-length", 32, "--calibration", text_file)
+    for size, notes in ((16, 1), (2, 0), ("auto", 0)):
+        out = tmp_path / f"{size}.safetensors"
+        code, said = command("energies", tiny_folder, *given, "--batch-size", size, "--out", out)
+        assert (code, said.count("are taken")) == (0, notes)
+
+    data = ("--energies", out, "--remove", 1, "--data", text_file, "--max-length", 32, "--num-samples", 16)
+    code, said = command("select", tiny_folder, *data, "--batch-size", 16, "--out", tmp_path / "choice.json")
+    assert (code, said.count("are taken")) == (0, 1)

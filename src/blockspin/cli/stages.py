@@ -135,6 +135,7 @@ def energies(
     Example: blockspin energies MODEL --remove 8 --calibration teknium/OpenHermes-2.5 --out energies.safetensors
     """
     from ..costs.targets import goals_of, read_times
+    from ..model.largest_batch import lowered_size
     from ..model.loading import check_quantization, load_as
     from ..model.tracing import find_units
     from ..pipeline.stages import energies_stage
@@ -152,6 +153,7 @@ def energies(
         metadata = {"model": model, "calibration": calibration}
 
         opened, budgets = load_as(model, loading), []
+        say(lowered_size(energy.batch_size, samples, opened, backward=energy.keeps_activations))
         if targets.has_targets:
             remote = loading.trust_remote_code
             budgets = goals_of(targets, model, find_units(opened, energy.units), times, trust_remote_code=remote)
@@ -281,6 +283,7 @@ def select(
     """
     from ..costs.targets import goals_of, read_times
     from ..energies import load_energies
+    from ..model.largest_batch import lowered_size
     from ..model.loading import check_quantization, load_as, load_config
     from ..pipeline.stages import check_same_units, find_states, pose_problem, selection_stage
     from ..selection.select import select_with_energies
@@ -300,6 +303,7 @@ def select(
         number = choosing.selection_samples  # and as many for repairs
         drawn = load_samples(model, data, (1 + choosing.choose_repaired) * number, drawing, loading)
         samples, opened = drawn[:number], load_as(model, loading)
+        say(lowered_size(choosing.batch_size, samples, opened))
         check_same_units(found, opened)
 
         spectrum = find_states(problem, solving)

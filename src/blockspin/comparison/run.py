@@ -24,6 +24,7 @@ from ..lock import locked
 from ..machine import describe_machine
 from ..memory import is_out_of_memory
 from ..model.blocks import count_parameters
+from ..model.largest_batch import lowered_size
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import check_in_memory
 from ..model.quality import quality_of, shared_qualities
@@ -144,10 +145,13 @@ def _opened(
     for goal in goals.values():
         from_main(partial(check_before, replace(config, remove=goal), model_config))
     tokenizer = load_tokenizer(config.model, trust_remote_code=remote)
-    samples = from_main(lambda: load_samples(replace(config, energy=PAPER), tokenizer, model_config))
+    with_gradients = replace(config, energy=PAPER)  # which every comparison takes
+    samples = from_main(lambda: load_samples(with_gradients, tokenizer, model_config))
     score = scorer(config, tokenizer, out / "scores")
     model = load_as(config.model, config)
     check_in_memory(model, "a comparison")
+    measured = [*samples.calibration, *samples.selection]
+    say(lowered_size(config.batch_size, measured, model, backward=with_gradients.keeps_activations))
     traced = trace_model(model, config.units)
     removable = Removable(model_config, traced.units, trust_remote_code=remote)
     if config.profile is not None or not config.needs_times:

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import EvaluateConfig
 from ..files import replacing, write_json
+from ..model.largest_batch import lowered_size
 from ..model.loading import load_as, load_config, load_tokenizer
 from ..problem import Removal
+from ..settings import say
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.provenance import kept_blocks_of, read_record
 from ..tables import Table
@@ -150,6 +152,7 @@ def _measure_together(
         loaded[name] = load_as(source, config)
 
     if samples:
+        say(lowered_size(config.batch_size, samples, *loaded.values()))
         rows = evaluate_models(loaded, sizes, samples, batch_size=config.batch_size)
         for row, source in zip(rows, result.models.values(), strict=True):
             result.evaluations.append(replace(row, removed=_removed_from(source, rows[0].num_blocks)))

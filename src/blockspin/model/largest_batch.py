@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..memory import free_memory
+from .batches import BatchSize, Room, make_batches
 from .blocks import find_stack
 from .head import CHUNK_BYTES, LOGIT_COPIES
 from .offload import running_device
@@ -37,6 +39,28 @@ def tokens_that_fit(*models: nn.Module, backward: bool = False) -> float:
             # All tokens with their logits, or as many as there is room for beside those of a full chunk.
             fitting = min(fitting, max(room / (held + of_logits), (room - LOGIT_COPIES * CHUNK_BYTES) / held))
     return fitting
+
+
+def lowered_size(
+    batch_size: BatchSize, samples: Sequence[Tensor], *models: nn.Module, backward: bool = False
+) -> list[str]:
+    """The note that fewer samples run side by side than were asked for; none where as many should fit, or "auto".
+
+    Raises:
+        ValueError: unusable samples.
+    """
+    if batch_size == "auto":
+        return []
+    longest = make_batches(samples, batch_size)[0]
+    largest = Room(tokens_that_fit(*models, backward=backward)).cut([longest])[0]
+    taken, length = largest.token_ids.shape
+    if taken == len(longest.indices):
+        return []
+    what_for = "of the gradients " if backward else ""
+    return [
+        f"Note: half of the free memory should not hold {len(longest.indices)} samples {what_for}side by side "
+        f"(--batch-size {batch_size}); {taken} of {length:,} tokens are taken."
+    ]
 
 
 def _made_on(model: nn.Module) -> dict[torch.device, list[int]]:

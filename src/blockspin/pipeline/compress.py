@@ -24,6 +24,7 @@ from ..files import write_json
 from ..lock import locked
 from ..machine import describe_machine
 from ..memory import release_memory
+from ..model.largest_batch import lowered_size
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.offload import is_offloaded
 from ..model.tracing import find_units, trace_model
@@ -177,13 +178,16 @@ def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerB
 def _model_to_shorten(
     config: CompressConfig, samples: Samples, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> PreTrainedModel:
-    """The original; where its blocks stay on disk, it is said how long the run will take.
+    """The original. Said are the size of a batch, where it is lowered, and how long the run will take, where blocks
+    stay on disk.
 
     Raises:
         ValueError: it cannot be opened, a setting needs it in memory, the goal is out of reach, or there is too little
             text for a repair.
     """
     model = load_as(config.model, config)
+    measured = [*samples.calibration, *samples.selection]
+    say(lowered_size(config.batch_size, measured, model, backward=config.keeps_activations))
     if is_offloaded(model):
         check_streaming(config)
         plan = from_main(lambda: plan_with(config, trace_model(model), samples, tokenizer, out))

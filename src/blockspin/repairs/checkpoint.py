@@ -17,12 +17,14 @@ from ..lock import locked
 from ..model.batches import BatchSize
 from ..model.blocks import find_stack
 from ..model.generation import check_generates
+from ..model.largest_batch import lowered_size
 from ..model.loading import load_model, local_folder
 from ..model.offload import StoredTensor, check_in_memory
 from ..model.probe import agree, probe_logits
 from ..model.spill import octets
 from ..model.weights import WeightFile, read_headers, tensor_shapes
 from ..progress import console
+from ..settings import say
 from ..surgery.card import add_repair
 from ..surgery.provenance import RECORD
 from ..surgery.shards import layer_prefix
@@ -72,6 +74,7 @@ def repair_checkpoint(
 
     with locked(target):
         shortened, whole = load(source), load(original)
+        say(lowered_size(batch_size, samples, shortened, whole))
         partial = target.with_name(f"{target.name}-repair")
         share, written = own_share(whole, own_text_share), list[Tensor]()
         if share:
