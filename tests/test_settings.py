@@ -227,3 +227,28 @@ def test_options_without_effect_are_named_by_commands_and_functions(
     with pytest.raises(ValueError, match="no such folder"):
         compress(CompressConfig(str(absent), str(text), 2, own_text=0.2, repair=False), tmp_path / "run")
     assert "--own-text changes nothing" in capsys.readouterr().err
+
+
+def test_a_split_of_a_file_is_named(command: Command, tmp_path: Path) -> None:
+    """A file has no splits; datasets of the hub and folders have."""
+    text, absent = tmp_path / "text.jsonl", tmp_path / "absent"
+    text.write_text('{"text": "some words"}\n')
+    nothing = "Note: with a local file as the text, --split changes nothing."
+
+    def run(calibration: str, evaluation: str | None = None, **changes: Any) -> list[str]:
+        return CompressConfig("m", calibration, 2, evaluation=evaluation, **{"split": "test", **changes}).unused()
+
+    assert run(str(text)) == run(str(text), str(text)) == [nothing]
+    assert run(str(text), split="train") == run("org/name") == run(str(tmp_path)) == []
+    assert run(str(text), "org/name") == run("org/name", str(text)) == []
+    assert run(str(text), distill={"data": str(text)}) == [nothing]
+    assert run(str(text), distill={"data": "org/name"}) == []
+
+    out = ("--out", tmp_path / "out", "--split", "test")
+    for given in (
+        ("compare", absent, "--remove", 2, "--calibration", text),
+        ("energies", absent, "--remove", 2, "--calibration", text),
+        ("evaluate", absent, "--data", text),
+        ("distill", absent, "--teacher", absent, "--data", text),
+    ):
+        assert command(*given, *out)[1].count("--split changes nothing") == 1, given[0]

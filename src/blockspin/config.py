@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .problem import Goal, Units
-from .settings import SettingError, Settings, parse_names, setting, without_effect
+from .settings import SPLIT, SettingError, Settings, parse_names, setting, unused_split, without_effect
 from .targets import NO_GOAL, TargetSettings
 from .training import MAX_SEED, DistillConfig
 
@@ -132,7 +132,7 @@ class DataSettings(SeedSettings):
     panel: ClassVar[str] = "Data"
 
     max_length: int = setting("Tokens of a sample at most.", 1024, least=2)
-    split: str = setting("Split of a hub dataset.", "train")
+    split: str = setting("Split of a hub dataset.", SPLIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +321,12 @@ class CompressConfig(
         except SettingError as error:
             raise SettingError(f"distill_{error.setting}", error.problem) from None
         object.__setattr__(self, "distill", training)
+
+    def unused(self, given: Collection[str] = (), missing: Collection[str] = ()) -> list[str]:
+        """As of all settings."""
+        of_training = None if self.distill is None else self.distill.data
+        notes = super().unused(given, missing)
+        return notes + unused_split(self.split, self.calibration, self.evaluation, of_training)
 
     @property
     def calibration_samples(self) -> int:

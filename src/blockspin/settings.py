@@ -16,6 +16,8 @@ import yaml
 from .files import replacing
 from .progress import console
 
+SPLIT = "train"  # of a dataset, by default
+
 # What a type is called in messages.
 _CALLED = {
     int: "a whole number",
@@ -106,6 +108,15 @@ def without_effect(when: str, given: Mapping[str, bool]) -> list[str]:
         return []
     listed = " and ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
     return [f"Note: {when}, {listed} {'changes' if len(options) == 1 else 'change'} nothing."]
+
+
+def unused_split(split: str, *sources: str | None) -> list[str]:
+    """The note that --split has no effect: it is of hub datasets and folders, and all sources are single files.
+
+    sources: texts as options name them; None: not given.
+    """
+    of_files = all(Path(source).is_file() for source in sources if source is not None)
+    return without_effect("with a local file as the text", {"--split": of_files and split != SPLIT})
 
 
 def say(notes: Iterable[str]) -> None:

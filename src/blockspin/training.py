@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .settings import SettingError, Settings, parse_names, setting
+from .settings import SPLIT, SettingError, Settings, parse_names, setting
 
 TEACHER_QUANTIZATIONS = ("auto", "nf4", "none")
 DIVERGENCES = ("kl", "reverse-kl", "js")
@@ -27,7 +27,7 @@ class DistillConfig(Settings):
 
     teacher: str | None = setting("The original model: hub id or local folder.", None)
     data: str | None = setting("Text to train on: hub id or local file, texts or conversations.", None)
-    split: str = setting("Split of a hub dataset.", "train")
+    split: str = setting("Split of a hub dataset.", SPLIT)
     max_length: int = setting("Tokens of a training sample; the texts are packed to this length.", 1024, least=2)
     validation_split: float = setting("Share of the samples that is only measured.", 0.01, above=0, below=1)
     num_epochs: float = setting("Passes over the data.", 1.0, above=0)

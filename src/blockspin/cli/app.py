@@ -12,6 +12,7 @@ from .. import __version__
 from ..config import DataSettings, LoadingSettings, parse_remove
 from ..problem import Goal
 from ..progress import terminal_width
+from ..settings import say, unused_split
 from ..tables import Table
 from ..targets import NO_GOAL, TargetSettings
 
@@ -96,6 +97,7 @@ def load_samples(model: str, data: str, number: int, how: DataSettings, loading:
     from ..data.calibration import load_calibration
     from ..model.loading import load_config, load_tokenizer, vocabulary_size
 
+    say(unused_split(how.split, data))
     config = load_config(model, trust_remote_code=loading.trust_remote_code)
     return load_calibration(
         data,

@@ -12,7 +12,7 @@ from ..config import CompressConfig, DataSettings, EvaluateConfig
 from ..lock import locked
 from ..processes import from_main
 from ..progress import console
-from ..settings import say, without_effect
+from ..settings import say, unused_split, without_effect
 from ..training import DistillConfig
 from .app import AsJson, OutFolder, SettingsFile, app, load_samples, show, show_json
 from .help import Command
@@ -150,7 +150,10 @@ def distill(
     """
     from ..distillation.run import distill_checkpoint
 
-    result = distill_checkpoint(student, out, DistillConfig(**settings.over(config)))
+    checked = DistillConfig(**settings.over(config))
+    if checked.data is not None:
+        say(unused_split(checked.split, checked.data))
+    result = distill_checkpoint(student, out, checked)
     console.print(
         f"Perplexity {result.before['perplexity']:.2f} before, {result.after['perplexity']:.2f} after {result.steps} "
         f"steps, on the validation samples. Wrote {out}.",
