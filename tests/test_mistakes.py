@@ -307,3 +307,26 @@ def test_too_little_memory(command: Command, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("blockspin.energies.load_energies", fail)
     code, printed = command("solve", tmp_path / "e", "--remove", 1)
     assert (code, "not enough memory; lower --batch-size" in printed) == (2, True)
+
+
+def test_what_is_wrong_with_data_names_the_option_that_gave_it(
+    tiny_folder: Path, text_file: Path, refuses: Any, tmp_path: Path
+) -> None:
+    absent, odd = tmp_path / "absent.jsonl", tmp_path / "odd.jsonl"
+    odd.write_text('{"question": "?"}\n' * 3)
+    run = ("compress", tiny_folder, "--remove", 1, "--calibration", text_file, "--max-length", 16, "--no-repair")
+    out = ("--out", tmp_path / "out")
+    cases: list[tuple[str, tuple[object, ...]]] = [
+        ("--calibration", ("energies", tiny_folder, *out)),
+        ("--evaluation", (*run, *out)),
+        ("--distill-data", (*run, "--distill", *out)),
+        ("--data", ("evaluate", tiny_folder)),
+        ("--data", ("repair", tiny_folder, "--original", tiny_folder, *out)),
+    ]
+    others = {option for option, _ in cases}
+    for option, given in cases:
+        for source, problem in ((absent, "no such file"), (odd, "it has the fields question")):
+            said = refuses(*given, option, source)
+            assert problem in said
+            assert [name for name in others if f"({name}" in said] == [option], said
+    assert "--evaluation takes a hub id, or a local file" in refuses(*run, *out, "--evaluation", absent)

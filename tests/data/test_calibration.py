@@ -90,20 +90,20 @@ def test_unusable_sets_are_refused(tmp_path: Path, tokenizer: tf.PreTrainedToken
     cases = {
         "fields.jsonl": ('{"question": "?"}\n', r"has the fields question; it needs"),
         "short.jsonl": ('{"text": "a"}\n', r"no sample of two or more tokens"),
-        "broken.jsonl": ('{"text": \n', r"cannot read the calibration set"),
+        "broken.jsonl": ('{"text": \n', r"cannot read the data"),
         "empty.jsonl": ("", r"it holds no rows"),
         "empty.txt": ("", r"no sample"),
         "text.jsonl": (json.dumps({"messages": "hello"}), r"row 1 .* its `messages` is 'hello'; it must be a list"),
         "turns.jsonl": (json.dumps({"messages": ["hello"]}), r"one of its turns is 'hello'"),
         "image.jsonl": (json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}), r"role, content"),
-        "latin.txt": ("caf\udce9 au lait", r"cannot read the calibration set"),
+        "latin.txt": ("caf\udce9 au lait", r"cannot read the data"),
         "a.docx": ("x", r"ending must be one of"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(ValueError, match=message):
             load(tmp_path / name, tokenizer)
-    with pytest.raises(ValueError, match="cannot read the calibration set"):
+    with pytest.raises(ValueError, match="cannot read the data"):
         load(tmp_path / "absent.jsonl", tokenizer)
     with pytest.raises(ValueError, match="--num-samples"):
         load(tmp_path / "fields.jsonl", tokenizer, num_samples=0)
@@ -169,7 +169,7 @@ def test_a_compressed_file_cut_anywhere_or_damaged_is_refused(
     cuts = [content[: len(content) * k // 8] for k in range(1, 8)]
     for number, broken in enumerate([*cuts, bytes(damaged), b"no archive at all"]):
         (tmp_path / f"{number}{ending}").write_bytes(broken)
-        with pytest.raises(ValueError, match="cannot read the calibration set"):
+        with pytest.raises(ValueError, match="cannot read the data"):
             load(tmp_path / f"{number}{ending}", tokenizer, num_samples=1)
 
 

@@ -211,7 +211,7 @@ def test_bad_input_gives_one_line_and_code_2(
         ({"model": tmp_path / "absent"}, "cannot open the model"),
         ({"model": encoder}, "not a decoder-only"),
         ({"model": broken}, "truncated"),
-        ({"--calibration": tmp_path / "absent.jsonl"}, "cannot read the calibration set"),
+        ({"--calibration": tmp_path / "absent.jsonl"}, "cannot read the data"),
         ({"--calibration": tmp_path / "empty.jsonl"}, "calibration"),
         ({"--calibration": tmp_path / "fields.jsonl"}, "has the fields question"),
         ({"--remove": "moe=1"}, "moe"),

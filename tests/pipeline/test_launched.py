@@ -79,7 +79,7 @@ def test_all_processes_end_with_the_message_of_the_one_that_fails(
     wrong = [*command(tiny_folder, tmp_path / "missing.jsonl", tmp_path / "other")]
     ended = launch(2, ["-m", "blockspin", *wrong], tmp_path)
     assert ended.returncode != 0
-    assert ended.stderr.count("Error: cannot read the calibration set") == 1
+    assert ended.stderr.count("Error: cannot read the data") == 1
 
 
 @pytest.mark.slow

@@ -92,8 +92,10 @@ def model_of(energies: Energies) -> str:
     return model
 
 
-def load_samples(model: str, data: str, number: int, how: DataSettings, loading: LoadingSettings) -> list[Tensor]:
-    """Samples of a text as the tokenizer of a model has it."""
+def load_samples(
+    model: str, data: str, number: int, how: DataSettings, loading: LoadingSettings, option: str = "--data"
+) -> list[Tensor]:
+    """Samples of a text as the tokenizer of a model has it. option: that names the text."""
     from ..data.calibration import load_calibration
     from ..model.loading import load_config, load_tokenizer, vocabulary_size
 
@@ -107,6 +109,7 @@ def load_samples(model: str, data: str, number: int, how: DataSettings, loading:
         seed=how.seed,
         split=how.split,
         vocabulary=vocabulary_size(config),
+        option=option,
     )
 
 

@@ -149,7 +149,8 @@ def energies(
         say(without_effect(f"with --energy {energy.energy}", goals))
     with locked(out):
         refuse_existing(out)
-        samples = load_samples(model, calibration, energy.samples_for(energy.energy), data, loading)
+        number = energy.samples_for(energy.energy)
+        samples = load_samples(model, calibration, number, data, loading, "--calibration")
         metadata = {"model": model, "calibration": calibration}
 
         opened, budgets = load_as(model, loading), []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..progress import console, track
-from .reading import OPTIONS, is_plain_text, open_rows, text_pieces
+from .reading import SOURCE, is_plain_text, open_rows, remedy, text_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ def load_calibration(
     seed: int = 42,
     split: str = "train",
     vocabulary: int | None = None,
+    option: str = SOURCE,
     progress: bool = True,
 ) -> list[Tensor]:
     """Token samples from a dataset, drawn in an order fixed by the seed.
@@ -48,6 +49,7 @@ def load_calibration(
         max_length: tokens of a sample at most.
         split: the split of a hub dataset.
         vocabulary: how many tokens the model has an embedding of; None: whatever the tokenizer gives.
+        option: the command-line option that names the source, for errors.
 
     Returns:
         1-D int64 tensors of token ids, at least two each.
@@ -61,15 +63,20 @@ def load_calibration(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length} (--max-length)")
 
-    tokenised = tokenise(source, tokenizer, max_length, seed=seed, split=split, vocabulary=vocabulary)
+    tokenised = tokenise(source, tokenizer, max_length, seed=seed, split=split, vocabulary=vocabulary, option=option)
     samples = []
     for ids in track(islice(tokenised, num_samples), "Tokenising", num_samples, show=progress):
         samples.append(torch.tensor(ids, dtype=torch.int64))
 
     if not samples:
-        raise ValueError(f"the calibration set {str(source)!r} has no sample of two or more tokens ({OPTIONS})")
+        raise ValueError(f"the data {str(source)!r} has no sample of two or more tokens ({remedy(option)})")
     if len(samples) < num_samples:
-        console.print(f"The calibration set has only {len(samples)} of the {num_samples} samples asked for; using all.")
+        console.print(
+            f"The data {str(source)!r} has only {len(samples)} of the {num_samples} samples asked for ({option}); "
+            "using all.",
+            soft_wrap=True,
+            highlight=False,
+        )
     return samples
 
 
@@ -82,6 +89,7 @@ def tokenise(
     split: str,
     vocabulary: int | None = None,
     truncate: bool = True,
+    option: str = SOURCE,
 ) -> Iterator[list[int]]:
     """Token ids of every sample of a dataset, at least two each; see `load_calibration`.
 
@@ -89,9 +97,10 @@ def tokenise(
     The source is opened now, so that what is wrong with it is said before the first sample is asked for.
     """
     if is_plain_text(source):
-        samples = _windows(_text_ids(Path(source), tokenizer), max_length, seed)
+        samples = _windows(_text_ids(Path(source), tokenizer, option), max_length, seed)
     else:
-        samples = _row_ids(open_rows(source, split), source, tokenizer, max_length if truncate else None, seed)
+        rows = open_rows(source, split, option)
+        samples = _row_ids(rows, source, tokenizer, max_length if truncate else None, seed, option)
     return _usable(samples, source, vocabulary)
 
 
@@ -178,7 +187,7 @@ def _shown(value: Any) -> str:
     return text if len(text) < 40 else f"{text[:36]} ..."
 
 
-def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase, option: str) -> np.ndarray[Any, np.dtype[np.int32]]:
     """(tokens,) of a whole text file, which is read and tokenised piece by piece: four bytes a token are held."""
 
     def tokens_of(text: str) -> list[int]:
@@ -190,7 +199,7 @@ def _text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray[Any,
     # character before it, whose own tokens are left out again.
     ids = array("i")
     before = ""
-    for piece in text_pieces(path):
+    for piece in text_pieces(path, option):
         known = len(tokens_of(before)) if before else 0
         ids.extend(tokens_of(before + piece)[known:])
         before = piece[-1]
@@ -211,6 +220,7 @@ def _row_ids(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     seed: int,
+    option: str,
 ) -> Iterator[list[int]]:
     """Token ids of the rows of a dataset, in seeded order."""
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -219,7 +229,7 @@ def _row_ids(
         try:
             text = row_to_text(row, tokenizer)
         except ValueError as error:
-            raise ValueError(f"row {i + 1} of the calibration set {str(source)!r}: {error} ({OPTIONS})") from error
+            raise ValueError(f"row {i + 1} of the data {str(source)!r}: {error} ({option})") from error
 
         # A chat template writes the special tokens itself.
         by_template = bool(getattr(tokenizer, "chat_template", None)) and _conversation_field(row) is not None

@@ -60,7 +60,9 @@ def write_windows(
         ValueError: the dataset cannot be read, gives tokens that the model does not know, or fills fewer than two
             windows.
     """
-    tokenised = tokenise(source, tokenizer, length, seed=seed, split=split, vocabulary=vocabulary, truncate=False)
+    tokenised = tokenise(
+        source, tokenizer, length, seed=seed, split=split, vocabulary=vocabulary, truncate=False, option="--data"
+    )
     samples = (sample for number, sample in enumerate(tokenised) if number not in leave_out)
     what = f"the dataset {str(source)!r}"
     write_packed(samples, what, path, length, limit, tokenizer.eos_token_id, progress=progress)

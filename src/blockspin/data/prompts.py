@@ -37,7 +37,7 @@ def prompts(
         raise ValueError("the tokenizer has no chat template, which prompts are made with; leave out --self-generated")
     if is_plain_text(source):
         raise ValueError(f"{source} is a text without prompts; --self-generated needs conversations (--data)")
-    return _prompts_of(open_rows(source, split), str(source), tokenizer, max_length, seed, leave_out)
+    return _prompts_of(open_rows(source, split, "--data"), str(source), tokenizer, max_length, seed, leave_out)
 
 
 def _prompts_of(

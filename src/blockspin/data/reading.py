@@ -14,7 +14,7 @@ from ..errors import first_line
 from ..hub import can_be_hub_id, use_hub
 from ..progress import console
 
-OPTIONS = "--calibration, --evaluation or --data"  # which name a dataset
+SOURCE = "source"  # what a dataset is called in errors, where no option names it
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}  # ending -> what opens the file
 _PIECE = 2**16  # characters of a text that are read at once: tokenizers need a thousand bytes for each
@@ -26,17 +26,20 @@ def is_plain_text(source: str | Path) -> bool:
     return _ending(Path(source)) == ".txt"
 
 
-def open_rows(source: str | Path, split: str) -> Sequence[dict[str, Any]]:
+def open_rows(source: str | Path, split: str, option: str = SOURCE) -> Sequence[dict[str, Any]]:
     """The rows of a dataset: a hub id, a local .json, .jsonl, .parquet or .csv file, also .gz or .xz, or a folder.
+
+    option: that names it, for errors.
 
     Raises:
         ValueError: it does not exist, or cannot be read.
     """
     path, ending = Path(source), _ending(Path(source))
     if not path.exists() and (ending in _FORMATS or not can_be_hub_id(str(source))):
-        raise unreadable(source, "there is no such file or folder, and it is no hub id")
+        raise unreadable(source, "there is no such file or folder, and it is no hub id", option)
     if path.is_file() and ending not in _FORMATS:
-        raise unreadable(source, f"its ending must be one of {', '.join([*_FORMATS, '.txt'])}, also with .gz or .xz")
+        endings = ", ".join([*_FORMATS, ".txt"])
+        raise unreadable(source, f"its ending must be one of {endings}, also with .gz or .xz", option)
 
     import datasets
 
@@ -52,13 +55,15 @@ def open_rows(source: str | Path, split: str) -> Sequence[dict[str, Any]]:
     except Exception as error:  # datasets raises errors of many kinds, some of its own, for data that cannot be read
         cause = error.__cause__ or error
         reason = "it holds no rows" if isinstance(cause, StopIteration) else first_line(cause)
-        raise unreadable(source, reason) from error
+        raise unreadable(source, reason, option) from error
     found: Sequence[dict[str, Any]] = rows
     return found
 
 
-def text_pieces(path: Path) -> Iterator[str]:
+def text_pieces(path: Path, option: str = SOURCE) -> Iterator[str]:
     """A text file, .txt, .txt.gz or .txt.xz, in pieces of some ten thousand characters that end where a line does.
+
+    option: that names it, for errors.
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
@@ -76,14 +81,19 @@ def text_pieces(path: Path) -> Iterator[str]:
             if rest:
                 yield rest
     except FileNotFoundError as error:
-        raise unreadable(path, "there is no such file") from error
+        raise unreadable(path, "there is no such file", option) from error
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
-        raise unreadable(path, first_line(error)) from error
+        raise unreadable(path, first_line(error), option) from error
 
 
-def unreadable(source: str | Path, reason: str) -> ValueError:
-    """The error for data that cannot be read."""
-    return ValueError(f"cannot read the calibration set {str(source)!r}: {reason} ({OPTIONS})")
+def unreadable(source: str | Path, reason: str, option: str) -> ValueError:
+    """The error for data that cannot be read. option: that names it."""
+    return ValueError(f"cannot read the data {str(source)!r}: {reason} ({remedy(option)})")
+
+
+def remedy(option: str) -> str:
+    """What to give instead of data that cannot be used. option: that names it."""
+    return f"{option} takes a hub id, or a local file of texts or conversations"
 
 
 def _last_break(text: str) -> int:

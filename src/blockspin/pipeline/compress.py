@@ -172,7 +172,8 @@ def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerB
         ValueError: it cannot be read.
     """
     if config.distill is not None and config.distill.data is not None:
-        next(tokenise(config.distill.data, tokenizer, config.max_length, seed=config.seed, split=config.split))
+        data, length, option = config.distill.data, config.max_length, "--distill-data"
+        next(tokenise(data, tokenizer, length, seed=config.seed, split=config.split, option=option))
 
 
 def _model_to_shorten(

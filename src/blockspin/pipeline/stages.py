@@ -56,7 +56,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     """
     length = max_length(config, model_config)
 
-    def draw(source: str, number: int) -> list[Tensor]:
+    def draw(option: str, source: str, number: int) -> list[Tensor]:
         return load_calibration(
             source,
             tokenizer,
@@ -65,11 +65,12 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
             seed=config.seed,
             split=config.split,
             vocabulary=vocabulary_size(model_config),
+            option=option,
         )
 
     held_out = 0 if config.evaluation else config.evaluation_samples
     sizes = [config.calibration_samples, config.selection_samples, held_out]
-    drawn = draw(config.calibration, sum(sizes))
+    drawn = draw("--calibration", config.calibration, sum(sizes))
     wanted = len(sizes) - sizes.count(0)
     if len(drawn) < wanted:
         raise ValueError(f"the calibration set is too small: {len(drawn)} of at least {wanted} samples (--calibration)")
@@ -81,7 +82,7 @@ def load_samples(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, mod
     selection, evaluation = share(config.selection_samples), share(held_out)
     calibration = len(drawn) - selection - evaluation
     if config.evaluation:
-        reported = draw(config.evaluation, config.evaluation_samples)
+        reported = draw("--evaluation", config.evaluation, config.evaluation_samples)
     else:
         reported = drawn[calibration + selection :]
     return Samples(drawn[:calibration], drawn[calibration : calibration + selection], reported)
