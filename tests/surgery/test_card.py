@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import settings
+from conftest import Command, settings
 from huggingface_hub import ModelCard
 
 from blockspin import prune_checkpoint
@@ -55,6 +58,27 @@ def test_a_run_adds_what_it_measured(tiny_folder: Path, text_file: Path, tmp_pat
     for row in rows[:-1]:
         assert f"{row.perplexity:.2f}" in text
     assert "## Repair" in (tmp_path / "run" / "repaired" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "run" / "repaired" / "README.md").read_text()
     assert text.index("## Quality") < text.index("## What to expect")
     assert "KL divergence" in text
     assert str(tmp_path) not in text
+
+
+def test_the_command_of_a_repair_makes_the_same_weights(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a run, from the folder in which its names are found."""
+    compress(settings(tiny_folder, text_file, seed=3, own_text=0.25), tmp_path / "run")
+    card = (tmp_path / "run" / "repaired" / "README.md").read_text()
+    found = re.search(r"^blockspin repair .*$", card, re.MULTILINE)
+    assert found is not None
+    for folder in (tiny_folder, tmp_path / "run" / "checkpoint"):
+        shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    shutil.copy(text_file, tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, said = command(*shlex.split(found[0])[1:])
+    assert code == 0, said
+    again, first = Path("repaired"), tmp_path / "run" / "repaired"
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert found[0] in (again / "README.md").read_text()

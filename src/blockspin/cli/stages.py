@@ -384,5 +384,7 @@ def repair(
         seed=drawing.seed,
         own_text_share=own_text,
         trust_remote_code=loading.trust_remote_code,
+        data=data,
+        split=drawing.split,
     )
     console.print(report.summary(), f"The repaired model is in {out}.", sep="\n", soft_wrap=True, highlight=False)

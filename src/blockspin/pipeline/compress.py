@@ -298,6 +298,8 @@ def repair_stage(config: CompressConfig, out: Path, chosen: Evaluation) -> Evalu
             seed=config.seed,
             own_text_share=config.own_text,
             trust_remote_code=_trusts_result(config),
+            data=config.calibration,
+            split=config.split,
         )
         config.save(out / "run.yaml")
         console.print(report.summary(), soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..model.probe import agree, probe_logits
 from ..model.spill import octets
 from ..model.weights import WeightFile, read_headers, tensor_shapes
 from ..progress import console
-from ..settings import say
+from ..settings import SPLIT, say
 from ..surgery.card import add_repair
 from ..surgery.provenance import RECORD
 from ..surgery.shards import layer_prefix
@@ -49,6 +50,8 @@ def repair_checkpoint(
     seed: int = 0,
     own_text_share: float | None = None,
     trust_remote_code: bool = False,
+    data: str | None = None,
+    split: str = SPLIT,
     progress: bool = True,
 ) -> RepairReport:
     """Repair the shortened checkpoint `source` after the model that it was made of, and write it to `target`.
@@ -60,6 +63,8 @@ def repair_checkpoint(
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
     samples: 1-D int64 tensors of token ids. own_text_share: of all text, what the original writes; None: `own_share`.
+    data, split: where the samples are the first of, in the order of `load_calibration` with this seed; the model card
+    then has the command that repeats the repair.
 
     Raises:
         ValueError: the target exists, the source was not shortened by blockspin, or was repaired or trained already,
@@ -94,10 +99,28 @@ def repair_checkpoint(
             shutil.copytree(source, temporary, copy_function=shutil.copyfile)
             if not report.undone:
                 _write_weights(temporary, shortened, _new_weights(shortened, report, finished))
-            _record(temporary, report, original, own_tokens=sum(map(len, written)))
+            settings = {
+                **_drawn(samples, seed, split),
+                "own_text": own_text_share,
+                "dtype": None if dtype == "auto" else dtype,
+                "trust_remote_code": trust_remote_code,
+            }
+            about = {"original": str(original), "data": data, "settings": settings}
+            _record(temporary, source, report, {**about, "own_tokens": sum(map(len, written))})
             _prove(load(temporary), shortened, _stored_bytes(temporary))
         finished.remove()
     return report
+
+
+def _drawn(samples: Sequence[Tensor], seed: int, split: str) -> dict[str, str | int | None]:
+    """The settings with which the same samples are drawn; None: the default."""
+    longest = max(map(len, samples))  # to which longer ones were cut, if there were any
+    return {
+        "split": None if split == SPLIT else split,
+        "num_samples": len(samples),
+        "max_length": longest,
+        "seed": seed,
+    }
 
 
 def _new_weights(model: PreTrainedModel, report: RepairReport, finished: FinishedBlocks) -> dict[str, StoredTensor]:
@@ -174,12 +197,14 @@ def _stored_names(
     return {prefix + name.removeprefix(stack.name): tensor for name, tensor in changed.items()}
 
 
-def _record(folder: Path, report: RepairReport, original: str | Path, own_tokens: int) -> None:
-    """Tell about a repair in `blockspin.json` and in the model card. own_tokens: how many the original has written."""
-    about = json.loads((folder / RECORD).read_text())
-    repair_entry = {"original": str(original), "own_tokens": own_tokens, **report.as_json()}
-    write_json(folder / RECORD, about | {"repair": repair_entry})
-    add_repair(folder, report.summary())
+def _record(folder: Path, source: Path, report: RepairReport, about: Mapping[str, Any]) -> None:
+    """Tell about a repair in `blockspin.json` and in the model card.
+
+    source: what was repaired. about: how, besides the report.
+    """
+    record = json.loads((folder / RECORD).read_text()) | {"repair": {**about, **report.as_json()}}
+    write_json(folder / RECORD, record)
+    add_repair(folder, str(source), record, report.summary())
 
 
 def _stored_bytes(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import replacing
+from ..settings import flag
 from ..tables import Table, ranges
 
 CARD = "README.md"
@@ -78,14 +80,33 @@ def add_results(folder: Path, table: Table, about: str) -> None:
         temporary.write_text(f"{head}{_RESULTS}\n\n{about}\n\n{table.markdown()}\n{heading}{tail}", encoding="utf-8")
 
 
-def add_repair(folder: Path, summary: str) -> None:
-    """Say at the end of the card of a checkpoint that its weights were repaired.
+def add_repair(folder: Path, shortened: str, record: Mapping[str, Any], summary: str) -> None:
+    """Say at the end of the card of a checkpoint that its weights were repaired, and by which command.
+
+    shortened: the folder that was repaired. record: what blockspin.json says, its entry "repair" in it; where that does
+    not name the data, there is no command.
 
     Raises:
         ValueError: the card cannot be written.
     """
-    if (folder / CARD).is_file():
-        _append(folder / CARD, f"## Repair\n\n{summary} What was measured above was measured before the repair.")
+    if not (folder / CARD).is_file():
+        return
+    text = f"## Repair\n\n{summary} What was measured above was measured before the repair."
+    if record["repair"]["data"] is not None:
+        text += f"\n\n```bash\n{_repair_command(shortened, record['repair'])}\n```"
+    _append(folder / CARD, text)
+
+
+def _repair_command(shortened: str, repair: Mapping[str, Any]) -> str:
+    """The command of a repair, with what decides its outcome."""
+    (name, _), (original, _), (data, _) = map(_names, (shortened, repair["original"], repair["data"]))
+    words = ["blockspin", "repair", name, "--original", original, "--data", data]
+    for setting, value in repair["settings"].items():
+        if value is True:
+            words.append(flag(setting))
+        elif value not in (None, False):
+            words += [flag(setting), str(value)]
+    return shlex.join([*words, "--out", "repaired"])
 
 
 def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
