@@ -29,6 +29,7 @@ from blockspin.config import PAPER_TASKS, CompressConfig, EvaluateConfig
 from blockspin.evaluation import harness
 from blockspin.evaluation.perplexity import results_table
 from blockspin.pipeline.compress import compress
+from blockspin.pipeline.plan import plan_run
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 
@@ -320,6 +321,21 @@ def test_compress_scores_what_it_reports(
     assert chosen == tuple(evaluate(tmp_path / "run" / "checkpoint", ["choose"], limit=4, **options))
     assert "choose" in [column.heading for column in results_table(rows).columns]
     assert CompressConfig(**CompressConfig.read(tmp_path / "run" / "run.yaml")) == run_settings
+
+
+def test_a_plan_times_a_few_questions(run_settings: CompressConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group, without the group's own score."""
+    indexed = harness._indexed
+    monkeypatch.setattr(harness, "_indexed", lambda folder, _: indexed(folder, False))
+    planned = plan_run(dataclasses.replace(run_settings, tasks=("both", "choose"), max_gen_tokens=4)).stages[-1]
+    assert planned.title == "questions of benchmark tasks (estimated from a few)"
+    assert planned.samples == 5 * (4 + 4 + 4)  # to the original, three shortened models and the repaired one
+    assert planned.seconds is not None
+    assert planned.seconds > 0
+
+    # What a run would refuse at its end is refused here.
+    with pytest.raises(ValueError, match="allow fewer with --max-gen-tokens"):
+        plan_run(dataclasses.replace(run_settings, tasks=("write",), max_gen_tokens=64))
 
 
 def test_compress_refuses_an_unknown_task_before_it_starts(

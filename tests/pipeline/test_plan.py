@@ -18,6 +18,7 @@ from blockspin.comparison.cost import counted
 from blockspin.config import CompressConfig
 from blockspin.energies import estimate_energies
 from blockspin.evaluation.harness import num_questions
+from blockspin.evaluation.questions import Asked
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import trace_model
 from blockspin.pipeline.compress import compress
@@ -168,6 +169,24 @@ def test_questions_of_tasks_are_counted() -> None:
 
     found = {"group": {"tasks": {"a": Task([0] * 10), "b": Task([0] * 3)}}, "c": {"tasks": {"c": Task([0] * 5)}}}
     assert [num_questions(found, limit) for limit in (None, 4, 0.5)] == [18, 11, 10]
+
+
+@pytest.mark.parametrize("seconds", [1000.0, None])
+def test_questions_of_tasks_count_for_all_models(
+    seconds: float | None, tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole one, three shortened ones and the repaired one; those take less, by what they have of the weights."""
+    monkeypatch.setattr("blockspin.pipeline.plan.time_questions", lambda *_: Asked(7, seconds))
+    plan = plan_run(settings(tiny_folder, text_file, tasks=("choose",)))
+    asked = plan.stages[-1]
+    assert asked.samples == 5 * 7
+    assert ("benchmark tasks not counted" in plan.summary()) == (seconds is None)
+    if seconds is not None:
+        left = checkpoint_bytes(tiny_folder, (0, 1)) / checkpoint_bytes(tiny_folder)
+        assert asked.seconds == pytest.approx(seconds * (1 + 4 * left), rel=0.02)
+        assert "About 6" in plan.summary()  # minutes
+    else:
+        assert asked.seconds is None
 
 
 def test_memory_of_a_repair_is_that_of_both_models_and_of_what_changes(wide_folder: Path, tmp_path: Path) -> None:

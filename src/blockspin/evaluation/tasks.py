@@ -108,16 +108,6 @@ def scorer(config: CompressConfig, tokenizer: PreTrainedTokenizerBase, cache: Pa
     return lambda model: tuple(evaluate_tasks(model, settings, tokenizer))
 
 
-def count_questions(config: CompressConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many questions the tasks of a run ask a model.
-
-    Raises:
-        ValueError: as `check_tasks`.
-    """
-    settings = EvaluateConfig(**{f.name: getattr(config, f.name) for f in fields(TaskSettings)})
-    return harness.num_questions(check_tasks(settings.tasks, settings, tokenizer), settings.limit)
-
-
 def result_files(
     model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
 ) -> dict[str, Path]:

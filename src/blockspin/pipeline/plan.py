@@ -19,7 +19,7 @@ from ..costs.timing import measure_times
 from ..distillation.preflight import memory_estimate
 from ..energies.fitted import PASSES_PER_BLOCK
 from ..energies.gradients import Gradients
-from ..evaluation.tasks import count_questions
+from ..evaluation.questions import time_questions
 from ..model.batches import BatchSize, frozen, make_batches
 from ..model.blocks import count_parameters
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
@@ -51,6 +51,7 @@ REPAIRING = 5  # a repair of four kinds of maps a block, with the sums, in passe
 RANDOM_REMOVALS = 20  # whose mean size stands for that of the choice
 SOLVER_SECONDS = 10.0  # at most, to see how long the solver takes
 TASKS = "questions of benchmark tasks"
+UNTIMED = "not timed"
 
 # What each stage makes in the folder of the run.
 MADE = {
@@ -141,7 +142,8 @@ class Plan:
         reading = ""
         if self.sweeps:
             reading = f" The blocks are read about {self.sweeps:.0f} times, for {duration(self.reading_seconds)} each."
-        uncounted = ", benchmark tasks not counted" if any(planned.stage == TASKS for planned in self.stages) else ""
+        untimed = any(planned.stage == TASKS and planned.note == UNTIMED for planned in self.stages)
+        uncounted = ", benchmark tasks not counted" if untimed else ""
         return (
             f"About {duration(seconds)} at {self.tokens_per_second:,.0f} tokens a second (measured here){uncounted}; "
             f"about {short(self.memory_bytes, 'B')} of memory and {short(self.disk_bytes, 'B')} of disk.{reading}"
@@ -192,8 +194,7 @@ def plan_with(
 
     stages = _stages(config, traced, samples, budgets, left, pace)
     if config.tasks:
-        models = 1 + COMPARED + config.repair + (config.distill is not None)
-        stages.append(StagePlan(TASKS, samples=models * count_questions(config, tokenizer)))
+        stages.append(_asking(config, traced, tokenizer, left))
     if out is not None:
         stages = [_marked(planned, out) for planned in stages]
 
@@ -268,6 +269,17 @@ def _stages(
         seconds = pace.seconds("distillation", tokens)
         stages.append(StagePlan("distillation", tokens=tokens, seconds=seconds, note="at most"))
     return stages
+
+
+def _asking(config: CompressConfig, traced: TracedModel, tokenizer: PreTrainedTokenizerBase, left: float) -> StagePlan:
+    """The questions of the tasks to all models of the report; shortened ones take `left` of the time, as in passes."""
+    assert isinstance(traced.model, PreTrainedModel)
+    asked = time_questions(config, traced.model, tokenizer)
+    shortened = COMPARED + config.repair + (config.distill is not None)
+    questions = (1 + shortened) * asked.questions
+    if asked.seconds is None:
+        return StagePlan(TASKS, questions, note=UNTIMED)
+    return StagePlan(TASKS, questions, seconds=(1 + shortened * left) * asked.seconds, note="estimated from a few")
 
 
 def _solving(config: CompressConfig, blocks: Sequence[Block], budgets: Sequence[Budget] = ()) -> StagePlan:
