@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Command, random_samples, settings, tiny_model
 
-from blockspin.evaluation.perplexity import Evaluation, evaluate_models
+from blockspin.comparison.report import cells
+from blockspin.comparison.results import ORIGINAL, Row
+from blockspin.evaluation.perplexity import Evaluation, evaluate_models, results_table
+from blockspin.evaluation.scores import Score
 from blockspin.model.quality import quality_of, shared_qualities
 from blockspin.model.tracing import trace_model
 from blockspin.scatter import standard_error
@@ -82,7 +87,24 @@ def test_a_single_sample_has_no_standard_error(
         out = tmp_path / f"{number}.json"
         code, printed = command("select", tiny_folder, *given, "--num-samples", number, "--out", out)
         assert code == 0, printed
-        assert ("±" in printed) == shown
+        assert (re.search(r"± ?\d", printed) is not None) == shown
+        assert ("±–" in printed) == (not shown)
+
+
+def test_an_error_that_is_not_known_is_a_dash_in_every_table(tmp_path: Path) -> None:
+    """Of one sample, of one draw, of a task without errors; of the original, which is exact, there is none."""
+    whole, sample = tiny_model("llama"), random_samples((20,))
+    smaller = remove_blocks(whole, (1, 2))
+    rows = evaluate_models({"a": whole, "b": smaller}, [1, 1], sample, progress=False)
+    assert [row[3].endswith("% ±–") for row in results_table(rows).rows] == [False, True]
+    assert Score("a", "word_perplexity", 3.0, None, None, 1, 0).as_text() == "3.0000 ±–"
+
+    of_whole, of_smaller = (vars(quality_of(model, whole, sample)) for model in (whole, smaller))
+    size: dict[str, Any] = {"num_parameters": 1, "num_bytes": 1, "tokens_per_second": 1.0}
+    original = Row(ORIGINAL, "2", (), None, (), 0, 0, **of_whole, **size)
+    shown = cells(Row("SLEB", "2", (1, 2), None, (), 0, 0, **of_smaller, **size), original, "blocks")
+    assert [shown[name].split()[1] for name in ("KL", "loss above")] == ["±–", "±–"]
+    assert "±" not in "".join(cells(original, original, "blocks").values())
 
 
 def test_evaluate_knows_what_a_checkpoint_lacks(

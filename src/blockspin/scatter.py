@@ -1,4 +1,4 @@
-"""How far a mean may be off, from the scatter of what it is the mean of."""
+"""How far a mean may be off, from the scatter of what it is the mean of, and how that is shown."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def standard_error(
     shares = shares / shares.sum()
     apart = np.asarray(values) - shares @ np.asarray(values)
     return float(np.sqrt(shares**2 @ apart**2 * number / (number - 1)))
+
+
+def plus_minus(error: float | None, digits: int = 4) -> str:
+    """A standard error behind a number: " ±0.0123"; where it is not known, as of a single value, a dash."""
+    return " ±–" if error is None else f" ±{error:.{digits}f}"

@@ -17,7 +17,7 @@ def test_mark_of_scores_at_chance() -> None:
     assert Score("t", "exact_match", 0.0, 0.0, 0.0, 100, 5).at_chance
     perplexity = Score("t", "word_perplexity", 12.5, None, None, 10, 0)
     assert not perplexity.at_chance
-    assert perplexity.as_text() == "12.5000"
+    assert perplexity.as_text() == "12.5000 ±–"  # the harness gives no error of it
 
 
 def test_mean_of_scores() -> None:

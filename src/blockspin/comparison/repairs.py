@@ -18,6 +18,7 @@ from ..problem import Removal, Units
 from ..progress import console
 from ..repairs.fitting import Text
 from ..repairs.run import least_tokens, repair
+from ..scatter import plus_minus
 from ..surgery.memory import remove_blocks
 from ..tables import Column, Table
 from .methods import TO_BE_REPAIRED, Setup
@@ -127,8 +128,13 @@ def _table(comparison: Comparison, goal: str) -> Table:
             row = found.get((plain.removed, name))
             if row is None or (name != OURS and plain.method != TO_BE_REPAIRED):
                 continue
-            spread = f" ±{row.kl_error:.4f}" if row.kl_error else ""
-            cells = [plain.method, name, f"{row.kl:.4f}{spread}", f"{plain.kl:.4f}", f"{row.kl / plain.kl:.0%}"]
+            cells = [
+                plain.method,
+                name,
+                f"{row.kl:.4f}{plus_minus(row.kl_error)}",
+                f"{plain.kl:.4f}",
+                f"{row.kl / plain.kl:.0%}",
+            ]
             lines.append((row.kl, [*cells, f"{row.agreement:.1%}", f"{row.seconds:.3g}"]))
 
     lines.sort(key=lambda line: line[0])

@@ -16,6 +16,7 @@ from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
 from ..pipeline.origin import command_options, model_title, public_settings
 from ..problem import NOUNS, Units
+from ..scatter import plus_minus
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, short, write_csv
 from .figures import (
@@ -145,8 +146,8 @@ def cells(row: Row, original: Row, units: Units) -> dict[str, str]:
         "method": row.method,
         "removed": str(len(row.removed)) if row.removed else "",
         "perplexity": f"{row.perplexity:.4g}",
-        "loss above": f"{row.loss - original.loss:.4f}{_plus_minus(row.above_error)}",
-        "KL": f"{row.kl:.4f}{_plus_minus(row.kl_error)}",
+        "loss above": f"{row.loss - original.loss:.4f}{_spread(row, row.above_error)}",
+        "KL": f"{row.kl:.4f}{_spread(row, row.kl_error)}",
         "top-1": f"{row.agreement:.1%}",
         "parameters": f"{row.num_parameters / 1e6:.4g} M",
         "MB": f"{row.num_bytes / 1e6:.4g}",
@@ -159,9 +160,9 @@ def cells(row: Row, original: Row, units: Units) -> dict[str, str]:
     }
 
 
-def _plus_minus(error: float | None) -> str:
-    """A standard error behind a number; nothing where there is none, as of the original."""
-    return f" ±{error:.4f}" if error else ""
+def _spread(row: Row, error: float | None) -> str:
+    """The standard error of what a row has more than the original; of the original itself nothing."""
+    return "" if row.method == ORIGINAL else plus_minus(error)
 
 
 def table_of(rows: Sequence[Row], objective: str, units: Units) -> Table:
@@ -277,7 +278,7 @@ def headline(rows: Sequence[Row], goal: str, objective: str, model: str, depth: 
     value, spread = ours.measured(objective, original)
     best = next((row for row in ranked if not ours.removed or row.removed != ours.removed), ours)
     other, other_spread = best.measured(objective, original)
-    told = f"{value:.4f}{_plus_minus(spread)}", f"{other:.4f}{_plus_minus(other_spread)}"
+    told = f"{value:.4f}{plus_minus(spread)}", f"{other:.4f}{plus_minus(other_spread)}"
     asked = f"{goal_title(goal)} {noun}" if goal.isdigit() else goal_title(goal)
     second = (
         f"Of {len(ranked)} ways to {asked}, blockspin's choice "

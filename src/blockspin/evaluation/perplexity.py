@@ -36,7 +36,7 @@ from ..model.tracing import TracedModel, trace_model
 from ..problem import NOUNS, Removal, Units
 from ..processes import from_main
 from ..progress import track
-from ..scatter import standard_error
+from ..scatter import plus_minus, standard_error
 from ..tables import Column, Table, ranges, short
 from .scores import Score
 
@@ -357,8 +357,8 @@ def percent_above(loss: float, error: float | None) -> tuple[float, str]:
     loss: above the other's, in nats. error: its standard error; None: not known.
     """
     ratio = math.exp(loss)
-    spread = "" if error is None else f" ±{100 * ratio * error:.1f}"  # the derivative of exp is the ratio
-    return 100 * (ratio - 1), spread
+    percent_error = None if error is None else 100 * ratio * error  # the derivative of exp is the ratio
+    return 100 * (ratio - 1), plus_minus(percent_error, digits=1)
 
 
 def texts_table(texts: Mapping[str, Sequence[TextPerplexity]]) -> Table:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ..scatter import standard_error
+from ..scatter import plus_minus, standard_error
 from ..tables import Column, Table
 
 # What a task is scored by; other tasks by acc_norm where they have it, else by what they report first.
@@ -58,7 +58,7 @@ class Score:
     def as_text(self) -> str:
         """ "65.1 ±0.4" in percent where guessing has a level, else as the harness reports it; a star at chance."""
         factor, digits = (1.0, 4) if self.chance is None else (100.0, 1)
-        spread = "" if self.stderr is None else f" ±{factor * self.stderr:.{digits}f}"
+        spread = plus_minus(None if self.stderr is None else factor * self.stderr, digits)
         return f"{factor * self.value:.{digits}f}{spread}{'*' * self.at_chance}"
 
     def as_json(self) -> dict[str, Any]:

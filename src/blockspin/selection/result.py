@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problem import Removal
+from ..scatter import plus_minus
 from ..solvers.candidates import Candidate
 from ..tables import Column, Table, ranges
 from .ledger import Ledger
@@ -95,8 +96,8 @@ class Selection:
                 trial.source,
                 ranges(trial.removed),
                 "" if trial.energy is None else f"{trial.energy:.4g}",
-                f"{trial.loss:.4f}{_plus_minus(trial.standard_error)}",
-                f"{trial.above:.4f}{_plus_minus(trial.above_error)}",
+                f"{trial.loss:.4f}{plus_minus(trial.standard_error)}",
+                f"{trial.above:.4f}{plus_minus(trial.above_error)}",
                 str(trial.num_samples),
             ]
             if after_repair:
@@ -142,7 +143,3 @@ def _with_tuple(values: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.4f}"
