@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from conftest import Command, save_tiny
 
 from blockspin import baselines
 from blockspin.comparison.methods import methods
-from blockspin.comparison.report import write_report
-from blockspin.comparison.results import Comparison, averaged, file_part, goal_title, split_goal
+from blockspin.comparison.report import origin_section, write_report
+from blockspin.comparison.results import Asked, Comparison, averaged, file_part, goal_title
 from blockspin.comparison.run import compare, goals_named
 from blockspin.config import CompressConfig
 from blockspin.data.calibration import load_calibration
@@ -163,15 +163,38 @@ def test_what_cannot_be_compared_is_one_line(
 
 
 def test_goals_in_words_and_in_names_of_files() -> None:
-    for goal, title, part, split in (
-        ("8", "remove 8", "8", ("8", "")),
-        ("moe=2,mlp=1", "remove moe=2,mlp=1", "moe=2,mlp=1", ("moe=2,mlp=1", "")),
-        ("--target-size 5GB", "meet --target-size 5GB", "target-size-5GB", ("", "--target-size 5GB")),
+    for goal, title, part in (
+        ("8", "remove 8", "8"),
+        ("moe=2,mlp=1", "remove moe=2,mlp=1", "moe=2,mlp=1"),
+        ("--target-size 5GB", "meet --target-size 5GB", "target-size-5GB"),
         (
             "4, --target-size 5GB, --target-speedup 1.4",
             "remove 4, --target-size 5GB, --target-speedup 1.4",
             "4+target-size-5GB+target-speedup-1.4",
-            ("4", "--target-size 5GB --target-speedup 1.4"),
         ),
     ):
-        assert (goal_title(goal), file_part(goal), split_goal(goal)) == (title, part, split)
+        assert (goal_title(goal), file_part(goal)) == (title, part)
+
+
+def test_the_page_has_the_commands_of_all_goals(tmp_path: Path) -> None:
+    """One for each set of targets; numbers by kind are an option each. Of a file that does not tell there is none."""
+    targets = {"target_size": 5e9, "target_speedup": 1.4}
+    asked = {
+        "4": Asked(4, {}),
+        "moe=2,mlp=1": Asked({"moe": 2, "mlp": 1}, {}),
+        "25%": Asked(0.25, {}),
+        "4, --target-size 5GB, --target-speedup 1.4": Asked(4, targets),
+        "--target-size 5GB, --target-speedup 1.4": Asked(None, targets),
+        "--target-size 5GB": Asked(None, {"target_size": 5e9}),
+    }
+    Comparison(asdict(CompressConfig("org/model", "org/text", 4)), goals=asked).save(tmp_path / "comparison.json")
+    loaded = Comparison.load(tmp_path / "comparison.json")
+    assert loaded.goals == asked
+    section = origin_section(loaded, [*asked, "a goal of an older file"])
+    for words in (
+        "--remove 4,25% --remove moe=2,mlp=1",
+        "--remove 4 --target-size 5GB --target-speedup 1.4",
+        "--target-size 5GB",
+    ):
+        assert f"blockspin compare org/model {words} --calibration org/text --out DIR" in section
+    assert section.count("blockspin compare") == 3

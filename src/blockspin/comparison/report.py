@@ -14,11 +14,12 @@ from ..energies import load_energies
 from ..evaluation.perplexity import percent_above
 from ..evaluation.scores import AT_CHANCE
 from ..files import replacing
-from ..pipeline.origin import command_options, model_title, public_settings
-from ..problem import NOUNS, Units
+from ..pipeline.origin import command_options, goals_text, model_title, public_settings
+from ..problem import NOUNS, Goal, Units
 from ..scatter import plus_minus
 from ..solvers import Spectrum
 from ..tables import Column, Table, ranges, short, write_csv
+from ..targets import target_text
 from .figures import (
     energy_figure,
     hessian_figure,
@@ -28,7 +29,7 @@ from .figures import (
 )
 from .methods import PAPER
 from .repairs import repairs_tables
-from .results import ORIGINAL, Comparison, Row, averaged, energy_key, file_part, goal_title, split_goal
+from .results import ORIGINAL, Comparison, Row, averaged, energy_key, file_part, goal_title
 
 _WORDS = ("goal", "method", *NOUNS.values())  # columns that hold no numbers
 _IN_PAGE = ("method", "KL", "loss above", "perplexity", "top-1", "parameters", "speed")
@@ -345,15 +346,16 @@ def origin_section(comparison: Comparison, goals: Sequence[str]) -> str:
     options = command_options(settings)
 
     # A command for each set of targets.
-    removes: dict[str, list[str]] = {}
+    removes: dict[str, list[Goal | None]] = {}
     for goal in goals:
-        remove, targets = split_goal(goal)
-        removes.setdefault(targets, []).append(remove)
+        if goal in comparison.goals:
+            asked = comparison.goals[goal]
+            targets = " ".join(target_text(name, amount) for name, amount in asked.targets.items())
+            removes.setdefault(targets, []).append(asked.remove)
     commands = []
-    for targets, listed in removes.items():
-        goal_options = [f"--remove {','.join(listed)}"] if any(listed) else []
-        words = ["blockspin compare", settings["model"], *goal_options, *filter(None, [targets]), options, "--out DIR"]
-        commands.append(" ".join(words))
+    for targets, together in removes.items():
+        words = ["blockspin compare", settings["model"], goals_text(together), targets, options, "--out DIR"]
+        commands.append(" ".join(filter(None, words)))
     parts = [
         page.facts(comparison.about),
         page.code("\n".join(commands)),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..evaluation.scores import Score, mean_scores
 from ..files import write_json
-from ..problem import Removal, Units
+from ..problem import Goal, Removal, Units
 from ..scatter import standard_error
 from .cost import MethodCost
 
@@ -37,10 +37,12 @@ def goal_title(goal: str) -> str:
     return f"meet {goal}" if goal.startswith("--") else f"remove {goal}"
 
 
-def split_goal(goal: str) -> tuple[str, str]:
-    """What --remove says in a goal, and its other options; empty where there is none."""
-    remove, options, targets = goal.partition("--")
-    return remove.removesuffix(", "), (options + targets).replace(", ", " ")
+@dataclass(frozen=True)
+class Asked:
+    """What a goal asks for: what to remove, None where targets decide alone, and the targets by their settings."""
+
+    remove: Goal | None
+    targets: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Comparison:
     """Everything `comparison.json` holds.
 
     settings: of the run. costs: of what several methods share. choices: made so far. rows: the measured choices.
-    repaired: removals after repairs.
+    repaired: removals after repairs. goals: what each asks for, by its name; of older files empty.
     landscape: by goal. left_out: "method, goal" -> why it has no result. about: machine, date, data, by heading.
     """
 
@@ -144,6 +146,7 @@ class Comparison:
     left_out: dict[str, str] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     repaired: list[Repaired] = field(default_factory=list)
+    goals: dict[str, Asked] = field(default_factory=dict)
 
     @property
     def units(self) -> Units:
@@ -171,6 +174,8 @@ class Comparison:
         try:
             values = json.loads(path.read_text())
             comparison = Comparison(values["settings"], left_out=values["left_out"], about=values.get("about", {}))
+            for name, asked in values.get("goals", {}).items():
+                comparison.goals[name] = Asked(**asked)
             for name, cost in values["costs"].items():
                 comparison.costs[name] = MethodCost(**cost)
             for choice in values["choices"]:

@@ -52,7 +52,7 @@ from .cost import MethodCost
 from .known import Known, known_removals, paper_models
 from .methods import PAPER, Case, Method, Setup, known_methods, methods
 from .repairs import repair_choices
-from .results import ORIGINAL, RANDOM, Choice, Comparison, LandscapePoint, Row, energy_key, file_part
+from .results import ORIGINAL, RANDOM, Asked, Choice, Comparison, LandscapePoint, Row, energy_key, file_part
 
 LANDSCAPE_DRAWS = 40  # random removals whose loss is set against their energy
 LANDSCAPE_SEED = 1000  # added to the seed of the run: others than the draws of the method "random"
@@ -115,6 +115,7 @@ def complete(
     save()
     setup.budgets = _budgets(setup, goals, out)
     for name, goal in goals.items():
+        comparison.goals[name] = Asked(goal, config.targets)
         # Fitted energies are made for each goal, as a run of `compress` makes them; others are read again.
         for energy in dict.fromkeys([config.energy, PAPER]):
             setup.energies[energy] = energies_of(setup, energy, name, goal, out, save)

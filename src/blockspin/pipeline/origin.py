@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ def goal_text(goal: Goal | None) -> str:
     if goal is None:
         return ""
     return f"--remove {_as_typed(goal)}"
+
+
+def goals_text(goals: Sequence[Goal | None]) -> str:
+    """Several goals as --remove: numbers and shares in one, numbers by kind in one each."""
+    together = [_as_typed(goal) for goal in goals if goal is not None and not isinstance(goal, dict)]
+    options = [f"--remove {','.join(together)}"] if together else []
+    options += [goal_text(goal) for goal in goals if isinstance(goal, dict)]
+    return " ".join(options)
 
 
 def _as_typed(goal: Goal) -> str:
