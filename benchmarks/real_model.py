@@ -41,6 +41,7 @@ from blockspin.model.quality import kl, measured, values_of
 from blockspin.model.tracing import trace_model
 from blockspin.problem import Floats, Removal, RemovalProblem
 from blockspin.repairs.run import repair
+from blockspin.scatter import standard_error
 from blockspin.selection.result import Selection
 from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
@@ -207,10 +208,10 @@ def compared(removed: Removal, reference: Removal, held_out: HeldOut) -> dict[st
     return row
 
 
-def beside(values: Floats, reference: Floats) -> list[float]:
+def beside(values: Floats, reference: Floats) -> list[float | None]:
     """The mean over samples, how far it is above that of a reference, and the standard error of that."""
     above = values - reference
-    return [float(values.mean()), float(above.mean()), float(above.std(ddof=1) / len(above) ** 0.5)]
+    return [float(values.mean()), float(above.mean()), standard_error(above)]
 
 
 def test_repaired(results: Results, label: str, chosen: Removal, repaired: Repaired) -> None:

@@ -18,7 +18,6 @@ import argparse
 import gzip
 import json
 import lzma
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
 from blockspin.repairs.own_text import own_text
+from blockspin.scatter import standard_error
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 
@@ -254,11 +254,11 @@ def measured(
 
 
 def share(values: Sequence[float], plain: Sequence[float]) -> tuple[float, float]:
-    """The ratio of two means over the same samples, and its standard error (Cochran, Sampling Techniques, eq. 2.47)."""
+    """The ratio of two means over the same samples, two or more, and its standard error."""
     ours, theirs = np.array(values), np.array(plain)
-    ratio = ours.mean() / theirs.mean()
-    error = (ours - ratio * theirs).std(ddof=1) / theirs.mean() / math.sqrt(len(ours))
-    return float(ratio), float(error)
+    error = standard_error(ours / theirs, theirs)  # the ratio is a mean of ratios, weighted by what is below
+    assert error is not None
+    return float(ours.mean() / theirs.mean()), error
 
 
 def table(path: Path) -> str:

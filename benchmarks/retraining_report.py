@@ -22,6 +22,7 @@ from retraining import CHANGE_TOKENS, LEAST, MOST, PREDICTED_TOKENS, STARTS
 from retraining_bench import CHOOSING, FIRST, read_rows
 
 from blockspin.comparison.figures import COLOURS, MARKERS, spearman
+from blockspin.scatter import plus_minus, standard_error
 from blockspin.tables import Column, Table, ranges
 
 Floats = NDArray[np.float64]
@@ -76,7 +77,7 @@ def share(added: Floats, plain: Floats) -> tuple[float, float]:
 
 def with_error(values: Floats) -> str:
     """The mean over windows and its standard error."""
-    return f"{values.mean():.3f} ±{values.std(ddof=1) / len(values) ** 0.5:.3f}"
+    return f"{values.mean():.3f}{plus_minus(standard_error(values), digits=3)}"
 
 
 def recovered(results: Results, goal: str, text: str) -> Iterator[tuple[str, bool, int, float, float]]:

@@ -16,7 +16,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +25,13 @@ from blockspin.data.calibration import load_calibration
 from blockspin.demo import CALIBRATION, MODEL, VALIDATION
 from blockspin.energies import estimate_energies
 from blockspin.files import write_json
+from blockspin.model.batches import token_mean
 from blockspin.model.loading import load_model, load_tokenizer
 from blockspin.model.passes import passes_of_walk
-from blockspin.model.quality import Quality, measured, quality, token_mean
+from blockspin.model.quality import Quality, measured, quality
 from blockspin.model.tracing import trace_model
 from blockspin.problem import RemovalProblem
+from blockspin.scatter import standard_error
 from blockspin.selection.select import select_with_energies
 from blockspin.solvers import solve
 from blockspin.solvers.candidates import Candidate, states_as_candidates
@@ -120,7 +121,7 @@ def held_out(setting: Setting, candidates: list[Candidate]) -> dict[str, dict[st
             "removed": candidate.removed,
             **vars(means),
             "above": float(above.mean()),
-            "error": float(above.std(ddof=1) / np.sqrt(len(above))),
+            "error": standard_error(above),
         }
     return rows
 

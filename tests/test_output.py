@@ -38,6 +38,11 @@ def test_standard_errors_are_those_of_drawing_anew() -> None:
     assert standard_error([1.0], [1.0]) is None
     assert standard_error(values) == pytest.approx(values.std(ddof=1) / np.sqrt(400))
 
+    # The ratio of two means is a mean of ratios, weighted by the second.
+    ratio = values.mean() / weights.mean()
+    of_ratio = (values - ratio * weights).std(ddof=1) / weights.mean() / np.sqrt(400)
+    assert standard_error(values / weights, weights) == pytest.approx(of_ratio)
+
 
 def test_losses_are_compared_sample_by_sample() -> None:
     whole, samples = tiny_model("llama"), random_samples((30, 8, 17, 25, 9))

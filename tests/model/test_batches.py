@@ -21,7 +21,7 @@ from blockspin.energies.gradients import estimate_gradients
 from blockspin.energies.removals import gauss_newton
 from blockspin.evaluation.perplexity import tokens_per_second
 from blockspin.memory import OutOfMemory
-from blockspin.model.batches import BUSY_CPU, Room, make_batches
+from blockspin.model.batches import BUSY_CPU, Room, make_batches, token_mean
 from blockspin.model.losses import losses_of
 from blockspin.model.quality import quality_of
 from blockspin.problem import RemovalProblem
@@ -176,3 +176,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(OutOfMemory):
         list(Room(math.inf).results(make_batches(SAMPLES, 8), out_of_host_memory))
+
+
+def test_a_mean_over_tokens_is_that_of_all_predicted_tokens_in_a_row() -> None:
+    """The first token of each sample is not predicted."""
+    generator = np.random.default_rng(0)
+    per_token = [generator.normal(size=(3, len(sample) - 1)) for sample in SAMPLES]
+    of_samples = np.stack([values.mean(axis=1) for values in per_token], axis=1)  # (3, samples)
+    np.testing.assert_allclose(token_mean(of_samples, SAMPLES), np.concatenate(per_token, axis=1).mean(axis=1))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from ..model.batches import BatchSize
+from ..model.batches import BatchSize, token_mean
 from ..model.passes import num_passes
-from ..model.quality import Measure, kl, loss, measured, token_mean
+from ..model.quality import Measure, kl, loss, measured
 from ..model.tracing import trace_model
 from ..problem import Floats, Removal, RemovalProblem
 from ..progress import bar

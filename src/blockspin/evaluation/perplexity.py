@@ -24,6 +24,7 @@ from ..model.batches import (
     frozen,
     make_batches,
     predicted_tokens,
+    token_mean,
 )
 from ..model.blocks import count_parameters, find_blocks
 from ..model.head import split_model
@@ -159,7 +160,8 @@ def text_perplexity(
     # A text that is shorter than a window is one window.
     window_count = len(ids) // window
     windows = list(ids[: window_count * window].view(window_count, window)) if window_count else [ids]
-    mean = _token_mean(sample_losses_of(model, windows, batch_size), windows)
+    losses = sample_losses_of(model, windows, batch_size)
+    mean = float(token_mean(losses.numpy(), windows))
     return TextPerplexity(str(text), mean, len(ids), len(content.encode()), window)
 
 
@@ -182,7 +184,8 @@ def perplexity(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSiz
     Raises:
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
-    return math.exp(_token_mean(sample_losses_of(model, samples, batch_size), samples))
+    losses = sample_losses_of(model, samples, batch_size)
+    return math.exp(token_mean(losses.numpy(), samples))
 
 
 def sample_losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> Tensor:
@@ -219,12 +222,6 @@ def losses_without(
     for batch, losses in over_removals(traced, removals, samples, run, batch_size=batch_size):
         found[:, list(batch.indices)] = losses
     return found
-
-
-def _token_mean(losses: Tensor, samples: Sequence[Tensor]) -> float:
-    """The mean over all predicted tokens. losses: (number of samples,), means over the tokens of each."""
-    tokens = predicted_tokens(samples)
-    return float(losses @ tokens / tokens.sum())
 
 
 def tokens_per_second(
@@ -308,7 +305,7 @@ def evaluation_of(
     return Evaluation(
         name=name,
         num_blocks=len(find_blocks(model)),
-        loss=_token_mean(losses, samples),
+        loss=float(token_mean(losses.numpy(), samples)),
         num_parameters=count_parameters(model),
         num_bytes=num_bytes,
         tokens_per_second=tokens_per_second,

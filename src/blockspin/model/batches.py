@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..memory import OutOfMemory, is_out_of_memory, release_memory
+from ..problem import Floats
 from ..processes import gathered, share
 from ..progress import bar, console
 from .offload import running_device
@@ -264,3 +266,9 @@ def check_finite(losses: Tensor, batch: Batch) -> None:
 def predicted_tokens(samples: Sequence[Tensor]) -> Tensor:
     """(number of samples,) float64: every token but the first is predicted; the weight of a sample in a mean."""
     return torch.tensor([len(sample) - 1 for sample in samples], dtype=torch.float64)
+
+
+def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
+    """Means over all predicted tokens, (...,), of the token means of each sample, (..., number of samples)."""
+    tokens = predicted_tokens(samples).numpy()  # (number of samples,)
+    return np.asarray(values @ (tokens / tokens.sum()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, BatchSize, Room, check_finite, frozen, make_batches, predicted_tokens
+from .batches import Batch, BatchSize, Room, check_finite, frozen, make_batches, token_mean
 from .head import SplitModel, split_model
 from .largest_batch import tokens_that_fit
 
@@ -89,8 +89,7 @@ def mean_loss(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize
         ValueError: unusable samples, or a loss that is NaN or infinite.
     """
     losses = losses_of(model, samples, batch_size)
-    tokens = predicted_tokens(samples)
-    return float(losses @ tokens / tokens.sum())
+    return float(token_mean(losses.numpy(), samples))
 
 
 def losses_of(model: nn.Module, samples: Sequence[Tensor], batch_size: BatchSize = "auto") -> Tensor:

@@ -26,6 +26,7 @@ from .batches import (
     input_device,
     make_batches,
     predicted_tokens,
+    token_mean,
 )
 from .head import SplitModel, log_softmax, split_model
 from .largest_batch import tokens_that_fit
@@ -241,12 +242,6 @@ def compared(
     for values in means:
         check_finite(values.sum(dim=1), batch)
     return means
-
-
-def token_mean(values: Floats, samples: Sequence[Tensor]) -> Floats:
-    """Means over all predicted tokens, (..., ), of the token means of each sample, (..., number of samples)."""
-    tokens = predicted_tokens(samples).numpy()  # (number of samples,)
-    return np.asarray(values @ (tokens / tokens.sum()))
 
 
 def shared_losses(
