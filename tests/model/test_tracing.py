@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +87,22 @@ def test_a_fault_in_a_pass_is_not_taken_for_a_need(error: type[Exception], monke
         shared_losses(traced, [(1,)], random_samples((9,)))
 
 
+# Where models enter.
+USES: list[Callable[[Any], object]] = [
+    bs.find_blocks,
+    bs.find_units,
+    lambda model: bs.perplexity(model, random_samples()),
+    lambda model: bs.estimate_energies("secant", model, random_samples(), progress=False),
+    lambda model: bs.remove_blocks(model, [1]),
+    lambda model: bs.repair(model, tiny_model("llama"), random_samples()),
+    lambda model: bs.evaluate(model, ["any"]),
+    lambda model: bs.distill(tiny_model("llama"), model, random_samples(), random_samples()),
+]
+
+
 @pytest.mark.parametrize("compiled", ["whole", "in place", "a block in place"])
-@pytest.mark.parametrize("use", [bs.find_blocks, bs.find_units, lambda model: bs.perplexity(model, random_samples())])
-def test_a_compiled_model_is_refused_at_once(compiled: str, use: Callable[[torch.nn.Module], object]) -> None:
+@pytest.mark.parametrize("use", USES)
+def test_a_compiled_model_is_refused_at_once(compiled: str, use: Callable[[Any], object]) -> None:
     """Instead of compiling it again for every set of blocks."""
     model: torch.nn.Module = tiny_model("llama")
     if compiled == "whole":
@@ -101,6 +115,7 @@ def test_a_compiled_model_is_refused_at_once(compiled: str, use: Callable[[torch
         use(model)
 
 
-def test_what_is_no_language_model_is_refused() -> None:
+@pytest.mark.parametrize("use", USES)
+def test_what_is_no_language_model_is_refused(use: Callable[[Any], object]) -> None:
     with pytest.raises(ValueError, match=r"Linear is no causal language model .* give what Auto"):
-        bs.find_blocks(torch.nn.Linear(2, 2))
+        use(torch.nn.Linear(2, 2))

@@ -23,7 +23,7 @@ from ..files import check_free, replacing, write_json, writing
 from ..lock import locked
 from ..model import fingerprint
 from ..model.batches import frozen
-from ..model.blocks import count_parameters
+from ..model.blocks import check_model, count_parameters
 from ..model.generation import check_generates
 from ..model.head import SplitModel
 from ..model.loading import load_config, load_model, local_folder
@@ -76,9 +76,11 @@ def distill(
     folder: where checkpoints are kept, and found again by a call that continues; None: nowhere.
 
     Raises:
-        ValueError: the models do not fit each other or the samples, or the loss is not finite.
+        ValueError: the models do not fit each other or the samples, one is compiled, or the loss is not finite.
     """
     config = config or DistillConfig()
+    for model in (student, teacher):
+        check_model(model)
     check_pair(student.config, teacher.config, max(map(len, [*samples, *validation])))
     if not is_quantized(teacher):
         check_sizes(count_parameters(student), count_parameters(teacher))

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import CompressConfig, EvaluateConfig, TaskSettings
 from ..files import write_json
 from ..model import fingerprint
+from ..model.blocks import check_model
 from ..model.loading import load_tokenizer
 from ..processes import from_main, gathered, share
 from ..progress import console
@@ -44,7 +46,7 @@ def evaluate(
 
     Raises:
         ValueError: the harness is missing, a task is unknown or its data cannot be had, there is no chat template
-            though one is asked for, or memory runs out.
+            though one is asked for, memory runs out, or the model is compiled, or no language model of transformers.
     """
     return evaluate_tasks(model, EvaluateConfig(tasks=tuple(tasks), **settings), tokenizer)
 
@@ -53,6 +55,8 @@ def evaluate_tasks(
     model: PreTrainedModel | str | Path, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Score]:
     """As `evaluate`, with the settings as one value."""
+    if isinstance(model, nn.Module):
+        check_model(model)
     if tokenizer is None:
         source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..model.batches import frozen
-from ..model.blocks import check_removal, find_stack
+from ..model.blocks import check_model, check_removal, find_stack
 from ..model.offload import check_in_memory
 from ..model.probe import agree, probe_ids, probe_logits
 from ..model.tracing import TracedModel, closed, trace_model
@@ -46,9 +46,11 @@ def remove_blocks(
         the one (training, `.to(...)`) changes the other.
 
     Raises:
-        ValueError: unusable indices, a removal that the model or its configuration does not allow, or weights that are
-            offloaded: `prune_checkpoint` shortens such a model on disk.
+        ValueError: a model that is compiled or not of transformers, unusable indices, a removal that the model or its
+            configuration does not allow, or weights that are offloaded: `prune_checkpoint` shortens such a model on
+            disk.
     """
+    check_model(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model; unwrap it first (merge adapters, ...)")
     check_in_memory(model, "a shortened model that is not written to disk (blockspin prune)")
