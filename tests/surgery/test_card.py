@@ -68,7 +68,7 @@ def test_the_command_of_a_repair_makes_the_same_weights(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of a run, from the folder in which its names are found."""
-    compress(settings(tiny_folder, text_file, seed=3, own_text=0.25), tmp_path / "run")
+    compress(settings(tiny_folder, text_file, seed=0, own_text=0.25), tmp_path / "run")
     card = (tmp_path / "run" / "repaired" / "README.md").read_text()
     found = re.search(r"^blockspin repair .*$", card, re.MULTILINE)
     assert found is not None
@@ -82,3 +82,26 @@ def test_the_command_of_a_repair_makes_the_same_weights(
     again, first = Path("repaired"), tmp_path / "run" / "repaired"
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
     assert found[0] in (again / "README.md").read_text()
+
+
+def test_the_command_of_a_training_makes_the_same_weights(
+    command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With settings that are not the defaults, among them one that is zero, and names that a shell would take apart."""
+    original = tiny_folder.rename(tmp_path / "the original")
+    prune_checkpoint(original, [1, 2], tmp_path / "student", progress=False)
+    monkeypatch.chdir(tmp_path)
+    options = "--max-length 16 --batch-size 2 --max-steps 2 --warmup-steps 0 --learning-rate 0.003 --train neighbours"
+    given = ["--teacher", original, "--data", text_file, "--out", "first", *options.split()]
+    code, said = command("distill", tmp_path / "student", *given)
+    assert code == 0, said
+
+    card = Path("first/README.md").read_text()
+    pruned, trained = (re.search(rf"^blockspin {name} .*$", card, re.MULTILINE) for name in ("prune", "distill"))
+    assert pruned is not None
+    assert shlex.split(pruned[0])[2] == original.name
+    assert trained is not None
+    code, said = command(*shlex.split(trained[0])[1:])
+    assert code == 0, said
+    again, first = Path("trained"), Path("first")
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()

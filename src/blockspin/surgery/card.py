@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..files import replacing
 from ..settings import flag
 from ..tables import Table, ranges
+from ..training import DistillConfig
 
 CARD = "README.md"
 _LICENCE = ("license", "license_name", "license_link", "language")  # what holds for the smaller model too
 _RESULTS = "## Quality"
+_SOURCES = ("teacher", "data", "cache_teacher")  # settings of a training that may be paths
+_OF_REPORTS = ("log_steps", "eval_steps", "save_steps", "report_to")  # those that leave its outcome as it is
 
 
 def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, source_card: Path) -> None:
@@ -52,7 +56,7 @@ def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, sou
         "## How the blocks were chosen",
         _how(record),
         "## How to make it again",
-        f"```bash\nblockspin prune {latest} {again} --out smaller  # {_version(record)}\n```",
+        f"```bash\nblockspin prune {shlex.quote(latest)} {again} --out smaller  # {_version(record)}\n```",
         "## What to expect",
         "Removing blocks costs quality, and how much depends on the task: measure it on yours. What the original's "
         "card reports was measured with all blocks and does not hold here; its terms of use and its limits do.",
@@ -101,12 +105,7 @@ def _repair_command(shortened: str, repair: Mapping[str, Any]) -> str:
     """The command of a repair, with what decides its outcome."""
     (name, _), (original, _), (data, _) = map(_names, (shortened, repair["original"], repair["data"]))
     words = ["blockspin", "repair", name, "--original", original, "--data", data]
-    for setting, value in repair["settings"].items():
-        if value is True:
-            words.append(flag(setting))
-        elif value not in (None, False):
-            words += [flag(setting), str(value)]
-    return shlex.join([*words, "--out", "repaired"])
+    return shlex.join([*words, *_as_typed(repair["settings"]), "--out", "repaired"])
 
 
 def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
@@ -121,8 +120,7 @@ def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
     """
     training = record["distillation"]
     settings, before, after = training["settings"], training["before"], training["after"]
-    (name, _), (teacher, _) = _names(student), _names(settings["teacher"])
-    data, _ = _names(settings["data"])
+    (name, _), (teacher, _), (data, _) = map(_names, (student, settings["teacher"], settings["data"]))
 
     card = folder / CARD
     if "removed" not in record or not card.is_file():
@@ -130,18 +128,39 @@ def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
         with replacing(card) as temporary:
             temporary.write_text(f"---\n{metadata}\n---\n\n# {name}, trained to follow {teacher}\n", encoding="utf-8")
 
-    command = (
-        f"blockspin distill {name} --teacher {teacher} --data {data} --max-steps {training['steps']} --out trained"
-    )
     parts = [
         "## Training",
         f"The weights ({settings['train']}) were then trained in {training['steps']:,} steps on {data} to give the "
         f"distribution of {teacher} for the next token. On held-out text the KL divergence from it was "
         f"{before['kl']:.4f} nats a token before and {after['kl']:.4f} after; the perplexity was "
         f"{before['perplexity']:.2f} and is {after['perplexity']:.2f}. What is said above was measured before that.",
-        f"```bash\n{command}\n```",
+        f"```bash\n{_training_command(name, settings)}\n```",
     ]
     _append(card, "\n\n".join(parts))
+
+
+def _training_command(student: str, settings: Mapping[str, Any]) -> str:
+    """The command of a training, with what is not the default and decides its outcome."""
+    defaults = asdict(DistillConfig())
+    named, decisive = {}, {}
+    for setting, value in settings.items():
+        if setting in _SOURCES and value is not None:
+            named[setting], _ = _names(value)
+        elif setting not in _OF_REPORTS and value != defaults[setting]:
+            decisive[setting] = value
+    words = ["blockspin", "distill", student, *_as_typed(named), *_as_typed(decisive)]
+    return shlex.join([*words, "--out", "trained"])
+
+
+def _as_typed(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as options; those that are off or not given are left out."""
+    words = []
+    for setting, value in settings.items():
+        if value is True:
+            words.append(flag(setting))
+        elif value is not None and value is not False:  # zero is a value
+            words += [flag(setting), str(value)]
+    return words
 
 
 def _append(card: Path, section: str) -> None:
