@@ -88,6 +88,8 @@ def test_a_plain_text_is_cut_into_windows(tmp_path: Path, tokenizer: tf.PreTrain
 
 def test_unusable_sets_are_refused(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
     cases = {
+        "number.jsonl": ('{"text": 5}\n', r"row 1 .* its `text` is 5; it must be a text"),
+        "nothing.jsonl": ('{"text": null}\n{"messages": []}\n', r"no sample of two or more tokens"),
         "fields.jsonl": ('{"question": "?"}\n', r"has the fields question; it needs"),
         "short.jsonl": ('{"text": "a"}\n', r"no sample of two or more tokens"),
         "broken.jsonl": ('{"text": \n', r"cannot read the data"),

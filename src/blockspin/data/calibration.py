@@ -39,8 +39,8 @@ def load_calibration(
 
     A row is a conversation (`messages` with role and content, or `conversations` with from and value), to which the
     tokenizer's chat template is applied, or a `text`. Of a content that is a list of parts the texts are taken. Each
-    row is cut to `max_length` tokens; rows of fewer than two tokens are passed over. A plain text file is cut into
-    windows of `max_length` tokens instead.
+    row is cut to `max_length` tokens; rows that are empty (null, no turns) or of fewer than two tokens are passed over.
+    A plain text file is cut into windows of `max_length` tokens instead.
 
     Args:
         source: a hub id, or a local .json, .jsonl, .parquet, .csv or .txt file, also .gz or .xz, or a folder of them.
@@ -120,7 +120,7 @@ def _usable(samples: Iterator[list[int]], source: str | Path, vocabulary: int | 
 def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of one row of a dataset; see `load_calibration` for the fields.
 
-    A tokenizer without a chat template gets the turns separated by blank lines.
+    A tokenizer without a chat template gets the turns separated by blank lines. A row that holds nothing has no text.
 
     Raises:
         ValueError: the row has none of the fields, they hold something else, or the chat template refuses it.
@@ -128,8 +128,13 @@ def row_to_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
     messages = conversation_of(row)
     if messages is not None:
         return _conversation(messages, tokenizer)
-    if isinstance(row.get("text"), str):
-        return str(row["text"])
+    text = row.get("text")
+    if isinstance(text, str):
+        return text
+    if text is not None:
+        raise ValueError(f"its `text` is {_shown(text)}; it must be a text")
+    if not {"text", *_CONVERSATION_FIELDS}.isdisjoint(row):  # null, or a conversation without turns
+        return ""
     raise ValueError(f"it has the fields {', '.join(row)}; it needs `messages`, `conversations` or `text`")
 
 
