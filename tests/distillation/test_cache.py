@@ -107,7 +107,7 @@ def test_a_finished_view_needs_no_teacher_and_is_no_other_texts(windows: Windows
 def test_a_full_disk_is_noticed_before(windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 7 * LENGTH * 5 * 8 - 1))
-    with pytest.raises(ValueError, match=r"no room for the teacher's cache: .*84 tokens .*lower --top-k"):
+    with pytest.raises(ValueError, match=r"no room for the teacher's cache: 3.36 kB .*84 tokens .*lower --top-k"):
         view_of(windows, tmp_path / "view", tiny_model("llama"))
     assert not (tmp_path / "view").exists()
 

@@ -53,9 +53,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_result_is_a_plain_checkpoint(
-    run: Callable[..., Distillation], tiny_folder: Path, student_folder: Path, tmp_path: Path
+    run: Callable[..., Distillation],
+    tiny_folder: Path,
+    student_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    capsys.readouterr()
     result = run(tmp_path / "out", hidden_states=0.1)
+    assert "shards" not in capsys.readouterr().err  # no bar of transformers' for its checkpoints
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(path.name for path in student_folder.iterdir()),
         "distillation.json",

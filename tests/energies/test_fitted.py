@@ -3,6 +3,7 @@ models built without the blocks, goals, files, resuming and errors."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -344,3 +345,11 @@ def test_resampled_energies_scatter_around_the_fit(fitted: Fitted) -> None:
 def test_too_few_passes_are_refused() -> None:
     with pytest.raises(ValueError, match="give at least"):
         fit_removals(tiny_model("llama"), SAMPLES, passes=3, progress=False)
+
+
+def test_the_bar_ends_where_the_measuring_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four blocks have so few removals that most of the budget is left."""
+    fit_removals(tiny_model("llama"), SAMPLES, passes=500.0)
+    steps = re.search(r"Removals .* (\d+)/(\d+) ", capsys.readouterr().err)
+    assert steps is not None
+    assert int(steps[1]) == int(steps[2]) < 500

@@ -85,7 +85,7 @@ def weight_importance(
     with frozen(model), checkpointed(layers), _gradients_added(sums), torch.enable_grad():
         next(room.results(batches[:1], first_backward))
         rest = room.cut(batches)[1:]
-        for batch in track(rest, "Weight gradients", len(rest), show=progress):
+        for batch in track(rest, "Weight gradients", len(rest) + 1, done=1, show=progress):
             backward(batch)
 
     # Blocks that share a weight have it counted in each.

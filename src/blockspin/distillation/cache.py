@@ -22,11 +22,11 @@ from ..journal import check_settings
 from ..model.batches import frozen, input_device
 from ..model.head import SplitModel, widened
 from ..progress import console, track
+from ..tables import short
 from .loss import split
 
 TOKENS_AT_ONCE = 8192  # of the teacher's passes
 BYTES = 8  # of a kept token: its number as int32, its log-probability as float32
-GIB = 2**30  # bytes
 TOKENS, VALUES = "tokens.int32", "values.float32"  # files
 
 
@@ -100,10 +100,10 @@ def check_space(places: int, folder: Path, k: int) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise ValueError(
-            f"no room for the teacher's cache: {needed / GIB:.1f} GiB are needed for {places:,} tokens and "
-            f"{free / GIB:.1f} GiB are free in {there} (--cache-teacher); lower --top-k or --max-steps"
+            f"no room for the teacher's cache: {short(needed, 'B')} are needed for {places:,} tokens and "
+            f"{short(free, 'B')} are free in {there} (--cache-teacher); lower --top-k or --max-steps"
         )
-    console.print(f"The teacher's cache takes {needed / GIB:.1f} GiB: {k} of its tokens at {places:,} places.")
+    console.print(f"The teacher's cache takes {short(needed, 'B')}: {k} of its tokens at {places:,} places.")
 
 
 def _fill(view: TeachersView, teacher: SplitModel, temperature: float, done: int, finished: Path) -> None:

@@ -214,6 +214,7 @@ def _train(
     use_cache = student.config.use_cache  # the Trainer turns it off
 
     with ExitStack() as stack:
+        stack.enter_context(silenced())  # each checkpoint is written with a bar
         stack.enter_context(only_some_trained(student, config.train, kept, teachers_blocks))
         if teacher is not None:
             stack.enter_context(frozen(teacher))

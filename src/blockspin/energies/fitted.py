@@ -199,6 +199,7 @@ class _Turns:
             for sample in range(self.num_samples):
                 known.add(self.lowest_removals(self.num_samples - sample), sample)
                 display.update(task, completed=round(known.passes))
+            display.update(task, total=round(known.passes))  # less than the budget, where little is left to measure
 
     def random_removals(self) -> list[list[Removal]]:
         """Those of each sample's first turn."""
