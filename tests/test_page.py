@@ -95,12 +95,18 @@ def test_block_strips_fill_what_is_removed() -> None:
 def test_runs_are_told_without_folders(
     tiny_folder: Path, text_file: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings(tiny_folder, text_file)
+    config = settings(tiny_folder.rename(tmp_path / "a model"), text_file)
     rows = compress(config, tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
     assert str(tmp_path) not in text
     assert f"{rows[2].perplexity:.4g}" in text
-    for said in ("24 samples", "blockspin compress model --remove 2", "states: 6", "<dt>date</dt>", "transformers "):
+    for said in (
+        "24 samples",
+        "blockspin compress &#x27;a model&#x27; --remove 2",
+        "states: 6",
+        "<dt>date</dt>",
+        "transformers ",
+    ):
         assert said in text
 
     (tmp_path / "run" / "report.html").unlink()

@@ -88,8 +88,9 @@ def test_a_wrong_option_is_the_one_that_is_blamed(command: Command, arguments: l
 def test_settings_survive_a_file(tmp_path: Path) -> None:
     training = DistillConfig(max_steps=7, report_to=("wandb",))
     for remove in (3, {"moe": 2}, 0.25):
-        config = CompressConfig("m", "c", remove, protect=(0, 3), tasks=("a",), limit=0.5, distill=training)
+        config = CompressConfig("m", "données.jsonl", remove, protect=(0, 3), tasks=("a",), limit=0.5, distill=training)
         config.save(tmp_path / "run.yaml")
+        assert "calibration: données.jsonl\n" in (tmp_path / "run.yaml").read_text(encoding="utf-8")
         assert CompressConfig(**CompressConfig.read(tmp_path / "run.yaml")) == config
 
 

@@ -167,7 +167,9 @@ class Settings:
         for found in sorted(fields(self), key=lambda found: found.default is not MISSING):
             ordered[found.name] = values[found.name]
         with replacing(path) as temporary:
-            temporary.write_text(yaml.dump(ordered, Dumper=_Dumper, sort_keys=False))
+            temporary.write_text(
+                yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class Settings:
             ValueError: the file is missing, not YAML, or names unknown settings.
         """
         try:
-            values = yaml.load(Path(path).read_text(), Loader=_Loader)
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(f"cannot read the settings {path}: {reason} (--config)") from error

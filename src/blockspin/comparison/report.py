@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -343,7 +344,7 @@ def method_map(rows: Sequence[Row], objective: str, depth: int) -> str:
 def origin_section(comparison: Comparison, goals: Sequence[str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(comparison.settings)
-    options = command_options(settings)
+    model, options = shlex.quote(settings["model"]), command_options(settings)
 
     # A command for each set of targets.
     removes: dict[str, list[Goal | None]] = {}
@@ -354,7 +355,7 @@ def origin_section(comparison: Comparison, goals: Sequence[str]) -> str:
             removes.setdefault(targets, []).append(asked.remove)
     commands = []
     for targets, together in removes.items():
-        words = ["blockspin compare", settings["model"], goals_text(together), targets, options, "--out DIR"]
+        words = ["blockspin compare", model, goals_text(together), targets, options, "--out DIR"]
         commands.append(" ".join(filter(None, words)))
     parts = [
         page.facts(comparison.about),

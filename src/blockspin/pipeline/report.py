@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -238,9 +239,13 @@ def choice_figure(selection: Selection, *, narrow: bool = False) -> Figure:
 def _origin(config: CompressConfig, about: dict[str, str]) -> str:
     """Where the numbers come from: machine, data, settings, command."""
     settings = public_settings(asdict(config))
-    words = ["blockspin compress", settings["model"], goal_text(config.remove), command_options(settings)]
+    words = ["blockspin compress", shlex.quote(settings["model"]), goal_text(config.remove), command_options(settings)]
     if config.distill is not None:
         words += ["--distill", command_options(settings["distill"], DistillConfig, "distill_")]
     command = " ".join(filter(None, [*words, "--out DIR"]))
-    parts = [page.facts(about), page.code(command), page.code(yaml.safe_dump(settings, sort_keys=False))]
+    parts = [
+        page.facts(about),
+        page.code(command),
+        page.code(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)),
+    ]
     return page.section("How this was made", parts, "machine, data, settings, command")
