@@ -1,4 +1,4 @@
-"""Llamas without some of their sub-layers write the same greedy tokens in transformers, vLLM and llama.cpp.
+"""Models without some of their sub-layers write the same tokens everywhere; Llamas in vLLM and llama.cpp too.
 
 VLLM_PYTHON=.../bin/python pytest -m slow tests/surgery/test_runtimes.py      # of an environment with vLLM
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tiny import tiny_config, tiny_random_model
 
 import blockspin as bs
 from blockspin.model.gguf import ordinary_source, packaged_file
+from blockspin.model.tracing import closed, trace_model
 from blockspin.problem import Removal
 
 VOCABULARY = 64
@@ -27,6 +30,7 @@ PROMPT = [5, 9, 33, 7, 12, 40, 3, 28]
 ROTATION = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
 COUNT = 12
 VLLM = Path(__file__).parents[1] / "greedy_vllm.py"
+TRANSFORMERS = VLLM.with_name("greedy_transformers.py")
 
 # Of six layers: sub-layer 2 i is the attention of layer i, 2 i + 1 its MLP. A layer that loses both goes whole.
 CASES = {
@@ -110,14 +114,39 @@ def by_vllm(folder: Path, prompt: list[int]) -> list[int]:
     python = os.environ.get("VLLM_PYTHON")
     if not python:
         pytest.skip("VLLM_PYTHON is not set to the Python of an environment with vLLM")
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **settings}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    written: list[int] = by_script(python, VLLM, folder, prompt, settings)
+    return written
+
+
+def by_script(python: str, script: Path, folder: Path, prompt: list[int], settings: dict[str, str]) -> Any:
+    """What a script prints that another Python runs: it knows the folder alone. settings: of its environment."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **settings}
     environment.pop("PYTHONPATH", None)  # what is there is of another environment
-    command: list[str | Path] = [python, VLLM, folder, str(COUNT), *map(str, prompt)]
+    command: list[str | Path] = [python, script, folder, str(COUNT), *map(str, prompt)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    written: list[int] = json.loads(result.stdout.splitlines()[-1])
-    return written
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "deepseek_v3"])
+def test_a_folder_is_all_that_transformers_needs(family: str, tmp_path: Path) -> None:
+    """In a process without blockspin it writes what the whole model writes whose gates are closed."""
+    removed = (2, 5)  # the attention of the second block, the MLP or the experts of the third
+    model = tiny_random_model(tiny_config(family)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    bs.prune_sublayers(tmp_path / "whole", removed, tmp_path / "short", progress=False)
+
+    text = torch.tensor([PROMPT])
+    with torch.no_grad(), closed(trace_model(model, "sublayers"), removed):
+        for _ in range(COUNT):
+            following = model(input_ids=text, use_cache=False).logits[:, -1].argmax(-1)
+            text = torch.cat([text, following[:, None]], dim=1)
+    expected = text[0, len(PROMPT) :].tolist()
+
+    found = by_script(sys.executable, TRANSFORMERS, tmp_path / "short", PROMPT, {})
+    assert found == dict.fromkeys(("with a cache", "without", "on two devices", "saved again"), expected)
 
 
 @pytest.mark.parametrize("removed", CASES.values(), ids=CASES)
