@@ -128,10 +128,13 @@ def test_options_named_in_the_readme_exist() -> None:
             assert option in shown, f"blockspin {name} has no {option}"
 
 
-@pytest.mark.parametrize("language", ["bash", "python"])
-def test_readme_examples_run(language: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "language"), [("README.md", "bash"), ("README.md", "python"), ("docs/guide.md", "python")]
+)
+def test_readme_examples_run(page: str, language: str, tmp_path: Path) -> None:
     """The fenced blocks marked as runnable, in an empty folder, one after another."""
-    blocks = re.findall(rf"<!-- runnable -->\n```{language}\n(.*?)```", README, re.DOTALL)
+    text = (ROOT / page).read_text()
+    blocks = re.findall(rf"<!-- runnable -->\n```{language}\n(.*?)```", text, re.DOTALL)
     assert blocks
     binaries = str(Path(sys.executable).parent)
     command = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[language]
