@@ -59,6 +59,9 @@ def test_the_best_after_a_repair_is_chosen() -> None:
     assert found.repair_passes > 4 * 1.75  # each is measured beside the original
     assert f"{expected[best]:.4f} after a repair" in found.summary()
     assert "repaired" in found.table().text(120)
+    parts = found.table().text(50).split("\n\n")  # each says which removals its numbers are of
+    assert len(parts) > 1
+    assert all(part.startswith("removed") for part in parts)
 
 
 def test_sub_layers_are_repaired_too() -> None:

@@ -82,10 +82,10 @@ class Selection:
             raise ValueError(f"{path} is not a selection of blockspin ({error})") from error
 
     def table(self, limit: int = SHOWN) -> Table:
-        """The best trials."""
+        """The best trials. What was removed comes first: a source may have several, and wide tables repeat it."""
         after_repair = any(trial.repaired is not None for trial in self.trials)
         above = "above the best" if after_repair else "above the chosen"
-        columns = [Column("source", words=True), Column("removed", words=True)]
+        columns = [Column("removed", words=True), Column("source", words=True)]
         columns += [Column(heading) for heading in ("energy", self.objective, above, "samples")]
         if after_repair:
             columns.append(Column("repaired"))
@@ -93,8 +93,8 @@ class Selection:
         rows = []
         for trial in self.trials[:limit]:
             cells = [
-                trial.source,
                 ranges(trial.removed),
+                trial.source,
                 "" if trial.energy is None else f"{trial.energy:.4g}",
                 f"{trial.loss:.4f}{plus_minus(trial.standard_error)}",
                 f"{trial.above:.4f}{plus_minus(trial.above_error)}",
