@@ -349,7 +349,9 @@ def test_too_few_passes_are_refused() -> None:
 
 def test_the_bar_ends_where_the_measuring_ends(capsys: pytest.CaptureFixture[str]) -> None:
     """Four blocks have so few removals that most of the budget is left."""
-    fit_removals(tiny_model("llama"), SAMPLES, passes=500.0)
+    energies = fit_removals(tiny_model("llama"), SAMPLES, passes=500.0)
+    measured_number = len(energies.divergence)
+    assert repr(energies).startswith(f"Fitted(4 units, removed ({measured_number}, 4), sample ({measured_number},), ")
     steps = re.search(r"Removals .* (\d+)/(\d+) ", capsys.readouterr().err)
     assert steps is not None
     assert int(steps[1]) == int(steps[2]) < 500

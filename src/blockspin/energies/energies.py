@@ -34,6 +34,11 @@ class Energies(ABC):
 
     shapes: ClassVar[dict[str, tuple[str, ...]]]  # of each array, what it has one entry for: "samples", "blocks"
 
+    def __repr__(self) -> str:
+        """In one line: the arrays by their shapes, not their thousands of numbers."""
+        arrays = [f"{name} {getattr(self, name).shape}" for name in self.shapes]
+        return f"{type(self).__name__}({len(self.blocks)} units, {', '.join(arrays)})"
+
     @property
     @abstractmethod
     def hessian(self) -> Floats:

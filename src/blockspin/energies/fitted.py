@@ -35,7 +35,7 @@ MOST_CHECKS = 8  # of the lowest states at the end; one or two are enough as a r
 LEAST_TURN = 16  # passes of a turn at least: what a sample costs before anything is removed is then a small part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fitted(Energies):
     """Removals that were measured, and the quadratic form that fits the logarithms of their KL divergences.
 

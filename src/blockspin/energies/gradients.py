@@ -25,7 +25,7 @@ from .energies import Energies, finished_rows, keep_rows
 Labels = Literal["text", "model"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gradients(Energies):
     """The gradient of every sample's loss with respect to the gate of every block.
 

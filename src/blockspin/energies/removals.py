@@ -35,7 +35,7 @@ from .energies import Energies, finished_rows, keep_rows
 NARROW_STEP = 0.5  # of a gate in 16 bits, or with activations in 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interactions(Energies):
     """A quadratic form of each sample, whose mean over the tokens is the matrix of the energy.
 
