@@ -140,3 +140,12 @@ def test_a_rising_loss_is_noticed_once(capsys: pytest.CaptureFixture[str]) -> No
     for _ in range(8):
         watch.on_log(arguments, state, None, {"loss": 2.0})
     assert " ".join(capsys.readouterr().err.split()).count("the learning rate 0.5 may be too high") == 1
+
+
+@pytest.mark.parametrize(("asked", "made"), [(8, 2), (2, 2)])
+def test_steps_that_the_data_does_not_have_are_named(asked: int, made: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two batches of four, once."""
+    student, teacher = shortened()
+    result = distill(student, teacher, samples(8), samples(2), config=settings(max_steps=asked))
+    assert result.steps == made
+    assert ("only 2 of the 8 steps" in capsys.readouterr().err) == (asked > made)

@@ -209,6 +209,9 @@ def _train(
         check_generates(student, "leave out --on-policy")
     processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     steps = _steps(config, len(samples), processes)  # type: ignore[arg-type]
+    if steps < config.max_steps != DistillConfig.max_steps:
+        short = f"The data has only {steps} of the {config.max_steps} steps asked for"
+        say([f"{short}; --num-epochs takes more passes over it, --batch-size fewer samples a step."])
     rate = learning_rate(config, student.config)
     teachers_blocks = teacher_config.get_text_config(decoder=True).num_hidden_layers
     use_cache = student.config.use_cache  # the Trainer turns it off
