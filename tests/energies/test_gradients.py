@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, InFloat64, plain_loss, random_samples, save_tiny, tiny_model
+from conftest import FAMILIES, VOCABULARY, InFloat64, plain_loss, random_samples, save_tiny, tiny_model
 
+from blockspin.energies import gradients
 from blockspin.energies.gradients import Gradients, estimate_gradients
-from blockspin.model.batches import make_batches
+from blockspin.model.batches import Batch, make_batches
 from blockspin.model.blocks import find_stack
 from blockspin.model.gates import gated
-from blockspin.model.tracing import trace_model
+from blockspin.model.tracing import TracedModel, trace_model
 
 
 @contextmanager
@@ -100,6 +101,35 @@ def test_independent_of_batch_size_order_and_padding(family: str, checkpointing:
         model, samples[::-1], batch_size=4, gradient_checkpointing=checkpointing, progress=False
     ).matrix
     np.testing.assert_allclose(together[::-1], one_by_one, rtol=2e-4, atol=2e-6)
+
+
+def test_a_sample_that_should_not_fit_is_taken_with_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before memory runs out, and only that sample; the result is the same to the last bit."""
+    model, samples = tiny_model("llama"), random_samples((40, 8, 24, 40))
+    expected = estimate_gradients(model, samples, batch_size=1, progress=False)
+    assert "checkpointing" not in capsys.readouterr().err
+
+    # Half of the free memory holds what four blocks keep of 32 tokens (`tokens_that_fit`), and their logits.
+    free = 2 * 32 * (4 * 4 * 4 * (32 + 48) + 4 * 4 * VOCABULARY)
+    monkeypatch.setattr("blockspin.model.largest_batch.free_memory", lambda device: free)
+    taken = []
+    run = gradients.gate_gradients
+
+    def seen(traced: TracedModel, batch: Batch, checkpointing: bool, label_seed: int | None) -> Any:
+        taken.append((batch.token_ids.numel(), checkpointing))
+        return run(traced, batch, checkpointing, label_seed)
+
+    monkeypatch.setattr(gradients, "gate_gradients", seen)
+    found = estimate_gradients(model, samples, batch_size=1, progress=False)
+    assert taken == [(40, True), (40, True), (24, False), (8, False)]
+    np.testing.assert_array_equal(found.matrix, expected.matrix)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    assert "sample of 40 tokens; 2 of this length or longer" in capsys.readouterr().err.replace("\n", " ")
+
+    estimate_gradients(model, samples, batch_size=1, gradient_checkpointing=True, progress=False)
+    assert "Note" not in capsys.readouterr().err  # it was asked for
 
 
 def test_sums_over_a_narrow_dtype_are_made_in_float32() -> None:

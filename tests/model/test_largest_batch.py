@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from blockspin.model.batches import frozen
 from blockspin.model.gates import gated
-from blockspin.model.largest_batch import SHARE, lowered_size, tokens_that_fit
+from blockspin.model.largest_batch import SHARE, kept_bytes, lowered_size, tokens_that_fit
 from blockspin.model.tracing import trace_model
 
 FREE = "blockspin.model.largest_batch.free_memory"
@@ -71,6 +71,19 @@ def test_a_token_takes_what_is_estimated_to_a_factor_of_two(
     large = 2**60
     monkeypatch.setattr(FREE, lambda device: large)
     estimated = SHARE * large / tokens_that_fit(model, backward=backward)  # bytes of a token
+    assert estimated / 2 < live.most / (SAMPLES * LENGTH) < 2 * estimated
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_keep_what_is_estimated_to_a_factor_of_two(family: str, checkpointing: bool) -> None:
+    model = tiny_model(family)
+    traced = trace_model(model)
+    token_ids = torch.randint(VOCABULARY, (SAMPLES, LENGTH))
+    alphas = torch.ones(SAMPLES, traced.depth, requires_grad=True)
+    with frozen(model), LiveBytes() as live, gated(traced, alphas, checkpointing):
+        torch.autograd.backward(traced.halves.hidden(input_ids=token_ids).sum())
+    estimated = kept_bytes(model, checkpointing)
     assert estimated / 2 < live.most / (SAMPLES * LENGTH) < 2 * estimated
 
 

@@ -208,6 +208,29 @@ def test_memory_of_a_repair_is_that_of_both_models_and_of_what_changes(wide_fold
     assert plan.memory_bytes == pytest.approx(whole + smaller + changed + sums + states, rel=1e-6)
 
 
+def test_a_plan_tells_of_gradient_checkpointing(
+    tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for or chosen ahead: one pass more, and each token keeps less than what four blocks make of it."""
+    config = settings(tiny_folder, text_file, energy="empirical-fisher", repair=False, batch_size=1)
+    plain = plan_run(config)
+    asked_for = plan_run(replace(config, gradient_checkpointing=True))
+    assert (plain.stages[0].title, plain.stages[0].passes) == ("energies (empirical-fisher)", 2)
+    title = "energies (empirical-fisher, gradient checkpointing)"
+    assert (asked_for.stages[0].title, asked_for.stages[0].passes) == (title, 3)
+
+    longest = config.max_length
+    makes = 4 * 4 * (32 + 48)  # bytes of a token in a block
+    assert plain.memory_bytes - asked_for.memory_bytes == longest * (4 * makes - (makes + 4 * 4 * 32))
+
+    # Half of the free memory holds half of the longest sample.
+    free = longest * (4 * makes + 4 * 4 * 300)
+    monkeypatch.setattr("blockspin.model.largest_batch.free_memory", lambda device: free)
+    chosen = plan_run(config)
+    assert chosen.stages[0].title == title
+    assert chosen.memory_bytes == asked_for.memory_bytes
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (0.5, 42, 420, 12_600)] == ["0.5 s", "42 s", "7 min", "3.5 h"]
 

@@ -20,6 +20,7 @@ from ..model.largest_batch import tokens_that_fit
 from ..model.losses import drawn_labels, sample_losses
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Units
+from ..settings import say
 from .energies import Energies, finished_rows, keep_rows
 
 Labels = Literal["text", "model"]
@@ -86,8 +87,8 @@ def estimate_gradients(
         labels: "text" takes the samples' own tokens as labels, so that H is the empirical Fisher matrix (the paper);
             "model" draws them from the model's predictions, by the seed, so that H estimates the Fisher matrix itself,
             the Gauss-Newton curvature of the KL divergence from the whole model.
-        batch_size: of `make_batches`. A batch that does not fit into memory is halved; where a single sample does not
-            fit, gradient checkpointing is turned on.
+        batch_size: of `make_batches`. A batch that does not fit into memory is halved; a single sample that should not
+            fit, or does not, is taken with gradient checkpointing, and it is said.
         units: what has a gate: each block, or each of their residual branches.
         gradient_checkpointing: keep only each block's input for the backward pass: less memory, a third more time.
         partial: a file to which each finished batch is added. If a run was cut off, the same call with the same file
@@ -109,10 +110,14 @@ def estimate_gradients(
     done = len(samples) - sum(len(batch.indices) for batch in remaining)
     fitting = tokens_that_fit(model, backward=not gradient_checkpointing)
     room = Room(fitting, fallback=None if gradient_checkpointing else "gradient checkpointing")
+    if not gradient_checkpointing:
+        unfinished = [len(samples[i]) for batch in remaining for i in batch.indices]
+        say(_checkpointing_note([length for length in unfinished if length > fitting]))
 
     def run(batch: Batch) -> NDArray[np.float32]:
         """(batch, 1 + num_blocks)."""
-        checkpointing = gradient_checkpointing or room.fallen_back
+        too_long = batch.token_ids.numel() > fitting  # only of a single sample: larger batches were halved
+        checkpointing = gradient_checkpointing or room.fallen_back or too_long
         return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))
 
     with frozen(model), traced.halves.resident_head():
@@ -121,6 +126,17 @@ def estimate_gradients(
             losses[list(batch.indices)], matrix[list(batch.indices)] = rows[:, 0], rows[:, 1:]
 
     return Gradients(matrix, traced.units, losses, metadata or {})
+
+
+def _checkpointing_note(too_long: Sequence[int]) -> list[str]:
+    """The note that samples of these lengths are taken with gradient checkpointing; nothing where there are none."""
+    if not too_long:
+        return []
+    return [
+        "Note: half of the free memory should not hold what the blocks keep for the gradients of a sample of "
+        f"{min(too_long):,} tokens; {len(too_long):,} of this length or longer are taken with gradient checkpointing, "
+        "a third more time."
+    ]
 
 
 def _kept(journal: Journal, num_samples: int, num_units: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -41,6 +41,15 @@ def tokens_that_fit(*models: nn.Module, backward: bool = False) -> float:
     return fitting
 
 
+def kept_bytes(model: nn.Module, gradient_checkpointing: bool) -> int:
+    """Of each token, for a backward pass: what every block makes, or the inputs of all blocks and what one makes."""
+    made = [one for on_device in _made_on(model).values() for one in on_device]
+    if not gradient_checkpointing:
+        return sum(made)
+    width: int = _text_config(model).hidden_size
+    return len(made) * width * next(model.parameters()).element_size() + max(made)
+
+
 def lowered_size(
     batch_size: BatchSize, samples: Sequence[Tensor], *models: nn.Module, backward: bool = False
 ) -> list[str]:

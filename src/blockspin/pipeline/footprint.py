@@ -1,4 +1,4 @@
-"""The memory that a run takes at most, beside its libraries: while removals are measured, or in the repair."""
+"""The memory that a run takes at most, beside its libraries: for gradients, measured removals or the repair."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import CompressConfig
+from ..config import GRADIENT_ENERGIES, CompressConfig
 from ..memory import available_memory, states_limit
-from ..model.batches import input_device, make_batches
+from ..model.batches import Room, input_device, make_batches
 from ..model.blocks import count_numbers
 from ..model.head import CHUNK_BYTES, LOGIT_COPIES
+from ..model.largest_batch import kept_bytes, tokens_that_fit
 from ..model.offload import offloaded_tensors
 from ..model.streaming import STATES_SHARE
 from ..model.tracing import TracedModel
@@ -25,7 +26,7 @@ FLOAT = 4  # bytes
 
 
 def memory_of_run(config: CompressConfig, traced: TracedModel, samples: Samples, left: float) -> int:
-    """Bytes of weights, logits, kept hidden states and a repair's sums where they are most.
+    """Bytes of weights, logits, hidden states, what a backward pass needs and a repair's sums, where they are most.
 
     left: the share of the parameters that a removal leaves.
     """
@@ -33,13 +34,23 @@ def memory_of_run(config: CompressConfig, traced: TracedModel, samples: Samples,
     batch = make_batches(every, config.batch_size)[0].token_ids.numel()  # tokens
     measuring = _of_sweeps(traced, samples) if traced.is_offloaded else _of_passes(traced, batch)
     repairing = _of_repair(config, traced, samples, left, batch) if config.repair else 0.0
-    return int(max(measuring + _of_logits(traced, batch), repairing))
+    gradients = _of_gradients(config, traced, samples) if config.energy in GRADIENT_ENERGIES else 0.0
+    return int(max(measuring + _of_logits(traced, batch), gradients, repairing))
 
 
 def _of_passes(traced: TracedModel, batch: int) -> float:
     """The weights, the states of a batch where passes branch, and those that leave the decoder. batch: its tokens."""
     kept = FLOAT * traced.depth * batch * width_of(traced)
     return bytes_of(traced.model) + 2 * min(states_limit(input_device(traced.model)), kept)
+
+
+def _of_gradients(config: CompressConfig, traced: TracedModel, samples: Samples) -> float:
+    """The weights, the logits, and what the blocks keep of the largest batch for its backward pass."""
+    longest = make_batches(samples.calibration, config.batch_size)[0]
+    fitting = tokens_that_fit(traced.model, backward=config.keeps_activations)
+    batch = Room(fitting).cut([longest])[0].token_ids.numel()  # tokens
+    checkpointing = config.gradient_checkpointing or batch > fitting
+    return bytes_of(traced.model) + batch * kept_bytes(traced.model, checkpointing) + _of_logits(traced, batch)
 
 
 def _of_sweeps(traced: TracedModel, samples: Samples) -> float:

@@ -22,6 +22,7 @@ from ..energies.gradients import Gradients
 from ..evaluation.questions import time_questions
 from ..model.batches import BatchSize, frozen, make_batches
 from ..model.blocks import count_parameters
+from ..model.largest_batch import tokens_that_fit
 from ..model.loading import check_quantization, load_as, load_config, load_tokenizer
 from ..model.losses import sample_losses
 from ..model.offload import check_in_memory
@@ -252,8 +253,10 @@ def _stages(
     evaluation_passes = models * (1 + timed) + config.repair * left
 
     energy_passes = _energy_passes(config.energy, traced, len(samples.calibration))
+    checkpointed = _checkpointed_share(config, traced, samples.calibration)
+    note = f"{config.energy}, gradient checkpointing" if checkpointed else config.energy
     stages = [
-        running("energies", samples.calibration, energy_passes, note=config.energy),
+        running("energies", samples.calibration, energy_passes + checkpointed, note=note),
         _solving(config, traced.units, budgets),
         running("cheap baselines", samples.calibration[:ACTIVATION_SAMPLES], 1),
         running("selection", samples.selection, config.budget, note="at most"),
@@ -319,6 +322,15 @@ def _energy_passes(energy: str, traced: TracedModel, num_samples: int) -> float:
         pairs = [(i, j) for j in range(traced.num_units) for i in range(j)]
         return num_passes(traced, [*singles, *pairs])
     return num_passes(traced, singles) if energy == "secant" else 1 + 2 * traced.num_units
+
+
+def _checkpointed_share(config: CompressConfig, traced: TracedModel, samples: Sequence[Tensor]) -> float:
+    """The share of the tokens that gradient checkpointing runs once more, where gradients are taken."""
+    if config.energy not in GRADIENT_ENERGIES:
+        return 0.0
+    fitting = tokens_that_fit(traced.model, backward=True)
+    again = [len(sample) for sample in samples if config.gradient_checkpointing or len(sample) > fitting]
+    return sum(again) / sum(map(len, samples))
 
 
 def _budgets(config: CompressConfig, traced: TracedModel) -> list[Budget]:
