@@ -110,15 +110,12 @@ def estimate_gradients(
     done = len(samples) - sum(len(batch.indices) for batch in remaining)
     fitting = tokens_that_fit(model, backward=not gradient_checkpointing)
     room = Room(fitting, fallback=None if gradient_checkpointing else "gradient checkpointing")
-    if not gradient_checkpointing:
-        unfinished = [len(samples[i]) for batch in remaining for i in batch.indices]
-        say(_checkpointing_note([length for length in unfinished if length > fitting]))
+    say([] if gradient_checkpointing else _checkpointing_note(remaining, fitting))
 
     def run(batch: Batch) -> NDArray[np.float32]:
-        """(batch, 1 + num_blocks)."""
         too_long = batch.token_ids.numel() > fitting  # only of a single sample: larger batches were halved
         checkpointing = gradient_checkpointing or room.fallen_back or too_long
-        return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))
+        return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))  # (batch, 1 + num_blocks)
 
     with frozen(model), traced.halves.resident_head():
         for batch, rows in room.shared_results(remaining, run, "Gradients", done, progress):
@@ -128,8 +125,9 @@ def estimate_gradients(
     return Gradients(matrix, traced.units, losses, metadata or {})
 
 
-def _checkpointing_note(too_long: Sequence[int]) -> list[str]:
-    """The note that samples of these lengths are taken with gradient checkpointing; nothing where there are none."""
+def _checkpointing_note(batches: Sequence[Batch], fitting: float) -> list[str]:
+    """The note that samples of more tokens than should fit are taken with gradient checkpointing; none without them."""
+    too_long = [length for batch in batches for length in batch.lengths.tolist() if length > fitting]
     if not too_long:
         return []
     return [
