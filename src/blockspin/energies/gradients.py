@@ -113,8 +113,7 @@ def estimate_gradients(
     say([] if gradient_checkpointing else _checkpointing_note(remaining, fitting))
 
     def run(batch: Batch) -> NDArray[np.float32]:
-        too_long = batch.token_ids.numel() > fitting  # only of a single sample: larger batches were halved
-        checkpointing = gradient_checkpointing or room.fallen_back or too_long
+        checkpointing = gradient_checkpointing or room.fallen_back or batch.token_ids.numel() > fitting  # one sample
         return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))  # (batch, 1 + num_blocks)
 
     with frozen(model), traced.halves.resident_head():
