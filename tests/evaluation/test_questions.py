@@ -11,7 +11,7 @@ import pytest
 
 from blockspin.config import CompressConfig, EvaluateConfig
 from blockspin.evaluation import harness, questions
-from blockspin.evaluation.questions import TIMED, Asked, time_questions
+from blockspin.evaluation.questions import TIMED, Questions, time_questions
 from blockspin.memory import OutOfMemory
 
 WARM_UP = 1000.0  # seconds that the first question after opening takes more
@@ -44,7 +44,7 @@ class Clock:
             self.cold = 0.0
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, **settings: Any) -> Asked:
+def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, **settings: Any) -> Questions:
     monkeypatch.setattr(questions, "check_tasks", lambda *_: clock.found)
     monkeypatch.setattr(harness, "open_model", lambda *_: None)
     monkeypatch.setattr(harness, "run", clock.run)
@@ -55,7 +55,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, **settings: Any) -> Ask
 
 def test_few_questions_are_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"choose": {"choose": [1.0, 2.0, 6.0]}, "both": {"a": [5.0], "b": [7.0, 9.0]}}
-    assert timed(monkeypatch, Clock(found)) == Asked(6, 30.0)
+    assert timed(monkeypatch, Clock(found)) == Questions(6, 30.0)
 
 
 def test_many_questions_take_what_a_few_of_all_parts_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +63,14 @@ def test_many_questions_take_what_a_few_of_all_parts_take(monkeypatch: pytest.Mo
     clock = Clock({"group": {str(i): [float(i)] * 100 for i in range(40)}})
     asked = timed(monkeypatch, clock)
     assert sum(number for _, number in clock.asked) <= 2 * TIMED
-    assert asked.questions == 4000
+    assert asked.number == 4000
     assert asked.seconds == pytest.approx(4000 * 39 / 2, rel=0.1)
 
 
 def test_the_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock({"write": {"write": [4.0] * 100}})
-    assert timed(monkeypatch, clock, limit=20) == Asked(20, 80.0)
-    assert timed(monkeypatch, clock, limit=0.5) == Asked(50, 200.0)
+    assert timed(monkeypatch, clock, limit=20) == Questions(20, 80.0)
+    assert timed(monkeypatch, clock, limit=0.5) == Questions(50, 200.0)
 
 
 def test_questions_that_do_not_fit_into_memory_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,4 +80,4 @@ def test_questions_that_do_not_fit_into_memory_are_not_timed(monkeypatch: pytest
         raise OutOfMemory("out of memory with --batch-size 8")
 
     monkeypatch.setattr(clock, "run", run_out)
-    assert timed(monkeypatch, clock) == Asked(3, None)
+    assert timed(monkeypatch, clock) == Questions(3, None)

@@ -18,7 +18,7 @@ from blockspin.comparison.cost import counted
 from blockspin.config import CompressConfig
 from blockspin.energies import estimate_energies
 from blockspin.evaluation.harness import num_questions
-from blockspin.evaluation.questions import Asked
+from blockspin.evaluation.questions import Questions
 from blockspin.model.loading import load_model
 from blockspin.model.tracing import trace_model
 from blockspin.pipeline.compress import compress
@@ -176,7 +176,7 @@ def test_questions_of_tasks_count_for_all_models(
     seconds: float | None, tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole one, three shortened ones and the repaired one; those take less, by what they have of the weights."""
-    monkeypatch.setattr("blockspin.pipeline.plan.time_questions", lambda *_: Asked(7, seconds))
+    monkeypatch.setattr("blockspin.pipeline.plan.time_questions", lambda *_: Questions(7, seconds))
     plan = plan_run(settings(tiny_folder, text_file, tasks=("choose",)))
     asked = plan.stages[-1]
     assert asked.samples == 5 * 7

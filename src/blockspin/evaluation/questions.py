@@ -19,17 +19,17 @@ TIMED = 16  # questions of each entry of `--tasks`, spread over its tasks
 
 
 @dataclass(frozen=True)
-class Asked:
+class Questions:
     """What one model is asked.
 
-    questions: of all tasks. seconds: that they should take; None where the timed ones do not fit into memory.
+    number: of all tasks. seconds: that they should take; None where the timed ones do not fit into memory.
     """
 
-    questions: int
+    number: int
     seconds: float | None
 
 
-def time_questions(config: CompressConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Asked:
+def time_questions(config: CompressConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Questions:
     """Time a few questions of each entry of `--tasks`, scored as a run scores them, and scale up to all.
 
     The first questions of a task stand for the others. They are asked in the batches of a CPU: on a GPU the harness
@@ -50,8 +50,8 @@ def time_questions(config: CompressConfig, model: PreTrainedModel, tokenizer: Pr
             number = harness.num_questions({name: loaded}, settings.limit)
             seconds += number * _seconds_of_one(lm, loaded["tasks"], settings)
     except OutOfMemory:
-        return Asked(questions, None)
-    return Asked(questions, seconds)
+        return Questions(questions, None)
+    return Questions(questions, seconds)
 
 
 def _seconds_of_one(lm: Any, tasks: Mapping[str, Any], settings: EvaluateConfig) -> float:

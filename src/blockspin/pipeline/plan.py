@@ -279,7 +279,7 @@ def _asking(config: CompressConfig, traced: TracedModel, tokenizer: PreTrainedTo
     assert isinstance(traced.model, PreTrainedModel)
     asked = time_questions(config, traced.model, tokenizer)
     shortened = COMPARED + config.repair + (config.distill is not None)
-    questions = (1 + shortened) * asked.questions
+    questions = (1 + shortened) * asked.number
     if asked.seconds is None:
         return StagePlan(TASKS, questions, note=UNTIMED)
     return StagePlan(TASKS, questions, seconds=(1 + shortened * left) * asked.seconds, note="estimated from a few")
