@@ -101,7 +101,7 @@ def repair_checkpoint(
                 _write_weights(temporary, shortened, _new_weights(shortened, report, finished))
             settings = {
                 **_drawn(samples, seed, split),
-                "own_text": own_text_share,
+                "own_text": share,
                 "dtype": None if dtype == "auto" else dtype,
                 "trust_remote_code": trust_remote_code,
             }

@@ -21,7 +21,7 @@ _TOKENS_AT_ONCE = 2**14  # whose keys and values are in memory
 def own_share(model: nn.Module, wanted: float | None) -> float:
     """The share of the text for a repair that a model writes itself: `OWN_SHARE` by default, where it can."""
     if wanted is not None:
-        return wanted
+        return float(wanted)
     writes = isinstance(model, PreTrainedModel) and model.can_generate() and not is_offloaded(model)
     return OWN_SHARE if writes else 0.0
 
