@@ -63,8 +63,7 @@ def repair_checkpoint(
 
     source: a folder that `blockspin prune` wrote. original: a hub id or a folder.
     samples: 1-D int64 tensors of token ids. own_text_share: of all text, what the original writes; None: `own_share`.
-    data, split: where the samples are the first of, in the order of `load_calibration` with this seed; the model card
-    then has the command that repeats the repair.
+    data, split: what `load_calibration` drew the samples from, with this seed; the card then has the command.
 
     Raises:
         ValueError: the target exists, the source was not shortened by blockspin, or was repaired or trained already,
@@ -81,45 +80,39 @@ def repair_checkpoint(
         shortened, whole = load(source), load(original)
         say(lowered_size(batch_size, samples, shortened, whole))
         partial = target.with_name(f"{target.name}-repair")
-        share, written = own_share(whole, own_text_share), list[Tensor]()
+
+        share, text = own_share(whole, own_text_share), list(samples)
         if share:
             check_inputs(shortened, whole, samples, removed, batch_size, seed)
-            written = _written(whole, samples, share, seed, partial / "own_text.jsonl")
+            text += _written(whole, samples, share, seed, partial / "own_text.jsonl")
         report, finished = run_repair(
-            shortened,
-            whole,
-            [*samples, *written],
-            partial,
-            removed=removed,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
+            shortened, whole, text, partial, removed=removed, batch_size=batch_size, seed=seed, progress=progress
         )
         with replacing(target) as temporary:
             shutil.copytree(source, temporary, copy_function=shutil.copyfile)
             if not report.undone:
                 _write_weights(temporary, shortened, _new_weights(shortened, report, finished))
-            settings = {
-                **_drawn(samples, seed, split),
-                "own_text": share,
-                "dtype": None if dtype == "auto" else dtype,
-                "trust_remote_code": trust_remote_code,
-            }
-            about = {"original": str(original), "data": data, "settings": settings}
-            _record(temporary, source, report, {**about, "own_tokens": sum(map(len, written))})
+            about = {"original": str(original), "data": data, "own_tokens": sum(map(len, text[len(samples) :]))}
+            settings = _settings(samples, seed, split, share, dtype, trust_remote_code)
+            _record(temporary, source, report, {**about, "settings": settings})
             _prove(load(temporary), shortened, _stored_bytes(temporary))
         finished.remove()
     return report
 
 
-def _drawn(samples: Sequence[Tensor], seed: int, split: str) -> dict[str, str | int | None]:
-    """The settings with which the same samples are drawn; None: the default."""
+def _settings(
+    samples: Sequence[Tensor], seed: int, split: str, own_text_share: float, dtype: str, trust_remote_code: bool
+) -> dict[str, str | float | None]:
+    """What decides the outcome of a repair besides the models and the data, by option; None: the default."""
     longest = max(map(len, samples))  # to which longer ones were cut, if there were any
     return {
         "split": None if split == SPLIT else split,
         "num_samples": len(samples),
         "max_length": longest,
         "seed": seed,
+        "own_text": own_text_share,
+        "dtype": None if dtype == "auto" else dtype,
+        "trust_remote_code": trust_remote_code,
     }
 
 
