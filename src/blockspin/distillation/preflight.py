@@ -59,7 +59,9 @@ def check_training(student: Path, config: DistillConfig, state: PartialState) ->
         raise ValueError(f"{student} is student and teacher; give a shortened model first, the original as --teacher")
 
     # What is asked of the models must be possible with them, or with a shard of them.
-    sharded = _is_sharded(config)
+    sharded = _is_sharded()
+    if sharded:
+        _check_with_shards(config)
     writes = {"student": bool(config.on_policy), "teacher": config.self_generated is not None}
     for name, model in models.items():
         if writes[name]:
@@ -99,14 +101,17 @@ def check_requirements(config: DistillConfig) -> None:
             raise ValueError(f"--report-to {name}: {first_line(error)}") from error
 
 
-def _is_sharded(config: DistillConfig) -> bool:
-    """Whether the weights are spread over processes. Raises ValueError where the training needs a whole model."""
-    sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
-    if config.lora_rank is not None and sharded:
+def _is_sharded() -> bool:
+    """Whether accelerate spreads the weights over processes."""
+    return "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+
+
+def _check_with_shards(config: DistillConfig) -> None:
+    """Raise ValueError where a training needs a whole model, and each process has a shard."""
+    if config.lora_rank is not None:
         raise ValueError("--lora-rank merges its adapters at the end, which needs the whole model: leave out FSDP")
-    if config.on_policy and sharded:
+    if config.on_policy:
         raise ValueError("--on-policy generates with the student, which needs the whole model: leave out FSDP")
-    return sharded
 
 
 def check_pair(student: PretrainedConfig, teacher: PretrainedConfig, length: int) -> None:

@@ -91,8 +91,7 @@ def estimate_gradients(
             fit, or does not, is taken with gradient checkpointing, and it is said.
         units: what has a gate: each block, or each of their residual branches.
         gradient_checkpointing: keep only each block's input for the backward pass: less memory, a third more time.
-        partial: a file to which each finished batch is added. If a run was cut off, the same call with the same file
-            continues it. Remove the file once the result is saved.
+        partial: a file of finished batches, so that the same call continues; remove it when the result is saved.
         metadata: kept in the result.
         progress: show a bar with the time left.
 
@@ -113,7 +112,8 @@ def estimate_gradients(
     say([] if gradient_checkpointing else _checkpointing_note(remaining, fitting))
 
     def run(batch: Batch) -> NDArray[np.float32]:
-        checkpointing = gradient_checkpointing or room.fallen_back or batch.token_ids.numel() > fitting  # one sample
+        too_long = batch.token_ids.numel() > fitting  # a single sample: larger batches are halved before they come here
+        checkpointing = gradient_checkpointing or room.fallen_back or too_long
         return np.column_stack(gate_gradients(traced, batch, checkpointing, label_seed))  # (batch, 1 + num_blocks)
 
     with frozen(model), traced.halves.resident_head():
