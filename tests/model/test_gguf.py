@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,24 @@ def test_the_converted_checkpoint_holds_the_weights_of_the_file(tmp_path: Path, 
     torch.testing.assert_close(opened.lm_head.weight, model.lm_head.weight, rtol=0, atol=0)
 
 
+def test_two_at_once_convert_a_file_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    converted: list[Path] = []
+
+    def slow(file: Path, folder: Path) -> None:
+        folder.mkdir()
+        converted.append(folder)
+        time.sleep(0.5)  # the other one comes meanwhile
+        (folder / "config.json").write_text(file.name)
+
+    monkeypatch.setattr("blockspin.model.gguf._convert", slow)
+    with ThreadPoolExecutor() as threads:
+        folders = list(threads.map(ordinary_source, [tmp_path / "tiny.gguf"] * 2))
+    assert len(converted) == 1
+    assert folders[0] == folders[1]
+    assert (Path(folders[0]) / "config.json").read_text() == "tiny.gguf"
+
+
 def test_what_is_no_gguf_file_is_left_alone(tmp_path: Path) -> None:
     assert ordinary_source(tmp_path) == tmp_path
     assert ordinary_source("organisation/model") == "organisation/model"
@@ -99,7 +119,7 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(tmp_path: Path, cache
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match=r"cannot read .*broken\.gguf"):
         ordinary_source(tmp_path / "broken.gguf")
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]  # a lock stays
 
     with pytest.raises(ValueError, match="there is no GGUF file"):
         ordinary_source(tmp_path / "absent.gguf")

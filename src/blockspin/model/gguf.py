@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import first_line
@@ -25,7 +26,8 @@ def ordinary_source(source: str | Path) -> str | Path:
     source: a .gguf file, a folder with one and no config.json, or the name of a packaged model ("smollm2"); everything
         else, hub ids and ordinary folders, is returned as it is.
     The weights are converted to float32, without loss, at the first call; later calls find them in the cache
-    (`XDG_CACHE_HOME`/blockspin/gguf) as long as the file does not change.
+    (`XDG_CACHE_HOME`/blockspin/gguf) as long as the file does not change. A process that comes while another converts
+    waits for it.
 
     Raises:
         ValueError: there is no such file, the packaged model is not installed, or transformers cannot read the file.
@@ -41,11 +43,15 @@ def ordinary_source(source: str | Path) -> str | Path:
         )
 
     folder = _cache_folder(file)
-    if not folder.is_dir():
-        console.print(f"Converting {file.name} to an ordinary checkpoint, once: {folder}", soft_wrap=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(folder) as temporary:
-            _convert(file, temporary)
+    if folder.is_dir():
+        return folder
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():  # nobody else has converted it meanwhile
+            console.print(f"Converting {file.name} to an ordinary checkpoint, once: {folder}", soft_wrap=True)
+            with replacing(folder) as temporary:
+                _convert(file, temporary)
     return folder
 
 
