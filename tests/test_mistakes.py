@@ -141,8 +141,11 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     monkeypatch.setattr(hub, "_reachable", lambda: False)
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
+    absent = "'org/absent': there is no such folder, the hub cannot be reached"
     cases = {
-        ("info", "org/absent"): "'org/absent': there is no such folder, the hub cannot be reached",
+        ("info", "org/absent"): absent,
+        ("prune", "org/absent", "--blocks", 1, "--out", tmp_path / "short"): absent,
+        ("distill", "org/absent", "--teacher", tiny_folder, "--data", "x.txt", "--out", tmp_path / "taught"): absent,
         energies_of(tiny_folder, "org/absent", tmp_path / "e.safetensors"): "org/absent",
     }
     if importlib.util.find_spec("lm_eval"):

@@ -390,7 +390,7 @@ def test_ctrl_c_returns_the_best_found(solver: str, n: int) -> None:
 
 
 def test_enumerate_refuses_what_would_take_too_long() -> None:
-    with pytest.raises(ValueError, match=r"1\.08e\+23 removals.* s; use solver='exact'"):
+    with pytest.raises(ValueError, match=r"1\.08e\+23 removals.* s; take the solver 'exact'"):
         bs.solve(bs.RemovalProblem(np.eye(80), remove=40), solver="enumerate")
 
 

@@ -106,7 +106,7 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
     except Exception as error:  # the hub client raises errors of many kinds
-        raise ValueError(f"cannot open the model {str(source)!r}: {first_line(error)}") from error
+        raise ValueError(f"cannot open the model {str(source)!r}: {_why_not_opened(source, error)}") from error
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

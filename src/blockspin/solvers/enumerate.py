@@ -39,8 +39,8 @@ def enumerate_all(problem: RemovalProblem, states: int, time_limit: float | None
     seconds = count / (PER_SECOND if not every and not len(problem.reduced.least) else PER_SECOND_OF_BUDGET)
     if seconds > (MOST_SECONDS if time_limit is None else time_limit):
         raise ValueError(
-            f"solver='enumerate' would look at {count:.3g} removals, for about {seconds:.3g} s; "
-            "use solver='exact', or give it a longer time_limit"
+            f"the solver 'enumerate' would look at {count:.3g} removals, for about {seconds:.3g} s; "
+            "take the solver 'exact', or give it a longer time limit"
         )
 
     n = len(problem.reduced.block)

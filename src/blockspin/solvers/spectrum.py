@@ -71,7 +71,7 @@ class Spectrum:
         elif math.isfinite(self.lower_bound):
             proven = f"best found {self.states[0].energy:.6g}, no removal is below {self.lower_bound:.6g}"
         else:
-            proven = "nothing is proven: solver='exact' would"
+            proven = "nothing is proven; the solver 'exact' would do it"
         return f"{took}; {proven}."
 
     def table(self, limit: int | None = None) -> Table:
