@@ -20,6 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -60,7 +61,7 @@ class HeldOut:
     texts: name -> samples. values: (text, removal) -> the divergence on each sample.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     texts: Texts
     values: dict[tuple[str, Removal], Floats] = field(default_factory=dict)
 
@@ -319,9 +320,12 @@ def run(
     held_out: HeldOut,
     repairing: list[Tensor],
 ) -> None:
-    """Everything for each draw and number of removals. repairing: what removals are repaired with."""
+    """Everything for each draw and number of removals.
+
+    model: what methods choose on; measured is that of `held_out`. repairing: what removals are repaired with.
+    """
     results = Results(arguments.out)
-    repaired = Repaired(model, held_out.texts, repairing, arguments.out.with_suffix(".repaired.json"))
+    repaired = Repaired(held_out.model, held_out.texts, repairing, arguments.out.with_suffix(".repaired.json"))
     if "bound" in arguments.parts:
         for remove in arguments.remove:
             run_bound(arguments, model, results, held_out, remove)
@@ -365,14 +369,17 @@ def main() -> None:
     parser.add_argument("--repair-tokens", type=int, default=16_384, help="conversations, and as much calibration text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     parser.add_argument("--held-out", type=int, default=32, help="samples of each held-out text")
+    parser.add_argument("--choose-in", help="bfloat16: methods choose in it, where it is faster (default: float32)")
     parser.add_argument("--model", default="smollm2", help="another model, to try the script itself")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
 
+    choosing = deepcopy(model).to(getattr(torch, arguments.choose_in)) if arguments.choose_in else model
+
     held_out, draws, repairing = read(arguments, tokenizer)
-    run(arguments, model, draws, HeldOut(model, held_out), repairing)
+    run(arguments, choosing, draws, HeldOut(model, held_out), repairing)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,30 +179,33 @@ def key_of(draw: int, share: int, method: str) -> str:
     return f"{draw} | {share} | {method}"
 
 
-def row_of(setup: Setup, method: str, share: int, held_out: Mapping[str, Sequence[Tensor]]) -> Row:
+def row_of(
+    setup: Setup, original: PreTrainedModel, method: str, share: int, held_out: Mapping[str, Sequence[Tensor]]
+) -> Row:
     """What a method chooses, and how far the model without it is from the original, before and after the repair."""
     units: Units = "blocks" if method == "blocks" else "sublayers"
     start = time.perf_counter()
     removed = METHODS[method](setup, share).removed
     seconds = time.perf_counter() - start
 
-    found = find_units(setup.model, units)
+    found = find_units(original, units)
     gone = [found[i] for i in removed]
-    shortened = remove_blocks(setup.model, removed, units=units, copy=False)
+    shortened = remove_blocks(original, removed, units=units, copy=False)
     row: Row = {
         "draw": setup.seed,
         "share": share,
         "method": method,
         "removed": ranges(removed),
         "kinds": {kind: sum(unit.kind == kind for unit in gone) for kind in {unit.kind for unit in gone}},
-        "bytes": sum(bytes_of(setup.model, unit) for unit in gone),
+        "bytes": sum(bytes_of(original, unit) for unit in gone),
         "seconds": seconds,
-        "device": torch.cuda.get_device_name() if setup.model.device.type == "cuda" else "CPU",
-        "dtype": str(setup.model.dtype),
+        "device": torch.cuda.get_device_name() if original.device.type == "cuda" else "CPU",
+        "dtype": str(original.dtype),
+        "chosen in": str(setup.model.dtype),
     }
-    row["kl"] = {kind: divergences(shortened, setup.model, samples, 8) for kind, samples in held_out.items()}
-    repair(shortened, setup.model, setup.repairing)
-    row["repaired"] = {kind: divergences(shortened, setup.model, samples, 8) for kind, samples in held_out.items()}
+    row["kl"] = {kind: divergences(shortened, original, samples, 8) for kind, samples in held_out.items()}
+    repair(shortened, original, setup.repairing)
+    row["repaired"] = {kind: divergences(shortened, original, samples, 8) for kind, samples in held_out.items()}
     return row
 
 
@@ -237,6 +241,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     model = small_model(len(tokenizer)) if arguments.tiny else load_model(arguments.model, dtype=arguments.dtype)
     model = model.to(arguments.device)
+    choosing = deepcopy(model).to(getattr(torch, arguments.choose_in)) if arguments.choose_in else model
     arguments.calibration_text = os.devnull
     texts, others = read(arguments, tokenizer)
     held_out = {kind: others.first(kind, arguments.held_out) for kind in KINDS}
@@ -247,8 +252,8 @@ def run(arguments: argparse.Namespace) -> None:
     wanted = {}
     for draw, share, method in jobs(arguments.draws, arguments.shares, arguments.methods):
         samples = drawn[draw * each : (draw + 1) * each]
-        setup = Setup(model, samples, repairing, arguments.passes, draw, arguments.out)
-        wanted[key_of(draw, share, method)] = partial(row_of, setup, method, share, held_out)
+        setup = Setup(choosing, samples, repairing, arguments.passes, draw, arguments.out)
+        wanted[key_of(draw, share, method)] = partial(row_of, setup, model, method, share, held_out)
     make_missing(wanted, arguments.out, started, arguments.seconds)
 
 
@@ -285,6 +290,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="samples of each held-out kind")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--choose-in", help="bfloat16: methods choose in it, where it is faster (default: --dtype)")
     add_seconds(parser)
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try the script")
     parser.add_argument("--out", type=Path, default=Path("sublayers.jsonl"))

@@ -415,6 +415,11 @@ def test_auto_says_what_it_chose() -> None:
     assert "enumerate, for 120 candidates" in spectrum.summary()
 
 
+def test_a_spectrum_is_one_line_in_a_notebook() -> None:
+    spectrum = bs.solve(bs.RemovalProblem(np.diag([3.0, 1.0, 2.0, 4.0, 5.0]), remove=2), states=3)
+    assert repr(spectrum) == "Spectrum(3 states, 3 of them proven; CBO:0 removes 1-2, energy 3)"
+
+
 @pytest.mark.parametrize("solver", ["exact", "tabu"])
 def test_spectra_survive_files(solver: str, tmp_path: Path) -> None:
     spectrum = bs.solve(bs.RemovalProblem(flat(12), remove=4), solver=solver)

@@ -36,7 +36,7 @@ class RepairReport:
 
     removed: tuple[int, ...]
     tokens: int
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(repr=False)
     untouched: tuple[int, ...]
     kl_before: float
     kl_after: float

@@ -34,7 +34,7 @@ class State:
     energy: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectrum:
     """The lowest-energy distinct removals, ascending in energy; equal energies in order of their block indices.
 
@@ -51,6 +51,12 @@ class Spectrum:
     seconds: float
     resolution: float
     statistics: Statistics = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """In one line: the lowest state, not all of them."""
+        lowest, number = self.states[0], len(self.states)
+        found = f"CBO:0 removes {ranges(lowest.removed)}, energy {lowest.energy:.6g}"
+        return f"Spectrum({number} states, {self.num_proven} of them proven; {found})"
 
     @property
     def gap(self) -> float:
