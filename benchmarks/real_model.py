@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--repair-tokens", type=int, default=16_384, help="conversations, and as much calibration text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     parser.add_argument("--held-out", type=int, default=32, help="samples of each held-out text")
-    parser.add_argument("--choose-in", help="bfloat16: methods choose in it, where it is faster (default: float32)")
+    parser.add_argument("--choose-in", choices=("float32", "bfloat16"), help="for the choices (default: float32)")
     parser.add_argument("--model", default="smollm2", help="another model, to try the script itself")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

