@@ -10,8 +10,9 @@ shows how much there is left to win. Run it with
 
     python benchmarks/real_model.py --chat conversations.jsonl.gz --text text.jsonl.xz --out real_model.json
 
-and again to continue; a number of removals of one draw takes about an hour on a core and half a minute on a GPU.
-Several processes with a draw each may run side by side, with an --out each.
+and again to continue. Everything is measured in float32; with --choose-in bfloat16 the methods choose in that, which is
+faster where the processor has such products. A number of removals of one draw takes about an hour on a core and half a
+minute on a GPU. Several processes with a draw each may run side by side, with an --out each.
 """
 
 from __future__ import annotations
@@ -375,7 +376,6 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
-
     choosing = deepcopy(model).to(getattr(torch, arguments.choose_in)) if arguments.choose_in else model
 
     held_out, draws, repairing = read(arguments, tokenizer)

@@ -7,9 +7,10 @@ Bytes are those of the weights, in 16 bits, and of the key-value cache of 8 sequ
 blocks hold, a tenth to four tenths of the model, is what the sub-layers must reach. Every method may take as many
 forward passes over one sample: ours for the energies and the choice, BlockPruner's and FinerCut's greedy searches as
 many samples as that allows, EvoPress as its budget; LLM-Drop's scores take one. Our energies are made for each share,
-for blocks and for sub-layers with as many passes. Everything is measured on held-out
-conversations and on text of three other kinds, before and after the repair. A row is kept as soon as it is there, and
-what has one is not run again; the most important rows come first, and none begins after --seconds.
+for blocks and for sub-layers with as many passes. Everything is measured on held-out conversations and on text of three
+other kinds, before and after the repair, also where --choose-in has the methods choose in another dtype. A row is kept
+as soon as it is there, and what has one is not run again; the most important rows come first, and none begins after
+--seconds.
 
 --tiny tries the script itself: a random model of ten blocks, short samples, two shares, one draw.
 """

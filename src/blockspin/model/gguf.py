@@ -49,7 +49,7 @@ def ordinary_source(source: str | Path) -> str | Path:
 
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # waits, where the lock of an output refuses
             if not folder.is_dir():  # nobody else has converted it meanwhile
                 console.print(f"Converting {file.name} to an ordinary checkpoint, once: {folder}", soft_wrap=True)
                 with replacing(folder) as temporary:
