@@ -53,6 +53,7 @@ from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges
 
 LOW, RANDOM = 20, 20
+KINDS = "conversations, other text, as much of both, or conversations and as much text that the model wrote itself"
 
 
 @dataclass
@@ -341,7 +342,7 @@ def run(
             first = f"blockspin, this size, {arguments.energy_passes[0]:g}"
             reference = tuple(results.rows[label][first]["removed"])
             for name, method in methods(model, remove, draw.samples, draw.seed, arguments.passes).items():
-                if results.lack(label, name):
+                if (not arguments.methods or name in arguments.methods) and results.lack(label, name):
                     results.add(label, name, compared(method().removed, reference, held_out))
         if "repaired" in arguments.parts:
             found = energies_of(arguments, model, draw, remove, arguments.energy_passes[0])
@@ -360,10 +361,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("real_model.json"))
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remove", type=int, nargs="+", default=[8, 12, 4, 15])
-    parser.add_argument("--calibration", choices=("chat", "text", "mix"), default="chat")
+    parser.add_argument("--calibration", choices=("chat", "text", "mix", "own"), default="chat", help=KINDS)
     parser.add_argument("--energy-passes", type=float, nargs="+", default=[744.0], help="one form for each number")
     parser.add_argument("--passes", type=float, default=1000.0, help="over one sample, of energies and choice together")
     parser.add_argument("--bound-passes", type=float, default=5000.0, help="over one sample, of the part bound")
+    parser.add_argument("--methods", nargs="+", help="beside blockspin (default: all)")
     parser.add_argument("--any-size", action="store_true", help="energies for all numbers of blocks at once, too")
     parts = ("energies", "choices", "repaired", "bound")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help="what to measure")
@@ -378,7 +380,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model, dtype="float32"), load_tokenizer(arguments.model)
     choosing = deepcopy(model).to(getattr(torch, arguments.choose_in)) if arguments.choose_in else model
 
-    held_out, draws, repairing = read(arguments, tokenizer)
+    held_out, draws, repairing = read(arguments, model, tokenizer)
     run(arguments, choosing, draws, HeldOut(model, held_out), repairing)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockspin.data.calibration import tokenise
+from blockspin.repairs.own_text import own_text
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 SHARE = FIT_SAMPLES + CHOICE_SAMPLES  # of a draw
@@ -22,7 +21,7 @@ Texts = dict[str, list[Tensor]]
 
 
 def read(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Texts, list[list[Tensor]], list[Tensor]]:
     """What is held out, the samples of each draw, and what is repaired with.
 
@@ -36,12 +35,16 @@ def read(
     if arguments.calibration_text:
         other = windows(arguments.calibration_text, tokenizer, HELD_OUT_LENGTH, share + more)
 
-    short = [iter([sample[: arguments.length] for sample in samples]) for samples in (chat[number:], other)]
-    draws = draws_of(arguments.calibration, short[0], short[1], 1 + max(arguments.draws))
+    mixtures = {"chat": [chat[number:]], "text": [other], "mix": [chat[number:], other], "own": [chat[number:]]}
+    kinds = [[sample[: arguments.length] for sample in samples] for samples in mixtures[arguments.calibration]]
+    if arguments.calibration == "own":
+        written = own_text(model, 4 * share * arguments.length, arguments.length)  # many end early
+        kinds.append([row for row in written if len(row) == arguments.length])
+    draws = draws_of(kinds, 1 + max(arguments.draws))
 
-    kinds = [samples for samples in (chat[number + share :], other[share:]) if samples]
-    each = arguments.repair_tokens // HELD_OUT_LENGTH // max(1, len(kinds))
-    repairing = [sample for group in zip(*kinds, strict=False) for sample in group][: each * len(kinds)]
+    left = [samples for samples in (chat[number + share :], other[share:]) if samples]
+    each = arguments.repair_tokens // HELD_OUT_LENGTH // max(1, len(left))
+    repairing = [sample for group in zip(*left, strict=False) for sample in group][: each * len(left)]
     return held_out, draws, repairing
 
 
@@ -56,13 +59,11 @@ def windows(source: str, tokenizer: PreTrainedTokenizerBase, length: int, number
     return in_turn[:number]
 
 
-def draws_of(kind: str, chat: Iterator[Tensor], text: Iterator[Tensor], number: int) -> list[list[Tensor]]:
-    """The samples of each draw: conversations, other text, or as much of both, mixed."""
+def draws_of(kinds: list[list[Tensor]], number: int) -> list[list[Tensor]]:
+    """The samples of each draw, as many of each kind, in turns."""
+    each = SHARE // len(kinds)
     result = []
-    for _ in range(number):
-        turns = {"chat": [chat], "text": [text], "mix": [chat, text]}[kind]
-        each = SHARE // len(turns)
-        result.append(
-            [sample for group in zip(*(islice(turn, each) for turn in turns), strict=True) for sample in group]
-        )
+    for draw in range(number):
+        parts = [samples[draw * each : (draw + 1) * each] for samples in kinds]
+        result.append([sample for group in zip(*parts, strict=True) for sample in group])
     return result

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from blockspin.data.packing import pack
 from blockspin.distillation.run import distill
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model
 from blockspin.model.quality import quality, values_of
 from blockspin.problem import Removal
+from blockspin.repairs.own_text import own_text
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.training import DistillConfig
@@ -27,12 +29,15 @@ from blockspin.training import DistillConfig
 Start = tuple[str, str]  # the number of blocks and the method; or "predicted" and the removal's number
 FIRST: Start = ("8", "blockspin")  # where one change of the recipe is tried
 BATCH = 4  # windows a step
-RATES = (2e-4, 6e-4, 2e-3)
-CHOOSING = 200_000  # tokens after which the learning rate is chosen
+RATES = (2e-4, 6e-4)
+SOME, MOST = 200_000, 1_000_000  # tokens of a training
+ANSWERED_AT_ONCE = 512  # texts that the original writes side by side, on a GPU
 NEVER = 10**6  # steps
 FIRST_GUESS = 20_000.0  # tokens/s
 DATA = ("calibration", "validation", "chat", "text", "train")
 MEASURED = ("validation", "chat", "text")
+CONVERSATIONS, THIRD_OWN, TWO_THIRDS_OWN, ALL_OWN = "train", "a third own", "two thirds own", "all own"  # texts
+MIXED = "calibration, a third own"  # text of a repair
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,12 @@ class Run:
 
     start: Start
     tokens: int
-    rate: float = RATES[1]
+    rate: float = RATES[0]
     repaired: bool = True
-    fitted_to: str = "calibration"
+    fitted_to: str = MIXED
     seed: int = 0
     name: str = "main"
-    text: str = "train"
+    text: str = THIRD_OWN
     batch: int = BATCH
     changes: tuple[tuple[str, Any], ...] = ()
 
@@ -68,6 +73,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, ends_at: float) -> None:
         self.device, self.tiny = torch.device(arguments.device), arguments.tiny
         self.out, self.ends_at, self.least = arguments.out, ends_at, arguments.least
+        self.change_tokens = arguments.change_tokens
+        self.models: Path | None = arguments.models
         self.timed_steps, self.timed_batches = arguments.timed_steps, arguments.timed_batches
         self.original = tiny_model() if self.tiny else load_model(arguments.model, dtype="float32")
         self.original.to(self.device)
@@ -96,6 +103,20 @@ class Bench:
         self.speed = FIRST_GUESS
         self.part, self.rows = "", list[dict[str, Any]]()
         self._repaired: tuple[tuple[Start, str], PreTrainedModel] | None = None  # the last start that was repaired
+
+    def write(self, tokens: int) -> None:
+        """The texts of the training and of the repair of which a share is written by the original."""
+        length = len(self.data[CONVERSATIONS][0])
+        at_once = ANSWERED_AT_ONCE if self.device.type == "cuda" else None
+        partial = self.out / "own.journal"
+        written = own_text(self.teacher, tokens, length, batch_size=at_once, partial=partial)
+        own = [torch.tensor(window) for window in pack((row.tolist() for row in written), length, None)]
+
+        self.data[ALL_OWN] = own
+        self.data[THIRD_OWN] = [*own, *self.data[CONVERSATIONS][: 2 * len(own)]]
+        self.data[TWO_THIRDS_OWN] = [*own, *self.data[CONVERSATIONS][: len(own) // 2]]
+        calibration = self.data["calibration"]
+        self.data[MIXED] = [*calibration[: len(calibration) * 2 // 3], *own[: len(calibration) // 3]]
 
     def open(self, part: str) -> None:
         """Go on to another part."""
@@ -126,6 +147,8 @@ class Bench:
         self.check_time(run.tokens)
         student = self.student(run)
         values = self.train(student, run) if run.tokens else {"original": self.measured(self.original)}
+        if self.models is not None and run.name == "main" and run.tokens in (0, MOST) and run.seed == 0:
+            student.save_pretrained(self.models / f"{self.part}-{run.tokens}-{run.rate:.0e}")
         return self.keep(run, {**values, **self.measured(student)})
 
     def find(self, run: Run) -> dict[str, Any] | None:
@@ -190,14 +213,7 @@ class Bench:
 
     def best_rate(self, run: Run) -> float:
         """The learning rate with which a run ends nearest to the teacher, on the validation windows."""
-        low, middle, high = RATES
-        found = {rate: self.row(replace(run, rate=rate))["validation"] for rate in (middle, low, high)}
-
-        # Where the best is at an end, the next one outside may be better still.
-        outside = {low: low**2 / middle, high: high**2 / middle}
-        best = min(found, key=lambda rate: found[rate])
-        if best in outside:
-            found[outside[best]] = self.row(replace(run, rate=outside[best]))["validation"]
+        found = {rate: self.row(replace(run, rate=rate))["validation"] for rate in RATES}
         return min(found, key=lambda rate: found[rate])
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from retraining import CHANGE_TOKENS, LEAST, MOST, PREDICTED_TOKENS, STARTS
-from retraining_bench import CHOOSING, FIRST, read_rows
+from retraining import LEAST, STARTS
+from retraining_bench import CONVERSATIONS, FIRST, MOST, SOME, THIRD_OWN, read_rows
 
 from blockspin.comparison.figures import COLOURS, MARKERS, spearman
 from blockspin.scatter import plus_minus, standard_error
@@ -28,6 +28,7 @@ from blockspin.tables import Column, Table, ranges
 Floats = NDArray[np.float64]
 TEXTS = {"chat": "chat", "text": "other text"}
 DRAWS = 1000
+NO_CHANGES = ("main", "ours", "plain Trainer", "crossed", "predict")  # names of runs
 
 
 @dataclass(frozen=True)
@@ -143,24 +144,40 @@ def against_plain_influence(results: Results, goal: str) -> str:
 
 def of_changes(results: Results) -> str:
     """The table of changes of the recipe: KL, and how far it is above the recipe as it is."""
-    names = list(dict.fromkeys(row["run"]["name"] for row in results.rows if row["run"]["start"] == list(FIRST)))
+    rows = [row for row in results.where(start=list(FIRST)) if row["run"]["name"] not in NO_CHANGES]
+    known = results.where(name="as it is", seed=0)
     lines = []
-    for name in names:
-        rows = [row for row in results.where(name=name, start=list(FIRST)) if "chat" in row]
-        if name in ("main", "ours", "plain Trainer") or not rows:
-            continue
-        best = rows[0]["run"]
-        line = [name, f"{best['rate']:.1e}", f"{rows[0]['seconds']:.0f}"]
+    for row in rows:
+        run = row["run"]
+        line = [run["name"], f"{run['rate']:.1e}", str(run["seed"]), f"{row['validation']:.4f}"]
         for text in TEXTS:
-            found = results.values(text, "kl", name=name)
-            known = results.values(text, "kl", name="as it is", tokens=CHANGE_TOKENS, seed=0)
-            assert found is not None
-            line += [with_error(found), "" if known is None else with_error(found - known)]
+            found = np.array(row[text]["kl"])
+            line += [with_error(found), with_error(found - known[0][text]["kl"]) if known else ""]
         lines.append(line)
-    return markdown(["change", "rate", "seconds", "KL, chat", "above", "KL, other text", "above"], lines)
+    headings = ["change", "rate", "seed", "KL, validation", "KL, chat", "above", "KL, other text", "above"]
+    return markdown(headings, lines)
+
+
+def of_crossed(results: Results) -> str:
+    """Each start with the text of the other: how much the repair brings, and how much the text."""
+    lines = []
+    for method in STARTS[:2]:
+        for repaired in (True, False):
+            for text in (THIRD_OWN, CONVERSATIONS):
+                wanted = {"start": [FIRST[0], method], "repaired": repaired, "text": text, "tokens": MOST, "seed": 0}
+                rows = results.where(**wanted)
+                if rows:
+                    kls = [with_error(np.array(rows[0][kind]["kl"])) for kind in TEXTS]
+                    lines.append([method, "repaired" if repaired else "plain", text, *kls])
+    return markdown(["start", "", "text of the training", *(f"KL, {title}" for title in TEXTS.values())], lines)
 
 
 def of_predictors(results: Results) -> str:
+    """After some and after most tokens."""
+    return "\n\n".join(predictors(results, tokens) for tokens in (SOME, MOST))
+
+
+def predictors(results: Results, tokens: int) -> str:
     """Rank correlations over removals with the KL after training, from each thing that is known before."""
     before: dict[str, Callable[[dict[str, Any]], bool]] = {
         "plain": lambda run: not run["tokens"] and not run["repaired"],
@@ -170,7 +187,7 @@ def of_predictors(results: Results) -> str:
     }
 
     lines = []
-    for name, is_it in before.items() if results.where(name="predict", tokens=PREDICTED_TOKENS) else ():
+    for name, is_it in before.items() if results.where(name="predict", tokens=tokens) else ():
         line = [name]
         for text in TEXTS:
             known, later = {}, {}
@@ -178,13 +195,13 @@ def of_predictors(results: Results) -> str:
                 number, kl = row["run"]["start"][1], float(np.mean(row[text]["kl"]))
                 if is_it(row["run"]):
                     known[number] = kl
-                if row["run"]["tokens"] == PREDICTED_TOKENS:
+                if row["run"]["tokens"] == tokens:
                     later[number] = kl
 
             both = sorted(known.keys() & later.keys())
             line.append(f"{spearman([known[n] for n in both], [later[n] for n in both]):.2f} of {len(both)}")
         lines.append(line)
-    return markdown(["KL before", *TEXTS.values()], lines)
+    return markdown([f"KL before {tokens:,} tokens", *TEXTS.values()], lines)
 
 
 def of_speed(results: Results) -> str:
@@ -215,7 +232,7 @@ def figure(results: Results, goal: str) -> Figure:
                     )
         axes.set(title=f"{title}, {goal} of 30 blocks", xlabel="tokens")
         axes.set_xscale("symlog", linthresh=LEAST)
-        axes.set_xticks([0, LEAST, CHOOSING, MOST], ["0", f"{LEAST:,}", f"{CHOOSING:,}", f"{MOST:,}"])
+        axes.set_xticks([0, LEAST, SOME, MOST], ["0", f"{LEAST:,}", f"{SOME:,}", f"{MOST:,}"])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(color="#E3E6EA")
     handles, labels = axes.get_legend_handles_labels()
@@ -236,7 +253,8 @@ def main() -> None:
     for goal in ("8", "4"):
         if results.where(start=[goal, STARTS[0]], name="main"):
             print(f"\n## {goal} blocks\n\n{of_starts(results, goal)}\n\n{against_plain_influence(results, goal)}")
-    for title, table in (("Changes", of_changes), ("Predictors", of_predictors), ("Speed", of_speed)):
+    tables = {"Crossed": of_crossed, "Changes": of_changes, "Predictors": of_predictors, "Speed": of_speed}
+    for title, table in tables.items():
         print(f"\n## {title}\n\n{table(results)}")
 
     if arguments.figure:

@@ -47,11 +47,11 @@ def test_what_was_written_is_not_written_again(tmp_path: Path, monkeypatch: pyte
     expected = own_text(model, tokens=3000, length=12)
     rounds = list[int]()
 
-    def killed(model: Any, starts: Any, length: int, seed: int) -> Any:
+    def killed(model: Any, starts: Any, length: int, seed: int, batch_size: int) -> Any:
         if len(rounds) == 2:
             raise KeyboardInterrupt
         rounds.append(seed)
-        return continued(model, starts, length, seed)
+        return continued(model, starts, length, seed, batch_size)
 
     monkeypatch.setattr("blockspin.repairs.own_text.continued", killed)
     with pytest.raises(KeyboardInterrupt):

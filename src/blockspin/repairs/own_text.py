@@ -27,21 +27,29 @@ def own_share(model: nn.Module, wanted: float | None) -> float:
 
 
 def own_text(
-    model: PreTrainedModel, tokens: int, length: int, seed: int = 0, *, partial: str | Path | None = None
+    model: PreTrainedModel,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    *,
+    batch_size: int | None = None,
+    partial: str | Path | None = None,
 ) -> list[Tensor]:
     """Samples of at least so many tokens in all, (tokens,) int64 each, that begin with a random token.
 
     Every further token is drawn from what the model predicts, at temperature 1, until it ends the text or has `length`
     tokens, two or more. Costs one to three forward passes over the tokens.
 
-    seed: of the draws; on the same machine the same text comes out. partial: a file that keeps what is written, so that
-    the same call continues.
+    seed: of the draws; on the same machine the same text comes out.
+    batch_size: texts that are written side by side, whose keys and values are in memory; None: 16,384 tokens' at most.
+    partial: a file that keeps what is written, so that the same call continues.
 
     Raises:
         ValueError: the file holds something else.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    journal = Journal(partial, fingerprint.of_results(model, [], "own text", tokens, length, seed))
+    journal = Journal(partial, fingerprint.of_results(model, [], "own text", tokens, length, seed, batch_size))
+    together = batch_size or min(AT_ONCE, max(1, _TOKENS_AT_ONCE // length))
     written: list[list[int]] = []
     rounds = 0
     for entry in journal.entries():
@@ -49,11 +57,11 @@ def own_text(
         rounds += 1
 
     while (missing := tokens - sum(map(len, written))) > 0:
-        at_once = min(AT_ONCE, max(1, _TOKENS_AT_ONCE // length), math.ceil(missing / length))
+        at_once = min(together, math.ceil(missing / length))
         drawn = seed + rounds
         starts = torch.randint(vocabulary, (at_once, 1), generator=torch.Generator().manual_seed(drawn))
 
-        rows = continued(model, list(starts), length - 1, drawn)
+        rows = continued(model, list(starts), length - 1, drawn, at_once)
         journal.append({"rows": rows})
         written += rows
         rounds += 1
