@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockspin.data.calibration import tokenise
-from blockspin.repairs.own_text import own_text
+from blockspin.model.own_text import own_text
 
 FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 SHARE = FIT_SAMPLES + CHOICE_SAMPLES  # of a draw

@@ -39,9 +39,9 @@ from blockspin.data.calibration import row_to_text
 from blockspin.files import write_json
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model, load_tokenizer
+from blockspin.model.own_text import own_text
 from blockspin.model.quality import kl, values_of
 from blockspin.problem import Removal, RemovalProblem
-from blockspin.repairs.own_text import own_text
 from blockspin.scatter import standard_error
 from blockspin.surgery.memory import remove_blocks
 from blockspin.tables import ranges

@@ -19,9 +19,9 @@ from blockspin.data.packing import pack
 from blockspin.distillation.run import distill
 from blockspin.model.blocks import find_stack
 from blockspin.model.loading import load_model
+from blockspin.model.own_text import own_text
 from blockspin.model.quality import quality, values_of
 from blockspin.problem import Removal
-from blockspin.repairs.own_text import own_text
 from blockspin.repairs.run import repair
 from blockspin.surgery.memory import remove_blocks
 from blockspin.training import DistillConfig

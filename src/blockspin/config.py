@@ -288,7 +288,9 @@ class CompressConfig(
     panel: ClassVar[str] = "Run"
 
     model: str = setting("Hub id, local folder or GGUF file of a causal language model.")
-    calibration: str = setting("Text the energy is computed on: hub id, or local file of texts or conversations.")
+    calibration: str = setting(
+        "Text the energy is computed on: hub id, or local file of texts or conversations; a,b mixes two."
+    )
     remove: Goal | None = setting(
         "What to remove: 8 blocks, moe=2 for each kind, or 25% of the blocks' parameters; targets may decide instead.",
         None,

@@ -15,6 +15,7 @@ import yaml
 
 from .files import replacing
 from .progress import console
+from .sources import sources_of
 
 SPLIT = "train"  # of a dataset, by default
 
@@ -115,7 +116,8 @@ def unused_split(split: str, *sources: str | None) -> list[str]:
 
     sources: texts as options name them; None: not given.
     """
-    of_files = all(Path(source).is_file() for source in sources if source is not None)
+    names = [name for source in sources if source is not None for name in sources_of(source)]
+    of_files = all(Path(name).is_file() for name in names)
     return without_effect("with a local file as the text", {"--split": of_files and split != SPLIT})
 
 

@@ -246,3 +246,36 @@ def test_no_long_piece_of_a_text_is_tokenised_at_once(tmp_path: Path) -> None:
     assert [len(sample) for sample in samples] == [len(text)]
     assert max(given) < 200_000
     assert len(text) <= sum(given) < 1.001 * len(text)  # each piece with the character before it
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_several_sources_give_a_sample_in_turn(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", TEXTS[:4]), write_rows(tmp_path / "b.jsonl", TEXTS[20:])
+    third = tmp_path / "c.txt"
+    third.write_text(" ".join(TEXTS[10:20]))
+    options = {"num_samples": 100, "max_length": 8, "seed": 3}
+
+    alone = [load(path, tokenizer, **options) for path in (first, second, third)]
+    assert list(map(len, alone))[:2] == [4, 20]
+    expected = []
+    for rank in range(max(map(len, alone))):  # the shortest ends first, the others go on
+        expected += [samples[rank] for samples in alone if rank < len(samples)]
+    assert load(f"{first}, {second},{third}", tokenizer, **options) == expected
+    assert load(f"{second},{first}", tokenizer, **options)[:2] == [alone[1][0], alone[0][0]]
+
+
+def test_names_of_several_sources(tmp_path: Path, tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    with_comma = write_rows(tmp_path / "a,b.jsonl", TEXTS[:4])
+    assert len(load(with_comma, tokenizer, num_samples=4)) == 4
+
+    write_rows(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="no text before or after a comma"):
+        load(f"{tmp_path}/a.jsonl,", tokenizer)
+    with pytest.raises(ValueError, match="names a text twice"):
+        load(f"{tmp_path}/a.jsonl, {tmp_path}/a.jsonl", tokenizer)
+    with pytest.raises(ValueError, match=r"cannot read the data '.*/absent.jsonl'"):
+        load(f"{tmp_path}/a.jsonl,{tmp_path}/absent.jsonl", tokenizer)

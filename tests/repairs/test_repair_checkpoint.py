@@ -12,8 +12,8 @@ import transformers as tf
 from conftest import Command, random_samples, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
+from blockspin.model.own_text import own_text
 from blockspin.repairs.checkpoint import repair_checkpoint
-from blockspin.repairs.own_text import own_text
 from blockspin.repairs.run import repair
 from blockspin.surgery.checkpoint import prune_checkpoint
 from blockspin.surgery.memory import remove_blocks

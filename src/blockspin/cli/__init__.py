@@ -14,7 +14,7 @@ from .app import app
 
 # Each adds its commands to the application; --help shows them in this order.
 # isort: off
-from . import runs, stages, quality  # noqa: F401
+from . import runs, stages, quality, text  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main"]

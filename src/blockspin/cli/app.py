@@ -35,14 +35,15 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Texts or conversations: hub id or local file (.jsonl, .json, .parquet, .csv, .txt, also .gz or .xz).",
+        help="Texts or conversations: hub id or local file (.jsonl, .json, .parquet, .csv, .txt, also .gz or .xz); "
+        "a,b mixes two.",
     ),
 ]
 Calibration = Annotated[
     str,
     typer.Option(
         "--calibration",
-        help="Text the energy is computed on: hub id, or local file of texts or conversations.",
+        help="Text the energy is computed on: hub id, or local file of texts or conversations; a,b mixes two.",
         rich_help_panel="Run",
     ),
 ]

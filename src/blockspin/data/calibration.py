@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..progress import console, track
+from ..sources import sources_of
 from .reading import SOURCE, is_plain_text, open_rows, remedy, text_pieces
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ def load_calibration(
     A row is a conversation (`messages` with role and content, or `conversations` with from and value), to which the
     tokenizer's chat template is applied, or a `text`. Of a content that is a list of parts the texts are taken. Each
     row is cut to `max_length` tokens; rows that are empty (null, no turns) or of fewer than two tokens are passed over.
-    A plain text file is cut into windows of `max_length` tokens instead.
+    A plain text file is cut into windows of `max_length` tokens instead. Of several sources, with commas between their
+    names, each gives a sample in turn.
 
     Args:
-        source: a hub id, or a local .json, .jsonl, .parquet, .csv or .txt file, also .gz or .xz, or a folder of them.
+        source: a hub id, or a local .json, .jsonl, .parquet, .csv or .txt file, also .gz or .xz, or a folder of them;
+            several are mixed.
         tokenizer: the model's.
         num_samples: how many at most; where the source has fewer, all of them, with a warning.
         max_length: tokens of a sample at most.
@@ -96,12 +99,27 @@ def tokenise(
     truncate: cut each row to `max_length` tokens; a plain text file is cut into windows of this length in any case.
     The source is opened now, so that what is wrong with it is said before the first sample is asked for.
     """
-    if is_plain_text(source):
-        samples = _windows(_text_ids(Path(source), tokenizer, option), max_length, seed)
-    else:
-        rows = open_rows(source, split, option)
-        samples = _row_ids(rows, source, tokenizer, max_length if truncate else None, seed, option)
-    return _usable(samples, source, vocabulary)
+    parts = []
+    for name in sources_of(source):
+        if is_plain_text(name):
+            samples = _windows(_text_ids(Path(name), tokenizer, option), max_length, seed)
+        else:
+            rows = open_rows(name, split, option)
+            samples = _row_ids(rows, name, tokenizer, max_length if truncate else None, seed, option)
+        parts.append(_usable(samples, name, vocabulary))
+    return _in_turns(parts)
+
+
+def _in_turns(parts: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
+    """A sample of each in turn; where one has no more, of the others."""
+    left = list(parts)
+    while left:
+        for part in list(left):
+            sample = next(part, None)
+            if sample is None:
+                left.remove(part)
+            else:
+                yield sample
 
 
 def _usable(samples: Iterator[list[int]], source: str | Path, vocabulary: int | None) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import first_line
+from ..sources import sources_of
 from .calibration import conversation_of
 from .reading import is_plain_text, open_rows
 
@@ -35,6 +36,8 @@ def prompts(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, which prompts are made with; leave out --self-generated")
+    if len(sources_of(source)) > 1:
+        raise ValueError(f"{source} is a mixture; --self-generated needs one source of conversations (--data)")
     if is_plain_text(source):
         raise ValueError(f"{source} is a text without prompts; --self-generated needs conversations (--data)")
     return _prompts_of(open_rows(source, split, "--data"), str(source), tokenizer, max_length, seed, leave_out)

@@ -18,7 +18,7 @@ from ..model.streaming import STATES_SHARE
 from ..model.tracing import TracedModel
 from ..repairs.fitting import HELD_OUT
 from ..repairs.least_squares import bytes_of_sums
-from ..repairs.own_text import own_share
+from ..repairs.own_share import own_share
 from ..repairs.shelf import COPIES
 from .stages import Samples
 

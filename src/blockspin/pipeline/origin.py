@@ -13,6 +13,7 @@ from ..config import CompressConfig
 from ..demo import MODEL
 from ..problem import Goal
 from ..settings import Settings, flag
+from ..sources import sources_of
 from ..targets import TARGETS
 from .stages import Samples
 
@@ -21,7 +22,10 @@ _SOURCES = ("model", "calibration", "evaluation", "data", "profile", "include_pa
 
 
 def public_name(source: str) -> str:
-    """A hub id as it is; the last part of a path, since a folder is nobody's business."""
+    """A hub id as it is; the last part of a path, since a folder is nobody's business. Of several with commas, each."""
+    names = sources_of(source)
+    if len(names) > 1:
+        return ",".join(map(public_name, names))
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
     return source if is_hub_id else Path(source).name
 

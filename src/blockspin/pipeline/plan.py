@@ -29,7 +29,7 @@ from ..model.offload import check_in_memory
 from ..model.passes import num_passes
 from ..model.tracing import TracedModel, trace_model
 from ..problem import Block, Budget, Removal, RemovalProblem, check_goal
-from ..repairs.own_text import own_share
+from ..repairs.own_share import own_share
 from ..selection.select import ACTIVATION_SAMPLES
 from ..settings import say
 from ..solvers.candidates import random_candidate

@@ -21,16 +21,16 @@ from ..model.generation import check_generates
 from ..model.largest_batch import lowered_size
 from ..model.loading import load_model, local_folder
 from ..model.offload import StoredTensor, check_in_memory
+from ..model.own_text import own_text
 from ..model.probe import agree, probe_logits
 from ..model.spill import octets
 from ..model.weights import WeightFile, read_headers, tensor_shapes
-from ..progress import console
 from ..settings import SPLIT, say
 from ..surgery.card import add_repair
 from ..surgery.provenance import RECORD
 from ..surgery.shards import layer_prefix
 from .finished import FinishedBlocks
-from .own_text import own_share, own_text
+from .own_share import own_share
 from .report import RepairReport
 from .run import check_inputs, run_repair
 
@@ -84,7 +84,7 @@ def repair_checkpoint(
         share, text = own_share(whole, own_text_share), list(samples)
         if share:
             check_inputs(shortened, whole, samples, removed, batch_size, seed)
-            text += _written(whole, samples, share, seed, partial / "own_text.jsonl")
+            text += _written(whole, samples, share, seed, partial / "own_text.jsonl", progress)
         report, finished = run_repair(
             shortened, whole, text, partial, removed=removed, batch_size=batch_size, seed=seed, progress=progress
         )
@@ -129,7 +129,7 @@ def _new_weights(model: PreTrainedModel, report: RepairReport, finished: Finishe
 
 
 def _written(
-    original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int, partial: Path
+    original: PreTrainedModel, samples: Sequence[Tensor], share: float, seed: int, partial: Path, progress: bool
 ) -> list[Tensor]:
     """Text of the original itself, which becomes this share of all. partial: keeps it.
 
@@ -140,8 +140,7 @@ def _written(
     check_generates(original, "give --own-text 0")
 
     tokens = math.ceil(share / (1 - share) * sum(map(len, samples)))
-    with console.status(f"Writing {tokens:,} tokens of text"):
-        return own_text(original, tokens, max(map(len, samples)), seed, partial=partial)
+    return own_text(original, tokens, max(map(len, samples)), seed, partial=partial, progress=progress)
 
 
 def removed_blocks(folder: Path) -> list[int]:
