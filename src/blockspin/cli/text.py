@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import LoadingSettings, SeedSettings
+from ..config import LoadingSettings
 from ..lock import locked
 from ..progress import console
 from .app import Model, Out, app, refuse_existing
@@ -21,13 +21,13 @@ REMEDY = "calibrate on texts or conversations of others"
 @with_settings
 def write(
     model: Model,
-    drawing: SeedSettings,
     loading: Annotated[LoadingSettings, Options(without=("stream",))],
     out: Out = Path("own.jsonl"),
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens in all, at least.")] = 65_536,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a text at most.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides what is drawn.")] = 42,
 ) -> None:
-    """Let a model write text of its own, of all the kinds that it knows. To calibrate on, alone or mixed with yours.
+    """Let a model write text, to calibrate on. It is of all the kinds that the model knows; mix it with text of yours.
 
     Run the same command again to continue one that was cut off.
 
@@ -36,6 +36,7 @@ def write(
     """
     from ..model.generation import check_generates
     from ..model.loading import check_quantization, load_as, load_tokenizer
+    from ..model.offload import check_in_memory
     from ..model.own_text import write_own_text
 
     check_quantization(model, loading)
@@ -43,6 +44,7 @@ def write(
         refuse_existing(out)
         tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
         opened = load_as(model, loading)
+        check_in_memory(opened, "text that a model writes itself")
         check_generates(opened, REMEDY)
-        rows = write_own_text(opened, tokenizer, out, tokens, max_length, drawing.seed)
+        rows = write_own_text(opened, tokenizer, out, tokens, max_length, seed)
     console.print(f"{rows:,} texts: {out}", soft_wrap=True, highlight=False)
