@@ -16,6 +16,7 @@ FIT_SAMPLES, CHOICE_SAMPLES = 16, 16
 SHARE = FIT_SAMPLES + CHOICE_SAMPLES  # of a draw
 HELD_OUT_LENGTH = 128  # tokens
 WINDOWS = 8  # of one length, taken from one text
+WRITTEN = 8  # times as many tokens as are wanted
 
 Texts = dict[str, list[Tensor]]
 
@@ -38,8 +39,7 @@ def read(
     mixtures = {"chat": [chat[number:]], "text": [other], "mix": [chat[number:], other], "own": [chat[number:]]}
     kinds = [[sample[: arguments.length] for sample in samples] for samples in mixtures[arguments.calibration]]
     if arguments.calibration == "own":
-        written = own_text(model, 4 * share * arguments.length, arguments.length)  # many end early
-        kinds.append([row for row in written if len(row) == arguments.length])
+        kinds.append(written(model, share // 2, arguments.length))
     draws = draws_of(kinds, 1 + max(arguments.draws))
 
     left = [samples for samples in (chat[number + share :], other[share:]) if samples]
@@ -57,6 +57,12 @@ def windows(source: str, tokenizer: PreTrainedTokenizerBase, length: int, number
             cut.append([torch.tensor(ids[start : start + length]) for start in starts])
     in_turn = [text[k] for k in range(WINDOWS) for text in cut if k < len(text)]
     return in_turn[:number]
+
+
+def written(model: PreTrainedModel, number: int, length: int) -> list[Tensor]:
+    """(length,) token ids each, that the model writes itself; of its texts many end earlier."""
+    whole = [row for row in own_text(model, WRITTEN * number * length, length) if len(row) == length]
+    return whole[:number]
 
 
 def draws_of(kinds: list[list[Tensor]], number: int) -> list[list[Tensor]]:

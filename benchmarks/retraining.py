@@ -98,7 +98,7 @@ def predict(bench: Bench, remainder: int, tokens: int) -> None:
         bench.row(run)
 
 
-# A change of the recipe: its name, the settings, and the learning rates, relative to the middle one.
+# A change of the recipe: its name, the settings, and the learning rates, relative to the lower one.
 Change = tuple[str, dict[str, Any], tuple[float, ...]]
 AS_IT_IS: list[Change] = [("as it is", {}, (1.0, 3.0))]
 LOSSES: list[Change] = [
@@ -241,7 +241,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="to measure on, of each text, evenly spread (default: all)")
     parser.add_argument("--least", type=int, default=LEAST, help="tokens of the shortest training")
     parser.add_argument("--change-tokens", type=int, default=CHANGE_TOKENS, help="of a training with a changed recipe")
-    parser.add_argument("--own", type=int, default=MOST // 3, help="tokens that the original writes")
+    parser.add_argument(
+        "--own",
+        type=int,
+        default=MOST // 3,
+        help="tokens that the original writes; a CPU core writes about 100 a second",
+    )
     parser.add_argument("--models", type=Path, help="keep the models of the starts and after 1 M tokens here")
     parser.add_argument("--timed-steps", type=int, default=TIMED_STEPS, help="of a training of throughput")
     parser.add_argument("--timed-batches", type=int, nargs="+", default=TIMED_BATCHES, help="windows of its steps")

@@ -5,9 +5,10 @@
 MODEL is SmolLM2-135M-Instruct: the folder or GGUF file. The removals take a quarter of an hour on a core. What is
 written is small (2 MB), so that the training itself, elsewhere, needs neither the texts nor a package that reads them.
 
-Conversations are drawn in one seeded order: the first are for calibration (energies, choice, repair), the next to
-choose learning rates by, the next are held out, and all others are trained on. The held-out text of another kind
-is one third each of a novel, of Python enhancement proposals and of code.
+Removals are chosen on beginnings of conversations and as much text that the model writes itself. Conversations are
+drawn in one seeded order: the first are for calibration (energies, choice, repair), the next to choose learning rates
+by, the next are held out, and all others are trained on. The held-out text of another kind is one third each of a
+novel, of Python enhancement proposals and of code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from real_model import ours
-from real_model_text import CHOICE_SAMPLES, FIT_SAMPLES
+from real_model_text import CHOICE_SAMPLES, FIT_SAMPLES, draws_of, written
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -66,7 +67,7 @@ def chat_windows(source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[
     for ids in conversations[: CONVERSATIONS["calibration"]]:
         if len(ids) >= CHOICE_LENGTH:
             beginnings.append(torch.tensor(ids[:CHOICE_LENGTH]))
-    return found, beginnings[: FIT_SAMPLES + CHOICE_SAMPLES]
+    return found, beginnings
 
 
 def text_windows(source: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -120,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(arguments.model)
 
-    arrays, samples = chat_windows(arguments.chat, tokenizer)
+    arrays, beginnings = chat_windows(arguments.chat, tokenizer)
     arrays["text"] = text_windows(arguments.text, tokenizer)
     asked = list(prompts(arguments.chat, tokenizer, PROMPT, seed=0))[sum(CONVERSATIONS.values()) :]
     arrays["prompts"] = np.concatenate([np.array(ids, dtype=np.uint16) for ids in asked])  # one after another
@@ -131,6 +132,8 @@ def main() -> None:
                 np.save(file, array)
 
     model = load_model(arguments.model, dtype="float32")
+    own = written(model, (FIT_SAMPLES + CHOICE_SAMPLES) // 2, CHOICE_LENGTH)
+    samples = draws_of([beginnings, own], 1)[0]
     partial = arguments.out.with_name(f"{arguments.out.name}-energies.jsonl")
     found = fit_removals(model, samples[:FIT_SAMPLES], seed=0, partial=partial)
     removals: dict[str, dict[str, Removal]] = {"predicted": {}}
