@@ -118,7 +118,7 @@ def save_tokenizer(folder: Path, vocabulary: int = 300) -> None:
     tf.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
-def settings(model: Path, text: Path, **changes: Any) -> CompressConfig:
+def settings(model: Path, text: Path | str, **changes: Any) -> CompressConfig:
     """Settings of a run on a tiny model. changes: values of CompressConfig, which checks them."""
     small: dict[str, Any] = {
         "remove": 2,

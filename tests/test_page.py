@@ -119,6 +119,7 @@ def test_runs_are_told_without_folders(
 def test_origins(tmp_path: Path) -> None:
     assert public_name(str(tmp_path / "a" / "model")) == "model"
     assert public_name("someone/model") == "someone/model"
+    assert public_name(f"someone/texts, {tmp_path}/own.jsonl") == "someone/texts,own.jsonl"
     assert [goal_text(goal) for goal in (8, 0.25, {"moe": 2, "mlp": 1}, None)] == [
         "--remove 8",
         "--remove 25%",

@@ -138,7 +138,7 @@ def chat(tiny_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def trained(tiny_folder: Path, data: Path, out: Path, **changes: Any) -> Distillation:
+def trained(tiny_folder: Path, data: Path | str, out: Path, **changes: Any) -> Distillation:
     if not (out.parent / "student").exists():
         prune_checkpoint(tiny_folder, [1, 2], out.parent / "student", progress=False)
     return distill_checkpoint(
@@ -170,12 +170,13 @@ def test_the_teachers_answers_replace_those_of_the_data(
 def test_what_cannot_be_answered_is_refused(
     tiny_folder: Path, chat: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(message: str, text: Path, **changes: Any) -> None:
+    def refused(message: str, text: Path | str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=message):
             trained(tiny_folder, text, tmp_path / "out", **{"self_generated": 5, **changes})
         assert not (tmp_path / "out").exists()
 
     refused("has the fields text, and prompts are made of `messages`", text_file)
+    refused("is a mixture; --self-generated needs one source of conversations", f"{chat},{text_file}")
     refused("no prompt of at most 2 tokens", chat, max_length=4)
     monkeypatch.setattr(tf.PreTrainedModel, "can_generate", lambda self: False)
     refused("cannot generate text; leave out --self-generated and --on-policy", chat)

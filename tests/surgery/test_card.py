@@ -67,14 +67,18 @@ def test_a_run_adds_what_it_measured(tiny_folder: Path, text_file: Path, tmp_pat
 def test_the_command_of_a_repair_makes_the_same_weights(
     command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of a run, from the folder in which its names are found."""
-    compress(settings(tiny_folder, text_file, seed=0, own_text=0.25), tmp_path / "run")
+    """That of a run on two texts, from the folder in which its names are found."""
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(f'{{"text": "word {i} and another, {i * i} in all"}}\n' for i in range(60)))
+    compress(settings(tiny_folder, f"{text_file},{more}", seed=0, own_text=0.25), tmp_path / "run")
     card = (tmp_path / "run" / "repaired" / "README.md").read_text()
     found = re.search(r"^blockspin repair .*$", card, re.MULTILINE)
     assert found is not None
     for folder in (tiny_folder, tmp_path / "run" / "checkpoint"):
         shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
-    shutil.copy(text_file, tmp_path / "elsewhere")
+    for text in (text_file, more):
+        shutil.copy(text, tmp_path / "elsewhere")
+    assert f"--data {text_file.name},{more.name}" in found[0]
 
     monkeypatch.chdir(tmp_path / "elsewhere")
     code, said = command(*shlex.split(found[0])[1:])
