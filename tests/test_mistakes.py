@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from conftest import Command, save_tiny
 from rich.console import Console
 from safetensors.torch import load_file
@@ -333,3 +334,16 @@ def test_what_is_wrong_with_data_names_the_option_that_gave_it(
             assert problem in said
             assert [name for name in others if f"({name}" in said] == [option], said
     assert "--evaluation takes a hub id, or a local file" in refuses(*run, *out, "--evaluation", absent)
+
+
+def test_text_without_prompts_is_refused_before_anything_is_computed(
+    tiny_folder: Path, text_file: Path, refuses: Any, tmp_path: Path
+) -> None:
+    run = ("compress", tiny_folder, "--remove", 1, "--calibration", text_file, "--max-length", 16, "--no-repair")
+    asking = (*run, "--distill", "--distill-self-generated", 5, "--out", tmp_path / "out")
+    assert "no chat template" in refuses(*asking)
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tiny_folder)
+    assert "prompts are made of `messages`" in refuses(*asking)

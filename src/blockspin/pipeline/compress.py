@@ -17,6 +17,7 @@ from ..config import CompressConfig
 from ..costs.targets import goals_of
 from ..costs.timing import TimeTable
 from ..data.calibration import tokenise
+from ..data.prompts import prompts
 from ..distillation.run import distill_checkpoint
 from ..evaluation.perplexity import Evaluation, evaluation_of, results_table, sample_losses_of
 from ..evaluation.tasks import Scorer, scorer
@@ -166,14 +167,20 @@ def shorten(config: CompressConfig, out: Path) -> list[Evaluation]:
 
 
 def _check_training_text(config: CompressConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read the start of the text for the training, where it has text of its own.
+    """Read the start of the text for the training, where it has text of its own or needs prompts.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or holds no prompts.
     """
-    if config.distill is not None and config.distill.data is not None:
-        data, length, option = config.distill.data, config.max_length, "--distill-data"
-        next(tokenise(data, tokenizer, length, seed=config.seed, split=config.split, option=option))
+    training = config.distill
+    if training is None:
+        return
+    if training.self_generated is not None:
+        data = training.data or config.calibration
+        next(prompts(data, tokenizer, config.max_length, seed=config.seed, split=config.split), None)
+    elif training.data is not None:
+        data, option = training.data, "--distill-data"
+        next(tokenise(data, tokenizer, config.max_length, seed=config.seed, split=config.split, option=option))
 
 
 def _model_to_shorten(
