@@ -16,7 +16,8 @@ from matplotlib.image import imread
 
 from blockspin import page
 from blockspin.pipeline.compress import compress
-from blockspin.pipeline.origin import command_options, goal_text, public_name, public_settings
+from blockspin.pipeline.origin import command_options, goal_text, public_settings
+from blockspin.sources import public_name
 from blockspin.tables import Column, Table
 from blockspin.training import DistillConfig
 

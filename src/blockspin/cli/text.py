@@ -14,8 +14,6 @@ from .app import Model, Out, app, refuse_existing
 from .help import Command
 from .options import Options, with_settings
 
-REMEDY = "calibrate on texts or conversations of others"
-
 
 @app.command(cls=Command)
 @with_settings
@@ -45,6 +43,6 @@ def write(
         tokenizer = load_tokenizer(model, trust_remote_code=loading.trust_remote_code)
         opened = load_as(model, loading)
         check_in_memory(opened, "text that a model writes itself")
-        check_generates(opened, REMEDY)
+        check_generates(opened, "calibrate on texts or conversations of others")
         rows = write_own_text(opened, tokenizer, out, tokens, max_length, seed)
     console.print(f"{rows:,} texts: {out}", soft_wrap=True, highlight=False)

@@ -38,10 +38,11 @@ from ..selection.select import select_with_energies
 from ..settings import say
 from ..solvers import Spectrum
 from ..solvers.candidates import Candidate, random_candidate, states_as_candidates
+from ..sources import public_name
 from ..surgery.card import add_results
 from ..surgery.checkpoint import checkpoint_bytes
 from ..surgery.feasible import Removable, protect_what_must_stay
-from .origin import describe_samples, public_name
+from .origin import describe_samples
 from .plan import plan_with
 from .preflight import check_before, check_repair_text, check_streaming, open_run
 from .report import write_run_report

@@ -6,28 +6,18 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from ..config import CompressConfig
 from ..demo import MODEL
 from ..problem import Goal
 from ..settings import Settings, flag
-from ..sources import sources_of
+from ..sources import public_name
 from ..targets import TARGETS
 from .stages import Samples
 
 _ARGUMENTS = ("model", "remove", "distill")  # what no option of its own says, or another
 _SOURCES = ("model", "calibration", "evaluation", "data", "profile", "include_path", "cache_teacher")  # maybe paths
-
-
-def public_name(source: str) -> str:
-    """A hub id as it is; the last part of a path, since a folder is nobody's business. Of several with commas, each."""
-    names = sources_of(source)
-    if len(names) > 1:
-        return ",".join(map(public_name, names))
-    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
-    return source if is_hub_id else Path(source).name
 
 
 def model_title(source: str) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import replacing
 from ..settings import flag
-from ..sources import sources_of
+from ..sources import is_hub_id, public_name
 from ..tables import Table, ranges
 from ..training import DistillConfig
 
@@ -31,13 +31,12 @@ def write_card(folder: Path, record: Mapping[str, Any], num_parameters: int, sou
     """
     original = record.get("original", record)
     removed, kept = original["removed"], original["kept"]
-    name, hub_id = _names(original["source"])
-    latest, _ = _names(record["source"])
+    name, latest = public_name(original["source"]), public_name(record["source"])
     depth = len(removed) + len(kept)
 
     metadata = _licence_of(source_card)
-    if hub_id is not None:
-        metadata["base_model"] = hub_id
+    if is_hub_id(original["source"]):
+        metadata["base_model"] = original["source"]
     data = ModelCardData(library_name="transformers", tags=["blockspin", "pruned"], **metadata)
 
     if "sublayers" in record:
@@ -104,7 +103,7 @@ def add_repair(folder: Path, shortened: str, record: Mapping[str, Any], summary:
 
 def _repair_command(shortened: str, repair: Mapping[str, Any]) -> str:
     """The command of a repair, with what decides its outcome."""
-    name, original, data = map(_public, (shortened, repair["original"], repair["data"]))
+    name, original, data = map(public_name, (shortened, repair["original"], repair["data"]))
     words = ["blockspin", "repair", name, "--original", original, "--data", data]
     return shlex.join([*words, *_as_typed(repair["settings"]), "--out", "repaired"])
 
@@ -121,7 +120,7 @@ def add_training(folder: Path, student: str, record: Mapping[str, Any]) -> None:
     """
     training = record["distillation"]
     settings, before, after = training["settings"], training["before"], training["after"]
-    name, teacher, data = map(_public, (student, settings["teacher"], settings["data"]))
+    name, teacher, data = map(public_name, (student, settings["teacher"], settings["data"]))
 
     card = folder / CARD
     if "removed" not in record or not card.is_file():
@@ -146,7 +145,7 @@ def _training_command(student: str, settings: Mapping[str, Any]) -> str:
     named, decisive = {}, {}
     for setting, value in settings.items():
         if setting in _SOURCES and value is not None:
-            named[setting] = _public(value)
+            named[setting] = public_name(value)
         elif setting not in _OF_REPORTS and value != defaults[setting]:
             decisive[setting] = value
     words = ["blockspin", "distill", student, *_as_typed(named), *_as_typed(decisive)]
@@ -169,17 +168,6 @@ def _append(card: Path, section: str) -> None:
     text = card.read_text(encoding="utf-8")
     with replacing(card) as temporary:
         temporary.write_text(f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
-
-
-def _names(source: str) -> tuple[str, str | None]:
-    """What a model is called, without the path of a folder; and its hub id, if it is from there."""
-    is_local = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
-    return (Path(source).name or source, None) if is_local else (source, source)
-
-
-def _public(source: str) -> str:
-    """What a model or a text is called, of several texts each."""
-    return ",".join(_names(name)[0] for name in sources_of(source))
 
 
 def _licence_of(card: Path) -> dict[str, Any]:
